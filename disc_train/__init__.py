@@ -1,0 +1,1 @@
+"""Context distillation on top of `transformers.Trainer`; the `disc-train` command."""
