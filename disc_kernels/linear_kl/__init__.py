@@ -1,0 +1,6 @@
+"""Fused linear + divergence: KL between teacher and student logits that are never materialised."""
+
+from disc_kernels.linear_kl.api import FusedSuffixKLLoss, fused_suffix_kl
+from disc_kernels.linear_kl.problem import LogitTransform, SuffixKLStats
+
+__all__ = ["FusedSuffixKLLoss", "LogitTransform", "SuffixKLStats", "fused_suffix_kl"]

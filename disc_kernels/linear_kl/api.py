@@ -1,0 +1,184 @@
+"""The public call: `fused_suffix_kl`, and `FusedSuffixKLLoss`, the module of it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from disc_kernels.linear_kl.function import Call, FusedSuffixKL, Wanted, fused_forward
+from disc_kernels.linear_kl.problem import LogitTransform, Problem, SuffixKLStats
+from disc_kernels.linear_kl.reference import reference_suffix_kl
+from disc_kernels.linear_kl.validation import build_problem, check_choice, check_count
+from disc_kernels.linear_kl.workspace import plan
+
+IMPLEMENTATIONS = ("triton", "torch", "reference")
+
+
+def fused_suffix_kl(
+    student_hidden: Tensor,  # [..., D_s]
+    student_weight: Tensor,  # [V_s, D_s]
+    teacher_hidden: Tensor,  # [..., D_t]
+    teacher_weight: Tensor,  # [V_t, D_t]
+    *,
+    student_index: Tensor | None = None,  # [M] int64
+    teacher_index: Tensor | None = None,  # [M] int64
+    row_weight: Tensor | None = None,  # [M]
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    reduction: str = "mean",
+    student_bias: Tensor | None = None,  # [V_s]
+    teacher_bias: Tensor | None = None,  # [V_t]
+    student_transform: LogitTransform | None = None,
+    teacher_transform: LogitTransform | None = None,
+    vocab_size: int | None = None,
+    vocab_group: Any = None,
+    max_workspace_bytes: int | None = None,
+    return_stats: bool = False,
+    impl: str | None = None,
+) -> Tensor | tuple[Tensor, SuffixKLStats]:
+    """Divergence between a teacher's and a student's next-token distributions, from their hidden states and heads.
+
+    Equal to, but without ever holding the `[M, V]` logits, probabilities or losses, in either direction::
+
+        z_s = student_hidden.flatten(0, -2)[student_index] @ student_weight.T + student_bias
+        z_t = teacher_hidden.flatten(0, -2)[teacher_index] @ teacher_weight.T + teacher_bias
+        log_q = log_softmax(student_transform(z_s)[:, :vocab_size] / temperature, -1)
+        log_p = log_softmax(teacher_transform(z_t)[:, :vocab_size] / temperature, -1)
+        d = (log_p.exp() * (log_p - log_q)).sum(-1)          # forward_kl: KL(teacher || student), nats
+        loss = (row_weight * d).sum() / row_weight.sum()     # reduction="mean"
+
+    Args:
+        student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
+        student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast).
+        teacher_hidden: `[..., D_t]`; gets no gradient. Its dtype and size may differ from the student's.
+        teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own.
+        student_index: `[M]` int64, the student rows that count; None: all, in order. Rows may repeat.
+        teacher_index: `[M]` int64, the teacher row each of them is compared with; None: all, in order. Rows may repeat.
+        row_weight: `[M]` float, weights of "sum" and "mean"; None: ones. No gradient flows to it.
+        temperature: T > 0; both models' logits are divided by it. The result is not multiplied by T^2: do that
+            outside, as with `F.kl_div`, where the gradient's size should not depend on T (Hinton et al. 2015,
+            arXiv 1503.02531).
+        divergence: "forward_kl" KL(teacher || student); "reverse_kl" KL(student || teacher); "jsd", with
+            m = (1 - beta) student + beta teacher: beta KL(teacher || m) + (1 - beta) KL(student || m)
+            (generalised Jensen-Shannon divergence, Agarwal et al. 2024, arXiv 2306.13649).
+        beta: for "jsd", strictly between 0 and 1.
+        reduction: "mean" sum_i w_i d_i / sum_i w_i (0 where the weights sum to 0); "sum" sum_i w_i d_i; "none" the
+            d_i, `[M]`, whatever the weights.
+        student_bias: `[V_s]`; an entry of -inf takes the entry out of the student's distribution.
+        teacher_bias: `[V_t]`.
+        student_transform: what the student does to its head's output; None: nothing.
+        teacher_transform: the same for the teacher.
+        vocab_size: compare the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t.
+        vocab_group: not available yet.
+        max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient also
+            once at 4 bytes an entry while it accumulates); None: a default for the device.
+        return_stats: also return `SuffixKLStats`, each `[M]`, detached.
+        impl: "triton", "torch" or "reference" (materialises the logits; for comparison); None: "triton" on CUDA
+            (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
+
+    Returns:
+        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where an input is. With M = 0 a zero (an
+        empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
+
+        Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
+        "sum" they are computed in the forward and handed out by the first backward.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
+            without a host synchronisation, where the index is on CUDA: there the device stops with the message.
+        NotImplementedError: `vocab_group`.
+        RuntimeError: in the backward, when it is run twice for "mean" or "sum", or differentiated.
+    """
+    if vocab_group is not None:
+        raise NotImplementedError("vocab_group: vocabulary-parallel heads are not available yet")
+    problem = build_problem(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        student_index=student_index,
+        teacher_index=teacher_index,
+        row_weight=row_weight,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        student_transform=student_transform,
+        teacher_transform=teacher_transform,
+        vocab_size=vocab_size,
+    )
+    if max_workspace_bytes is not None:
+        check_count("max_workspace_bytes", max_workspace_bytes)
+    impl = _implementation(impl, problem)
+    if impl == "reference":
+        loss, stats = reference_suffix_kl(problem)
+        return (loss, stats) if return_stats else loss
+
+    rows_backend = importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
+    how = plan(problem, max_workspace_bytes, rows_backend.BLOCK_ENTRIES, rows_backend.BLOCK_TEMPORARIES)
+    call = Call(problem, how, rows_backend, statistics=return_stats)
+    tensors = (student_hidden, student_weight, student_bias)
+    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
+    if any(wanted):
+        loss, *rest = FusedSuffixKL.apply(*tensors, call, wanted)
+        stats = SuffixKLStats(*rest)
+    else:
+        loss, stats = fused_forward(call)
+    return (loss, stats) if return_stats else loss
+
+
+def _implementation(impl: str | None, problem: Problem) -> str:
+    on_cuda = problem.device.type == "cuda"
+    if impl is None:
+        return "triton" if on_cuda and problem.accumulate_dtype == torch.float32 else "torch"
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if impl == "triton":
+        if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(
+                f'impl: expected CUDA tensors (or TRITON_INTERPRET=1) for "triton", got {problem.device.type} tensors'
+            )
+        if problem.accumulate_dtype != torch.float32:
+            raise ValueError('impl: expected float32 or 16-bit inputs for "triton", got float64; use "torch"')
+    return impl
+
+
+class FusedSuffixKLLoss(nn.Module):
+    """`fused_suffix_kl` as a module: options at construction, tensors (and any option again) at the call.
+
+    Args:
+        **options: keyword arguments of `fused_suffix_kl`.
+
+    Raises:
+        TypeError: an option that `fused_suffix_kl` does not have.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        known = fused_suffix_kl.__kwdefaults__ or {}
+        for name in options:
+            if name not in known:
+                raise TypeError(f"FusedSuffixKLLoss: unexpected option {name!r}, expected one of {', '.join(known)}")
+        self.options = options
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, SuffixKLStats]:
+        return fused_suffix_kl(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **options}
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -1,0 +1,243 @@
+"""The loop over chunks of rows, and the autograd function around it.
+
+A chunk's logits live only while the chunk does: products by torch, rows by a backend, the gradient in place of the
+student's logits, then the two gradient products. For a scalar loss all of this happens in the forward (4 products of
+2 M V D operations; 3 with a frozen head), because the upstream gradient is one number that can be multiplied in later.
+For `reduction="none"` the upstream gradient of each row is known in the backward only, so that recomputes (6 products).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
+from disc_kernels.linear_kl.products import multiply_into, product_dtype, to_product_dtype, weight_tiles
+from disc_kernels.linear_kl.workspace import Plan
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student's tensors are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Call:
+    """A problem with how it is to be computed."""
+
+    problem: Problem
+    plan: Plan
+    rows_backend: ModuleType
+    statistics: bool
+
+
+def fused_forward(call: Call) -> tuple[Tensor, SuffixKLStats]:
+    """Loss and statistics where no gradient is asked for."""
+    stats = _run_chunks(call, None, None)
+    return _reduced(call.problem, stats.divergence), stats
+
+
+class FusedSuffixKL(torch.autograd.Function):
+    """(loss, *statistics) = apply(student_hidden, student_weight, student_bias, call)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, wanted: Wanted
+    ) -> tuple[Tensor, ...]:
+        problem = call.problem
+        ctx.set_materialize_grads(False)
+        if problem.reduction == "none":
+            stats = _run_chunks(call, None, None)
+            # Saved through autograd, which notices when a tensor is changed in place before the backward.
+            ctx.save_for_backward(
+                hidden, weight, bias, problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias
+            )
+            ctx.call, ctx.wanted = call, wanted
+        else:
+            row_scale, total_scale = _row_scale(problem.row_weight, problem)
+            if problem.reduction == "mean":
+                total_scale = total_scale / _total_weight(problem)
+            ctx.gradients = GradientSums(call, wanted, total_scale)
+            stats = _run_chunks(call, row_scale, ctx.gradients)
+        ctx.recompute = problem.reduction == "none"
+        ctx.mark_non_differentiable(*stats)
+        return _reduced(problem, stats.divergence), *stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, None, None
+        if ctx.recompute:
+            _ = ctx.saved_tensors  # raises where one was changed in place since the forward
+            row_scale, total_scale = _row_scale(upstream, ctx.call.problem)
+            gradients = GradientSums(ctx.call, ctx.wanted, total_scale)
+            _run_chunks(ctx.call, row_scale, gradients)
+            return *gradients.finish(None), None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            # They were handed out, not copied: a copy would double the memory of the weight's gradient.
+            raise RuntimeError(
+                "fused_suffix_kl: its backward has already run, and the gradients it computed in the forward are gone. "
+                'Call fused_suffix_kl again, or use reduction="none", which recomputes them in every backward.'
+            )
+        return *gradients.finish(upstream), None, None
+
+
+class GradientSums:
+    """The student's gradients while they are summed over chunks, still to be multiplied by `scale`.
+
+    `scale` (0-dim tensor) is split into mantissa and power of two. The mantissa is applied to the hidden gradient while
+    it is float32, the power of two, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a
+    float16 one does not underflow before the upstream gradient (a loss scaler's) has been multiplied in.
+    """
+
+    def __init__(self, call: Call, wanted: Wanted, scale: Tensor):
+        problem, student = call.problem, call.problem.student
+        self.mantissa, exponent = torch.frexp(scale)
+        self.power = torch.ldexp(torch.ones_like(scale), exponent)
+        weight, hidden, bias = student.weight, student.hidden, student.bias
+        # Nothing here keeps the inputs alive until the backward.
+        self.hidden_shape, self.chunk_rows = hidden.shape, call.plan.chunk_rows
+        self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
+        wide = problem.accumulate_dtype
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if wanted.hidden:
+            # With an index some rows may never be written, and some may be summed.
+            new = torch.empty if student.index is None else torch.zeros
+            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=hidden.dtype, device=hidden.device)
+        if wanted.weight:
+            self.weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+            # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
+            self.weight[problem.vocab_size if problem.rows else 0 :].zero_()
+        if wanted.bias:
+            self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
+
+    def add_chunk(self, call: Call, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
+        problem, student = call.problem, call.problem.student
+        if self.hidden is not None:
+            rows = torch.empty(
+                stop - start, student.hidden_size, dtype=problem.accumulate_dtype, device=gradient.device
+            )
+            for first, last, weight in weight_tiles(student, problem, call.plan.tile_rows):
+                multiply_into(rows, gradient[:, first:last], weight, accumulate=first > 0)
+            rows.mul_(self.mantissa)
+            if student.index is None:
+                self.hidden[start:stop] = rows
+            else:
+                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
+        if self.weight is not None:
+            multiply_into(self.weight[: problem.vocab_size], gradient.T, hidden, accumulate=start > 0)
+        if self.bias is not None:
+            self.bias[: problem.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def finish(self, upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
+        factor = self.power if upstream is None else self.power * upstream
+        hidden = weight = bias = None
+        if self.hidden is not None:
+            # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
+            for rows in self.hidden.split(self.chunk_rows):
+                rows.copy_(rows.to(factor.dtype).mul_(factor))
+            hidden = self.hidden.view(self.hidden_shape)
+        factor = factor * self.mantissa
+        if self.weight is not None:
+            weight = self.weight.mul_(factor).to(self.weight_dtype)
+        if self.bias is not None:
+            bias = self.bias.mul_(factor).to(self.bias_dtype)
+        return hidden, weight, bias
+
+
+def _run_chunks(call: Call, row_scale: Tensor | None, gradients: GradientSums | None) -> SuffixKLStats:
+    problem, plan = call.problem, call.plan
+    wide, device = problem.accumulate_dtype, problem.device
+    stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
+    student_buffer, teacher_buffer = (
+        torch.empty(min(plan.chunk_rows, problem.rows), plan.row_stride, dtype=wide, device=device) for _ in range(2)
+    )
+    # The gradient takes the student's place in memory, row by row, in the dtype of the products it goes to.
+    gradient_buffer = student_buffer.view(product_dtype(problem.student, problem))
+    for start in range(0, problem.rows, plan.chunk_rows):
+        stop = min(start + plan.chunk_rows, problem.rows)
+        student, student_hidden = _logits(problem.student, call, start, stop, student_buffer)
+        teacher, _ = _logits(problem.teacher, call, start, stop, teacher_buffer)
+        gradient = gradient_buffer[: stop - start, : problem.vocab_size] if gradients is not None else None
+        call.rows_backend.compare_rows(
+            student,
+            teacher,
+            problem,
+            plan.block_rows,
+            SuffixKLStats(*(row[start:stop] for row in stats)),
+            row_scale=None if row_scale is None else row_scale[start:stop],
+            gradient=gradient,
+            statistics=call.statistics,
+        )
+        if gradients is not None and gradient is not None:
+            gradients.add_chunk(call, start, stop, gradient, student_hidden)
+    return stats
+
+
+def _logits(side: Side, call: Call, start: int, stop: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Head outputs [R, V] of rows start..stop, in `buffer`, and the hidden rows they came from, ready to multiply."""
+    hidden = to_product_dtype(_take_rows(side, start, stop), side, call.problem)
+    logits = buffer[: stop - start, : call.problem.vocab_size]
+    for first, last, weight in weight_tiles(side, call.problem, call.plan.tile_rows):
+        multiply_into(logits[:, first:last], hidden, weight.T)
+    return logits, hidden
+
+
+def _take_rows(side: Side, start: int, stop: int) -> Tensor:
+    """Rows start..stop of what the side compares; never a copy of more than those."""
+    shape = side.hidden.shape
+    try:
+        flat = side.hidden.view(-1, shape[-1])
+    except RuntimeError:  # strides that no view can flatten, such as hidden[:, :-1]
+        flat = None
+    if side.index is None and flat is not None:
+        return flat[start:stop]
+    if side.index is None:
+        rows = torch.arange(start, stop, device=side.hidden.device)
+    else:
+        rows = side.index[start:stop]
+    if flat is not None:
+        return flat.index_select(0, rows)
+    return side.hidden[torch.unravel_index(rows, shape[:-1])]
+
+
+def _row_scale(weight: Tensor | None, problem: Problem) -> tuple[Tensor | None, Tensor]:
+    """Row weights as (weights divided by the largest, the largest): the first keep a 16-bit gradient in range."""
+    if weight is None:
+        return None, torch.ones((), dtype=problem.accumulate_dtype, device=problem.device)
+    weight = weight.to(problem.accumulate_dtype)
+    if not problem.rows:
+        return weight, torch.ones((), dtype=problem.accumulate_dtype, device=problem.device)
+    largest = weight.abs().amax()
+    return weight / torch.where(largest == 0, 1, largest), largest
+
+
+def _total_weight(problem: Problem) -> Tensor:
+    """What "mean" divides by; infinite where every row is masked, so that loss and gradients are zero, not NaN."""
+    if problem.row_weight is None:
+        total = torch.full((), float(max(problem.rows, 1)), device=problem.device)
+    else:
+        total = problem.row_weight.sum(dtype=problem.accumulate_dtype)
+    return torch.where(total == 0, torch.inf, total).to(problem.accumulate_dtype)
+
+
+def _reduced(problem: Problem, divergence: Tensor) -> Tensor:
+    if problem.reduction == "none":
+        return divergence.clone()  # the statistics hold the other one
+    weight = problem.row_weight
+    loss = divergence.sum() if weight is None else (divergence * weight.to(divergence.dtype)).sum()
+    return loss if problem.reduction == "sum" else loss / _total_weight(problem)

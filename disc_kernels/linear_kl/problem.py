@@ -1,0 +1,92 @@
+"""What is compared with what: the one description of a call that every implementation is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its head's output z (bias included): `softcap * tanh(scale * z / softcap)`, or `scale * z`.
+
+    Args:
+        scale: finite factor on the logits (Cohere's `logit_scale`; `1 / logits_scaling` for Granite).
+        softcap: positive bound of the logits (Gemma 2's `final_logit_softcapping`), or None for no bound.
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: `scale` is zero or not finite, or `softcap` is not positive and finite.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            if value is None and name == "softcap":
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"LogitTransform: {name} must be a number, got {type(value).__name__}")
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"LogitTransform: scale must be finite and not zero, got {self.scale}")
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            raise ValueError(f"LogitTransform: softcap must be positive and finite, or None, got {self.softcap}")
+
+
+class SuffixKLStats(NamedTuple):
+    """Per-row statistics, each `[M]`, float32 (float64 for float64 inputs), detached."""
+
+    divergence: Tensor  # nats, at temperature T, not multiplied by the row's weight
+    student_entropy: Tensor  # nats, of softmax(student logits / T)
+    teacher_entropy: Tensor  # nats, of softmax(teacher logits / T)
+    agreement: Tensor  # 1.0 where teacher and student put their largest logit on the same entry, else 0.0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's half of the comparison."""
+
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [V_side, D]
+    bias: Tensor | None  # [V_side]
+    index: Tensor | None  # [M] int64, rows of hidden.flatten(0, -2); None: all of them, in order
+    transform: LogitTransform
+    operand_dtype: torch.dtype  # what hidden and weight are rounded to before they are multiplied
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def hidden_rows(self) -> int:
+        return math.prod(self.hidden.shape[:-1])
+
+
+@dataclass(frozen=True)
+class Problem:
+    """M student rows, each compared with one teacher row over the first `vocab_size` entries."""
+
+    student: Side
+    teacher: Side
+    rows: int  # M
+    vocab_size: int
+    row_weight: Tensor | None  # [M]
+    temperature: float
+    divergence: str
+    beta: float
+    reduction: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.hidden.device
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """Logits, statistics, losses and sums of gradients: float64 if either model is, else float32."""
+        double = torch.float64 in (self.student.operand_dtype, self.teacher.operand_dtype)
+        return torch.float64 if double else torch.float32

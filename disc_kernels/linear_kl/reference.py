@@ -1,0 +1,78 @@
+"""The specification: plain torch that materialises the logits. Any dtype, any device, gradients by autograd.
+
+Everything else in this package is held to this file, run in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
+
+
+def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
+    """The loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
+    student_logits = _logits(problem.student, problem)
+    teacher_logits = _logits(problem.teacher, problem).detach()
+    log_q = F.log_softmax(student_logits / problem.temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logits / problem.temperature, dim=-1)
+    divergence = _divergence(log_p, log_q, problem.divergence, problem.beta)
+    with torch.no_grad():
+        agreement = student_logits.argmax(-1) == teacher_logits.argmax(-1)
+        stats = SuffixKLStats(divergence.detach(), _entropy(log_q), _entropy(log_p), agreement.to(log_q.dtype))
+    return _reduce(divergence, problem), stats
+
+
+def _logits(side: Side, problem: Problem) -> Tensor:
+    """[M, vocab_size], in the dtype everything accumulates in."""
+    hidden = side.hidden.flatten(0, -2)
+    if side.index is not None:
+        hidden = hidden.index_select(0, side.index)
+
+    def operand(x: Tensor) -> Tensor:
+        return x.to(side.operand_dtype).to(problem.accumulate_dtype)
+
+    device_type = problem.device.type
+    with torch.autocast(device_type, enabled=False):
+        logits = operand(hidden) @ operand(side.weight[: problem.vocab_size]).T
+    if side.bias is not None:
+        logits = logits + side.bias[: problem.vocab_size].to(logits.dtype)
+    scale, cap = side.transform.scale, side.transform.softcap
+    return logits * scale if cap is None else cap * torch.tanh(logits * (scale / cap))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
+    """[M, V] log-probabilities of teacher and student -> [M] divergences."""
+    if kind == "forward_kl":
+        return _kl(log_p, log_q)
+    if kind == "reverse_kl":
+        return _kl(log_q, log_p)
+    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) = sum a (log a - log b), with 0 log 0 = 0: an entry masked by a bias of -inf counts nothing."""
+    masked = log_a == -torch.inf
+    gap = torch.where(masked, 0.0, log_a) - torch.where(masked, 0.0, log_b)
+    return (log_a.exp() * gap).sum(-1)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
+
+
+def _reduce(divergence: Tensor, problem: Problem) -> Tensor:
+    if problem.reduction == "none":
+        return divergence
+    if problem.row_weight is None:
+        return divergence.sum() if problem.reduction == "sum" else divergence.sum() / max(problem.rows, 1)
+    weight = problem.row_weight.to(divergence.dtype)
+    loss = (weight * divergence).sum()
+    if problem.reduction == "sum":
+        return loss
+    total = weight.sum()
+    # All rows masked: nothing to learn from, not an undefined loss.
+    return torch.where(total == 0, loss * 0, loss / torch.where(total == 0, 1, total))

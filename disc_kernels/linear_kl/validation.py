@@ -1,0 +1,212 @@
+"""Every check of user input: ValueError or TypeError with what was expected and got. Knows no backend.
+
+Nothing here reads a tensor's values on an accelerator, which would make the host wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disc_kernels.linear_kl.problem import LogitTransform, Problem, Side
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def build_problem(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_index: Tensor | None,
+    teacher_index: Tensor | None,
+    row_weight: Tensor | None,
+    temperature: float,
+    divergence: str,
+    beta: float,
+    reduction: str,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    student_transform: LogitTransform | None,
+    teacher_transform: LogitTransform | None,
+    vocab_size: int | None,
+) -> Problem:
+    """The checked problem, or an error that names the argument."""
+    check_choice("divergence", divergence, DIVERGENCES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    temperature = check_number("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    beta = check_number("beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        raise ValueError(
+            f"beta: expected a number strictly between 0 and 1 (at the ends the divergence is zero), got {beta}; "
+            'for the KL divergences use divergence="forward_kl" or "reverse_kl"'
+        )
+
+    device = _tensor("student_hidden", student_hidden).device
+    student = _side("student", student_hidden, student_weight, student_bias, student_index, student_transform, device)
+    teacher = _side("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform, device)
+    rows = _paired_rows(student, teacher)
+    return Problem(
+        student=student,
+        teacher=teacher,
+        rows=rows,
+        vocab_size=_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0]),
+        row_weight=_row_weight(row_weight, rows, device),
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+    )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return value
+
+
+def _side(
+    name: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    transform: LogitTransform | None,
+    device: torch.device,
+) -> Side:
+    hidden = _float_tensor(f"{name}_hidden", hidden, device)
+    weight = _float_tensor(f"{name}_weight", weight, device)
+    if hidden.dim() < 2:
+        raise ValueError(f"{name}_hidden: expected shape [..., D] with at least 2 dimensions, got {list(hidden.shape)}")
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"{name}_weight: expected shape [V, D], neither of them 0, got {list(weight.shape)}")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name}_hidden: expected last dimension {weight.shape[1]}, as in {name}_weight {list(weight.shape)}, "
+            f"got shape {list(hidden.shape)}"
+        )
+    if bias is not None:
+        bias = _float_tensor(f"{name}_bias", bias, device)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{name}_bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if transform is None:
+        transform = LogitTransform()
+    elif not isinstance(transform, LogitTransform):
+        raise TypeError(f"{name}_transform: expected a LogitTransform, got {type(transform).__name__}")
+    operand_dtype = _operand_dtype(name, hidden, weight)
+    side = Side(hidden, weight, bias, None, transform, operand_dtype)
+    return side if index is None else Side(hidden, weight, bias, _index(name, index, side), transform, operand_dtype)
+
+
+def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What a linear layer would multiply in: autocast's dtype (which leaves float64 alone), else the inputs' own."""
+    device_type = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device_type)
+    if hidden.dtype != weight.dtype:
+        raise TypeError(
+            f"{name}_hidden: expected {weight.dtype}, the dtype of {name}_weight, got {hidden.dtype}; "
+            "cast one of them, or call under torch.autocast"
+        )
+    return weight.dtype
+
+
+def _index(name: str, index: Tensor, side: Side) -> Tensor:
+    argument = f"{name}_index"
+    index = _tensor(argument, index)
+    if index.dtype != torch.int64:
+        raise TypeError(f"{argument}: expected dtype torch.int64, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"{argument}: expected shape [M], got {list(index.shape)}")
+    if index.device != side.hidden.device:
+        raise ValueError(f"{argument}: expected device {side.hidden.device}, as student_hidden, got {index.device}")
+    rows, message = side.hidden_rows, f"{argument}: expected rows from 0 to {side.hidden_rows - 1} of {name}_hidden"
+    if index.device.type == "cpu":
+        if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
+            raise ValueError(f"{message}, got rows from {int(index.min())} to {int(index.max())}")
+    elif index.device.type != "meta":
+        # The device stops with this message; the host does not wait to learn that all is well.
+        torch._assert_async(((index >= 0) & (index < rows)).all(), f"{message}, got a row outside")
+    return index
+
+
+def _paired_rows(student: Side, teacher: Side) -> int:
+    counts = [side.hidden_rows if side.index is None else side.index.shape[0] for side in (student, teacher)]
+    if counts[0] != counts[1]:
+        names = [
+            f"{name}_{'hidden' if side.index is None else 'index'}"
+            for name, side in (("student", student), ("teacher", teacher))
+        ]
+        raise ValueError(
+            f"{names[1]}: expected {counts[0]} rows, one for each row of {names[0]}, got {counts[1]}; "
+            "student_index and teacher_index choose the rows that are compared"
+        )
+    return counts[0]
+
+
+def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
+    if vocab_size is None:
+        if student != teacher:
+            raise ValueError(
+                f"vocab_size: expected an int, because student_weight has {student} vocabulary rows and teacher_weight "
+                f"has {teacher}; got None"
+            )
+        return student
+    vocab_size = check_count("vocab_size", vocab_size)
+    if vocab_size > min(student, teacher):
+        raise ValueError(
+            f"vocab_size: expected at most {min(student, teacher)}, the vocabulary rows that student_weight "
+            f"({student}) and teacher_weight ({teacher}) both have, got {vocab_size}"
+        )
+    return vocab_size
+
+
+def _row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+    if row_weight is None:
+        return None
+    row_weight = _float_tensor("row_weight", row_weight, device)
+    if row_weight.shape != (rows,):
+        raise ValueError(f"row_weight: expected shape [{rows}], one weight a row, got {list(row_weight.shape)}")
+    if row_weight.requires_grad:
+        raise ValueError("row_weight: expected a tensor without requires_grad (no gradient flows to it), got one with")
+    return row_weight
+
+
+def _float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    value = _tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, as student_hidden, got {value.device}")
+    return value
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return value
