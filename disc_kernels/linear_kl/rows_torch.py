@@ -1,9 +1,10 @@
 """Row statistics and in-place row gradient of one chunk of logits, in torch: the twin of `rows_triton.py`.
 
 Both files compute the same formulas. With log-probabilities lq (student) and lp (teacher) at temperature T, and m the
-mixture for "jsd", every divergence is a sum of terms a (la - lb) + b - a, each >= 0. The added b - a sums to zero over
-the vocabulary, and makes a rounding error in the normalisers count squared: identical rows give about 1e-13, not 1e-7,
-and no divergence is negative (the generalised KL divergence; Csiszar 1975).
+mixture for "jsd", every divergence is a sum of terms a (la - lb) + (b - a). The added b - a sums to zero over the
+vocabulary, and makes rounding errors in the normalisers count squared: rows that are equal up to rounding give about
+1e-13, not 1e-7 (generalised KL divergence; Csiszar 1975). And b - a is computed as max(a, b) expm1(-|lb - la|) with the
+sign of lb - la, which cancels nothing; for forward KL it is the gradient as well.
 
     divergence      value                                   d value / d (student logit / T)
     forward_kl      KL(p || q)                              q - p
@@ -13,14 +14,16 @@ and no divergence is negative (the generalised KL divergence; Csiszar 1975).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.problem import LogitTransform, Problem, SuffixKLStats
+from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 
-# Logits treated at once on the CPU: 64 Ki float32 entries and their temporaries fit a core's second-level cache.
-# A GPU wants launches that fill it.
-BLOCK_ENTRIES = {"cpu": 2**16, "cuda": 2**24}
+# Logits treated at once. On the CPU a block and its temporaries should stay in the cache; a GPU wants launches that
+# fill it.
+BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
 BLOCK_TEMPORARIES = 10
 
 
@@ -37,18 +40,16 @@ def compare_rows(
 ) -> None:
     for start in range(0, student.shape[0], block_rows):
         rows = slice(start, start + block_rows)
-        u_s, slope = _transformed(student[rows], problem.student.bias, problem.student.transform, problem)
-        u_t, _ = _transformed(teacher[rows], problem.teacher.bias, problem.teacher.transform, problem)
+        u_s, slope = _scaled_logits(student[rows], problem.student, problem)
+        u_t, _ = _scaled_logits(teacher[rows], problem.teacher, problem)
+        lq, lp = torch.log_softmax(u_s, dim=-1), torch.log_softmax(u_t, dim=-1)
         if statistics:
             out.agreement[rows] = (u_s.argmax(-1) == u_t.argmax(-1)).to(out.agreement.dtype)
-        lq = torch.log_softmax(u_s.div_(problem.temperature), dim=-1)
-        lp = torch.log_softmax(u_t.div_(problem.temperature), dim=-1)
-        if statistics:
             out.student_entropy[rows] = _entropy(lq)
             out.teacher_entropy[rows] = _entropy(lp)
-        out.divergence[rows] = _divergence(lq, lp, problem)
+        del u_s, u_t
+        out.divergence[rows], block = _divergence(lq, lp, problem, gradient is not None)
         if gradient is not None:
-            block = _gradient(lq, lp, problem)
             factor = problem.student.transform.scale / problem.temperature
             block.mul_(factor) if row_scale is None else block.mul_((row_scale[rows] * factor).unsqueeze(1))
             if slope is not None:
@@ -56,53 +57,51 @@ def compare_rows(
             gradient[rows] = block
 
 
-def _transformed(
-    z: Tensor, bias: Tensor | None, transform: LogitTransform, problem: Problem
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own logits, and du/d(scale z) where it is not 1."""
-    u = z * transform.scale if bias is None else (z + bias[: problem.vocab_size]).mul_(transform.scale)
-    if transform.softcap is None:
-        return u, None
-    u.div_(transform.softcap).tanh_()
-    slope = 1 - u * u
-    return u.mul_(transform.softcap), slope
+def _scaled_logits(z: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """The model's own logits over T, and du/d(scale z) where it is not 1."""
+    if side.bias is not None:
+        z = z + side.bias[: problem.vocab_size]
+    scale, softcap = side.transform.scale, side.transform.softcap
+    if softcap is None:
+        factor = scale / problem.temperature
+        return (z if factor == 1 else z * factor), None
+    t = (z * (scale / softcap)).tanh_()
+    return t * (softcap / problem.temperature), t.square_().neg_().add_(1)
 
 
-def _divergence(lq: Tensor, lp: Tensor, problem: Problem) -> Tensor:
+def _divergence(lq: Tensor, lp: Tensor, problem: Problem, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Divergences [R], and d divergence / d (student logit / T), [R, V], unless `gradient` is false."""
+    # Only a bias of -inf makes a log-probability infinite, and only then do the masks below have anything to do.
+    masked = problem.student.bias is not None or problem.teacher.bias is not None
     if problem.divergence == "forward_kl":
-        return _generalised_kl(lp, lq)
+        return _generalised_kl(lp, lq, masked)
     if problem.divergence == "reverse_kl":
-        return _generalised_kl(lq, lp)
-    lm = _log_mixture(lq, lp, problem.beta)
-    return problem.beta * _generalised_kl(lp, lm) + (1 - problem.beta) * _generalised_kl(lq, lm)
-
-
-def _generalised_kl(la: Tensor, lb: Tensor) -> Tensor:
-    """sum a (la - lb) + b - a = sum a (d + exp(-d) - 1) with d = la - lb."""
-    a, b, d = la.exp(), lb.exp(), la - lb
-    # For small d the direct form cancels; for large |d| exp(-d) overflows. expm1 serves between.
-    near = d.abs() < 0.5
-    term = torch.where(near, a * (d + torch.expm1(-d.clamp(-0.5, 0.5))), a * d + (b - a))
-    return torch.where(a == 0, b, term).sum(-1)
-
-
-def _log_mixture(lq: Tensor, lp: Tensor, beta: float) -> Tensor:
-    return (lp.exp().mul_(beta) + lq.exp().mul_(1 - beta)).log_()
-
-
-def _gradient(lq: Tensor, lp: Tensor, problem: Problem) -> Tensor:
-    """d divergence / d (student logit / T), [R, V]."""
-    q = lq.exp()
-    if problem.divergence == "forward_kl":
-        return q.sub_(lp.exp_())
-    if problem.divergence == "reverse_kl":
-        h = lq - lp
+        value, _ = _generalised_kl(lq, lp, masked)
+        lm, weight = lp, 1.0
     else:
-        h = (lq - _log_mixture(lq, lp, problem.beta)).mul_(1 - problem.beta)
-    h = torch.where(q == 0, 0.0, h)  # an entry the student cannot give: 0 log 0 = 0
-    return h.sub_((q * h).sum(-1, keepdim=True)).mul_(q)
+        beta, weight = problem.beta, 1 - problem.beta
+        lm = torch.logaddexp(lp + math.log(beta), lq + math.log(weight))
+        value = beta * _generalised_kl(lp, lm, masked)[0] + weight * _generalised_kl(lq, lm, masked)[0]
+    if not gradient:
+        return value, value
+    h = (lq - lm).mul_(weight)
+    if masked:
+        h.masked_fill_(lq == -torch.inf, 0.0)
+    q = lq.exp_()
+    return value, h.sub_((q * h).sum(-1, keepdim=True)).mul_(q)
+
+
+def _generalised_kl(la: Tensor, lb: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """sum a (la - lb) + (b - a), [R], and b - a, [R, V]."""
+    gap = lb - la
+    if masked:
+        gap.masked_fill_(la == lb, 0.0)  # both may be -inf
+    difference = torch.maximum(la, lb).exp_().mul_(torch.expm1(gap.abs().neg_())).copysign_(gap)
+    if masked:
+        gap.masked_fill_(la == -torch.inf, 0.0)  # 0 log 0 = 0
+    value = torch.addcmul(difference, la.exp(), gap, value=-1).sum(-1)
+    return value.clamp_min_(0), difference
 
 
 def _entropy(lp: Tensor) -> Tensor:
-    p = lp.exp()
-    return -torch.where(p == 0, 0.0, p * lp).sum(-1)
+    return -(lp.exp() * lp.clamp_min(torch.finfo(lp.dtype).min)).sum(-1)

@@ -86,11 +86,17 @@ def _normalisers(student, teacher, V, inverse_temperature, STATISTICS: tl.conste
 
 
 @triton.jit
-def _generalised_kl_terms(a, b, d):
-    """a d + b - a with d = log a - log b, without cancellation where d is small."""
-    series = 0.5 + d * (-1 / 6 + d * (1 / 24 + d * (-1 / 120 + d * (1 / 720 + d * (-1 / 5040 + d / 40320)))))
-    term = tl.where(tl.abs(d) < 0.5, a * d * d * series, a * d + (b - a))
-    return tl.where(a == 0, b, term)
+def _generalised_kl_terms(la, lb):
+    """(a (la - lb) + (b - a), b - a)"""
+    gap = lb - la
+    larger = tl.exp(tl.maximum(la, lb))
+    x = tl.abs(gap)
+    e = tl.exp(-x)
+    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
+    shrink = larger * tl.where(x < 0.5, x * series, 1 - e)  # max(a, b) - min(a, b)
+    difference = _zero_where(larger, tl.where(gap > 0, shrink, -shrink))
+    a = tl.where(gap > 0, larger * e, larger)
+    return tl.where(a == 0, difference, difference - a * gap), difference
 
 
 @triton.jit
@@ -158,23 +164,25 @@ def _compare_rows_kernel(
         q = tl.exp(lq)
         p = tl.exp(lp)
         if KIND == FORWARD_KL:
-            terms = _generalised_kl_terms(p, q, lp - lq)
+            terms, difference = _generalised_kl_terms(lp, lq)
         elif KIND == REVERSE_KL:
-            terms = _generalised_kl_terms(q, p, lq - lp)
+            terms, _ = _generalised_kl_terms(lq, lp)
             mean_slope += tl.sum(_zero_where(q, q * (lq - lp)), axis=0)
         else:
-            m = beta * p + (1.0 - beta) * q
-            lm = tl.log(m)
-            terms = beta * _generalised_kl_terms(p, m, lp - lm) + (1.0 - beta) * _generalised_kl_terms(q, m, lq - lm)
+            lm = tl.log(beta * p + (1.0 - beta) * q)
+            terms_t, _ = _generalised_kl_terms(lp, lm)
+            terms_s, _ = _generalised_kl_terms(lq, lm)
+            terms = beta * terms_t + (1.0 - beta) * terms_s
             mean_slope += tl.sum(_zero_where(q, q * (1.0 - beta) * (lq - lm)), axis=0)
         divergence += tl.sum(tl.where(mask, terms, 0.0), axis=0)
         if STATISTICS:
             entropy_s -= tl.sum(_zero_where(q, q * lq), axis=0)
             entropy_t -= tl.sum(_zero_where(p, p * lp), axis=0)
         if gradient_ptr is not None and KIND == FORWARD_KL:
-            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, (q - p) * slope * factor, NARROW)
+            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * factor, NARROW)
 
-    tl.store(divergence_ptr + row, divergence)
+    # Rounding may leave a sum of nothing just below zero; written so that NaN stays NaN.
+    tl.store(divergence_ptr + row, tl.where(divergence < 0, 0.0, divergence))
     if STATISTICS:
         tl.store(student_entropy_ptr + row, entropy_s)
         tl.store(teacher_entropy_ptr + row, entropy_t)

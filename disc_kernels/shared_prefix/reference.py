@@ -1,0 +1,30 @@
+"""The oracle: what a packed sequence has to equal, every trunk and every branch run as a sequence of its own."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from disc_kernels.shared_prefix.layout import SharedPrefixLayout
+
+
+def run_separately(model: Callable[[Tensor], Tensor], inputs: Tensor, layout: SharedPrefixLayout) -> Tensor:
+    """Run each trunk alone, and each branch behind the first part of the trunk that it sees; differentiable.
+
+    Args:
+        model: a causal model of one sequence: [n, ...] -> [n, ...], a row a token (add the batch dimension inside).
+        inputs: [L, ...], packed as in the layout; token ids, say.
+        layout: L packed tokens.
+
+    Returns:
+        [L, ...]: the outputs in packed order. A trunk token's output comes from the trunk's own run.
+    """
+    tree_start = layout.tree_start()
+    starts, lengths = layout.segment_start().unique_consecutive(return_counts=True)
+    packed = []
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        trunk = int(tree_start[start])
+        seen = inputs[trunk : trunk + int(layout.attach[start])]
+        own = inputs[start : start + length]
+        packed.append(model(torch.cat([seen, own]))[len(seen) :])
+    return torch.cat(packed)
