@@ -3,12 +3,13 @@
 A chunk's logits live only while the chunk does: products by torch, rows by a backend, the gradient in place of the
 student's logits, then the two gradient products. For a scalar loss all of this happens in the forward (4 products of
 2 M V D operations; 3 with a frozen head), because the upstream gradient is one number that can be multiplied in later.
-For `reduction="none"` the upstream gradient of each row is known in the backward only, so that recomputes (6 products).
+For `reduction="none"` the upstream gradient of each row is known in the backward only, so that recomputes (6 products);
+so does a second backward through a graph that was retained.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,8 +42,9 @@ class Call:
 
 def fused_forward(call: Call) -> tuple[Tensor, SuffixKLStats]:
     """Loss and statistics where no gradient is asked for."""
-    stats = _run_chunks(call, None, None)
-    return _reduced(call.problem, stats.divergence), stats
+    with torch.no_grad():
+        stats = _run_chunks(call, None, None)
+        return _reduced(call.problem, stats.divergence), stats
 
 
 class FusedSuffixKL(torch.autograd.Function):
@@ -53,21 +55,16 @@ class FusedSuffixKL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, wanted: Wanted
     ) -> tuple[Tensor, ...]:
         problem = call.problem
-        ctx.set_materialize_grads(False)
-        if problem.reduction == "none":
-            stats = _run_chunks(call, None, None)
-            # Saved through autograd, which notices when a tensor is changed in place before the backward.
-            ctx.save_for_backward(
-                hidden, weight, bias, problem.teacher.hidden, problem.teacher.weight, problem.teacher.bias
-            )
-            ctx.call, ctx.wanted = call, wanted
-        else:
-            row_scale, total_scale = _row_scale(problem.row_weight, problem)
-            if problem.reduction == "mean":
-                total_scale = total_scale / _total_weight(problem)
+        row_scale = ctx.gradients = None
+        if problem.reduction != "none":
+            row_scale, total_scale = _row_scale(_normalised_weight(problem), problem)
             ctx.gradients = GradientSums(call, wanted, total_scale)
-            stats = _run_chunks(call, row_scale, ctx.gradients)
-        ctx.recompute = problem.reduction == "none"
+        stats = _run_chunks(call, row_scale, ctx.gradients)
+        # For a backward that has to recompute. Saved through autograd, which frees them after the backward, and notices
+        # when one was changed in place before it.
+        ctx.save_for_backward(*problem.tensors())
+        ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
         return _reduced(problem, stats.divergence), *stats
 
@@ -76,19 +73,16 @@ class FusedSuffixKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None
-        if ctx.recompute:
-            _ = ctx.saved_tensors  # raises where one was changed in place since the forward
-            row_scale, total_scale = _row_scale(upstream, ctx.call.problem)
-            gradients = GradientSums(ctx.call, ctx.wanted, total_scale)
-            _run_chunks(ctx.call, row_scale, gradients)
-            return *gradients.finish(None), None, None
+        saved = ctx.saved_tensors
+        # Handed out once, not copied: a copy would double the memory of the weight's gradient.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            # They were handed out, not copied: a copy would double the memory of the weight's gradient.
-            raise RuntimeError(
-                "fused_suffix_kl: its backward has already run, and the gradients it computed in the forward are gone. "
-                'Call fused_suffix_kl again, or use reduction="none", which recomputes them in every backward.'
-            )
+            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(saved), statistics=False)
+            weight = upstream if upstream.dim() else upstream * _normalised_weight(call.problem)
+            row_scale, total_scale = _row_scale(weight, call.problem)
+            gradients = GradientSums(call, ctx.wanted, total_scale)
+            _run_chunks(call, row_scale, gradients)
+            upstream = torch.ones_like(total_scale)
         return *gradients.finish(upstream), None, None
 
 
@@ -142,9 +136,9 @@ class GradientSums:
         if self.bias is not None:
             self.bias[: problem.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
 
-    def finish(self, upstream: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
-        factor = self.power if upstream is None else self.power * upstream
+        factor = self.power * upstream
         hidden = weight = bias = None
         if self.hidden is not None:
             # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
@@ -160,6 +154,11 @@ class GradientSums:
 
 
 def _run_chunks(call: Call, row_scale: Tensor | None, gradients: GradientSums | None) -> SuffixKLStats:
+    with torch.autocast(call.problem.device.type, enabled=False):  # its rounding is in the operands already
+        return _chunk_loop(call, row_scale, gradients)
+
+
+def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | None) -> SuffixKLStats:
     problem, plan = call.problem, call.plan
     wide, device = problem.accumulate_dtype, problem.device
     stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
@@ -215,29 +214,37 @@ def _take_rows(side: Side, start: int, stop: int) -> Tensor:
     return side.hidden[torch.unravel_index(rows, shape[:-1])]
 
 
-def _row_scale(weight: Tensor | None, problem: Problem) -> tuple[Tensor | None, Tensor]:
-    """Row weights as (weights divided by the largest, the largest): the first keep a 16-bit gradient in range."""
-    if weight is None:
-        return None, torch.ones((), dtype=problem.accumulate_dtype, device=problem.device)
+def _normalised_weight(problem: Problem) -> Tensor:
+    """[M], or [1] where all rows count the same: the weights divided by what the reduction divides by."""
+    wide, device = problem.accumulate_dtype, problem.device
+    if problem.row_weight is None:
+        divisor = max(problem.rows, 1) if problem.reduction == "mean" else 1
+        return torch.full((1,), 1 / divisor, dtype=wide, device=device)
+    weight = problem.row_weight.to(wide)
+    return weight if problem.reduction == "sum" else weight / _total_weight(weight)
+
+
+def _total_weight(weight: Tensor) -> Tensor:
+    """What "mean" divides by; infinite where every row is masked, so that loss and gradients are zero, not NaN."""
+    total = weight.sum()
+    return torch.where(total == 0, torch.inf, total)
+
+
+def _row_scale(weight: Tensor, problem: Problem) -> tuple[Tensor | None, Tensor]:
+    """`weight` [M] or [1] as (weight over its largest, the largest): the first keeps a 16-bit gradient in range."""
     weight = weight.to(problem.accumulate_dtype)
-    if not problem.rows:
-        return weight, torch.ones((), dtype=problem.accumulate_dtype, device=problem.device)
+    if weight.numel() <= 1:  # M = 0, or all rows alike
+        return None, weight.sum()
     largest = weight.abs().amax()
     return weight / torch.where(largest == 0, 1, largest), largest
-
-
-def _total_weight(problem: Problem) -> Tensor:
-    """What "mean" divides by; infinite where every row is masked, so that loss and gradients are zero, not NaN."""
-    if problem.row_weight is None:
-        total = torch.full((), float(max(problem.rows, 1)), device=problem.device)
-    else:
-        total = problem.row_weight.sum(dtype=problem.accumulate_dtype)
-    return torch.where(total == 0, torch.inf, total).to(problem.accumulate_dtype)
 
 
 def _reduced(problem: Problem, divergence: Tensor) -> Tensor:
     if problem.reduction == "none":
         return divergence.clone()  # the statistics hold the other one
     weight = problem.row_weight
-    loss = divergence.sum() if weight is None else (divergence * weight.to(divergence.dtype)).sum()
-    return loss if problem.reduction == "sum" else loss / _total_weight(problem)
+    if weight is None:
+        return divergence.sum() / (max(problem.rows, 1) if problem.reduction == "mean" else 1)
+    weight = weight.to(divergence.dtype)
+    loss = (divergence * weight).sum()
+    return loss / _total_weight(weight) if problem.reduction == "mean" else loss

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +81,19 @@ class Problem:
     divergence: str
     beta: float
     reduction: str
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        s, t = self.student, self.teacher
+        return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight
+
+    def with_tensors(self, tensors: Sequence[Any]) -> Problem:
+        """The same problem on what `tensors()` gave, or with all of them None while autograd keeps them."""
+
+        def side(old: Side, hidden: Any, weight: Any, bias: Any, index: Any) -> Side:
+            return replace(old, hidden=hidden, weight=weight, bias=bias, index=index)
+
+        student, teacher = side(self.student, *tensors[:4]), side(self.teacher, *tensors[4:8])
+        return replace(self, student=student, teacher=teacher, row_weight=tensors[8])
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,154 @@
+"""The settings of `disc-train`, from flags and YAML: what is trained on what; the loop's are transformers' own."""
+
+import difflib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from disc_train.splits import check_language, check_split_options
+
+METHODS_AVAILABLE = ("disc",)
+TEACHERS_AVAILABLE = ("auto", "copy")
+
+
+def _flag(help: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DiscArguments:
+    """One field a flag. The defaults are the settings of the method's authors (arXiv 2602.16093).
+
+    Raises:
+        ValueError: naming the flag, what was expected and what was given.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The model to teach: a folder or a name on the Hub."})
+    teacher_name_or_path: str | None = _flag("A teacher other than the model itself; needs the same tokenizer.")
+    student_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
+        "Of the trained weights. At small learning rates 16-bit weights lose most updates to rounding; for speed use"
+        " --bf16, which keeps float32 weights.",
+        "float32",
+    )
+    train_file: str | None = _flag("Documents: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them.")
+    dataset_name: str | None = _flag("Documents: a data set's name on the Hub, in place of --train_file.")
+    text_column: str = _flag("The column that holds a document's text.", "text")
+    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag("What is minimised.", "disc")
+    teacher: Literal["auto", "copy", "adapter", "cache"] = _flag(
+        "copy: a frozen second model in memory. auto: the cheapest that gives the same result.", "auto"
+    )
+    temperature: float = _flag("Of both models' distributions.", 2.0)
+    num_splits: int = _flag("Split points a document, fewer where it has fewer.", 5)
+    split_strategy: Literal[
+        "sentence_boundary",
+        "middle_sentence",
+        "uniform_sentence",
+        "random_token",
+        "uniform_token",
+        "random_token_fixed",
+    ] = _flag("Where a document is split.", "sentence_boundary")
+    suffix_tokens: int = _flag("Length of a suffix for random_token_fixed; 0: to the end of the document.", 0)
+    sentence_tokenization: Literal["document", "sentence"] = _flag(
+        "document: as written. sentence: every sentence alone, without the white space between (the authors' way).",
+        "document",
+    )
+    language: str = _flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
+    max_document_tokens: int | None = _flag("Longer documents are cut. Default: the model's context length.")
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag("The attention implementation.", "auto")
+    dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                self._check(name, getattr(self, name) in get_args(hint), f"one of {', '.join(get_args(hint))}")
+        self._check("method", self.method in METHODS_AVAILABLE, "disc (the others are not available yet)")
+        self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto or copy (the others are not available yet)")
+        self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
+        self._check("attention", self.attention != "varlen", "auto, sdpa or flex (varlen is not available yet)")
+        self._check("num_splits", self.num_splits >= 1, "at least 1")
+        check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
+        check_language(self.language)
+        limit = self.max_document_tokens
+        self._check("max_document_tokens", limit is None or limit >= 3, "at least 3")
+        if (self.train_file is None) == (self.dataset_name is None):
+            got = "neither" if self.train_file is None else "both"
+            raise ValueError(f"expected one of --train_file and --dataset_name, got {got}")
+
+    def _check(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass
+class LoopArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the few defaults that suit distillation better; every flag can be given."""
+
+    learning_rate: float = _flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
+    logging_steps: float = _flag("Log every so many steps; below 1: a share of all steps.", 10)
+    logging_first_step: bool = _flag("Log the first step's loss as well.", True)
+    logging_nan_inf_filter: bool = _flag(
+        "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
+    )
+
+    def __post_init__(self) -> None:
+        if self.output_dir is None:
+            raise ValueError("--output_dir: expected the folder for checkpoints and the trained model, got none")
+        super().__post_init__()
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:
+    """Read `[CONFIG.yaml] [--flag value ...]`; a flag on the command line wins over the file.
+
+    Raises:
+        ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
+        SystemExit: from argparse, after it has printed help or what is wrong with a value.
+    """
+    parser = HfArgumentParser(
+        [DiscArguments, LoopArguments],  # type: ignore[list-item]
+        prog="disc-train",
+        usage="disc-train [CONFIG.yaml] [--flag value ...]",
+        description="Teach a language model the content of documents by context distillation.",
+        allow_abbrev=False,
+    )
+    flags = list(argv)
+    if flags and not flags[0].startswith("-"):
+        flags = _yaml_flags(Path(flags[0])) + flags[1:]
+    _, unknown = parser.parse_known_args(flags)
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0])}")
+    disc, loop = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return disc, loop
+
+
+def _yaml_flags(path: Path) -> list[str]:
+    """A YAML file as flags, so that its values are read exactly as those on the command line are (3e-6 is a number)."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected 'flag: value' lines, got {type(settings).__name__}")
+    flags: list[str] = []
+    for key, value in settings.items():
+        if key not in _known_flags():
+            raise ValueError(f"{path}: unknown key {key}{_nearest(str(key))}")
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _known_flags() -> set[str]:
+    return {item.name for arguments in (DiscArguments, LoopArguments) for item in fields(arguments) if item.init}
+
+
+def _nearest(name: str) -> str:
+    matches = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), _known_flags(), n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""

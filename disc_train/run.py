@@ -1,0 +1,157 @@
+"""One run of `disc-train`: load, say what will run, train, save, say what came of it."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from disc_kernels.shared_prefix import attention_implementation
+from disc_train.causal_lm import use_attention
+from disc_train.config import DiscArguments, LoopArguments
+from disc_train.dataset import DocumentDataset
+from disc_train.documents import load_documents
+from disc_train.signal import Signal, evenly_spaced, measure_signal, weakness
+from disc_train.splits import TokenizedDocument, tokenize_document
+from disc_train.summary import describe_data, describe_model, describe_steps, show
+from disc_train.teacher import load_teacher
+from disc_train.trainer import DiscTrainer
+
+
+def run(disc: DiscArguments, loop: LoopArguments) -> None:
+    """Do what the arguments ask.
+
+    Raises:
+        ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
+    """
+    checkpoint = None if disc.dry_run else find_checkpoint(loop)
+    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+    student = AutoModelForCausalLM.from_pretrained(disc.model_name_or_path, dtype=getattr(torch, disc.student_dtype))
+    documents = read_documents(disc, loop, tokenizer, student.config)
+    dataset = DocumentDataset(
+        documents,
+        split_strategy=disc.split_strategy,
+        num_splits=disc.num_splits,
+        suffix_tokens=disc.suffix_tokens,
+        seed=loop.seed,
+    )
+    student.to(loop.device)  # type: ignore[arg-type]
+    teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
+    for model in (student, teacher):
+        use_attention(model, disc.attention, dataset.few_tokens().to(loop.device))
+
+    samples = evenly_spaced(dataset)
+
+    def signal() -> Signal:
+        return measure_signal(student, teacher, samples, temperature=disc.temperature, attention=disc.attention)
+
+    before = signal()
+    weak = weakness(before)
+    speaks = loop.process_index == 0
+    if speaks:
+        show(
+            "What will run",
+            *describe_data(documents, dataset),
+            ("student", describe_model(student)),
+            ("teacher", describe_model(teacher)),
+            ("attention", attention_implementation(student.config, disc.attention)),
+            ("steps", describe_steps(loop, len(dataset))),
+            ("signal", f"{before}; measured on {len(samples):,} documents, temperature {disc.temperature:g}"),
+            *([("warning", weak)] if weak else []),
+        )
+    if disc.dry_run:
+        return
+
+    trainer = DiscTrainer(
+        student,
+        teacher,
+        loop,
+        dataset,
+        temperature=disc.temperature,
+        attention=disc.attention,
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    after = signal()
+    if speaks:
+        show("What came of it", *_outcome(trainer, result, before, after))
+
+
+def find_checkpoint(loop: LoopArguments) -> str | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    Raises:
+        ValueError: a new run in a folder that holds one, or nothing to go on from.
+    """
+    folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
+    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    if wanted is None:
+        if last is not None:
+            raise ValueError(
+                f"--output_dir: {folder} already holds a run: continue it with --resume_from_checkpoint {last},"
+                " or choose another folder"
+            )
+        if any((folder / name).exists() for name in ("config.json", "trainer_state.json")):
+            raise ValueError(f"--output_dir: {folder} already holds a model: choose another folder")
+        return None
+    if wanted == "true":  # transformers' word for the last one of this run
+        checkpoint = last
+    elif Path(wanted, "trainer_state.json").is_file():
+        checkpoint = wanted
+    else:
+        checkpoint = get_last_checkpoint(wanted) if Path(wanted).is_dir() else None
+    if checkpoint is None:
+        raise ValueError(
+            "--resume_from_checkpoint: expected a checkpoint, a folder of checkpoints, or true for those in --output_dir"
+            f" ({folder}), got {wanted}, which has none"
+        )
+    return checkpoint
+
+
+def read_documents(
+    disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> list[TokenizedDocument]:
+    """Load and tokenise the documents, cut to what the model can read.
+
+    Raises:
+        ValueError: no documents in what was given, or --max_document_tokens beyond the model's context.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = disc.max_document_tokens or context
+    if context is not None and limit > context:
+        raise ValueError(
+            f"--max_document_tokens: expected at most the model's context of {context} tokens, got {limit}"
+        )
+    documents = load_documents(disc.train_file, disc.dataset_name, disc.text_column)
+    progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
+    return [
+        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
+        for document in progress
+    ]
+
+
+def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: Signal) -> list[tuple[str, str]]:
+    seconds = result.metrics["train_runtime"]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    lines = [
+        (
+            "steps",
+            f"{result.global_step:,}; {trainer.documents_read:,} documents in {seconds:.1f} s, a second"
+            f" {trainer.documents_read / seconds:.1f} documents and {trainer.tokens_read / seconds:,.0f} tokens",
+        )
+    ]
+    if losses:
+        lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
+    taken = 1 - after.divergence / before.divergence
+    lines.append(
+        (
+            "signal",
+            f"{before.divergence:.4f} -> {after.divergence:.4f} nats a token on the same documents: the student took up"
+            f" {taken:.0%} of it",
+        )
+    )
+    lines.append(("saved", f"model and tokenizer in {trainer.args.output_dir}"))
+    return lines

@@ -1,0 +1,149 @@
+"""Who gets a gradient, and that it is right where rows repeat, weights vanish, and rounding adds up."""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+
+from disc_kernels import fused_suffix_kl
+
+STUDENT = ("student_hidden", "student_weight", "student_bias")
+
+
+@pytest.mark.parametrize("asks", [c for n in (1, 2) for c in combinations(STUDENT, n)], ids="+".join)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_whoever_asks(build_everything, run, assert_accurate, backend, reduction, asks):
+    problem = replace(build_everything(reduction=reduction), asks=asks)
+    got = run(problem, backend)
+    assert tuple(got.gradients) == asks
+    assert_accurate(got, problem)
+
+
+def test_nobody_asks(build_everything, backend):
+    problem = replace(build_everything(), asks=()).on(backend.device)
+    assert not fused_suffix_kl(**problem.leaves(), **problem.options, impl=backend.impl).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_grad_gives_the_same_value(build_everything, backend, reduction):
+    problem = build_everything(reduction=reduction).on(backend.device)
+    leaves = problem.leaves()
+    with torch.no_grad():
+        silent = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    assert not silent.requires_grad
+    torch.testing.assert_close(silent, loss.detach(), rtol=1e-6, atol=0.0)
+
+
+def test_teacher_gets_no_gradient(build_everything, backend):
+    problem = build_everything().on(backend.device)
+    leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
+    fused_suffix_kl(**leaves, **problem.options, impl=backend.impl).backward()
+    for name, leaf in leaves.items():
+        assert (leaf.grad is None) == name.startswith("teacher"), name
+
+
+def test_only_the_teacher_asks(build_everything, backend):
+    problem = replace(build_everything(), asks=("teacher_hidden", "teacher_weight", "teacher_bias")).on(backend.device)
+    assert not fused_suffix_kl(**problem.leaves(), **problem.options, impl=backend.impl).requires_grad
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_rows(build, backend, divergence, reduction):
+    """Zero, still part of the graph; every gradient is zero."""
+    problem = build(bias=True, student_index=[], teacher_index=[], divergence=divergence, reduction=reduction)
+    moved = problem.on(backend.device)
+    leaves = moved.leaves()
+    loss, stats = fused_suffix_kl(**leaves, **moved.options, impl=backend.impl, return_stats=True)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ((0,) if reduction == "none" else ())
+    assert loss.sum().item() == 0.0
+    assert stats.divergence.shape == stats.agreement.shape == (0,)
+    (2 * loss.sum()).backward()
+    for name in STUDENT:
+        assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
+
+
+def test_no_rows_of_hidden_states(build, backend):
+    problem = build(dtype=torch.bfloat16).on(backend.device)
+    problem = problem.with_tensors(**{f"{m}_hidden": problem.tensors[f"{m}_hidden"][:0] for m in ("student", "teacher")})
+    leaves = problem.leaves()
+    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert leaves["student_hidden"].grad.shape == (0, 24)
+    assert torch.equal(leaves["student_weight"].grad, torch.zeros_like(leaves["student_weight"]))
+
+
+def test_all_rows_masked(build, backend, divergence):
+    """Weights that sum to zero: the mean is zero, not 0/0, and so is its gradient."""
+    problem = build(bias=True, row_weight=[0.0] * 6, divergence=divergence).on(backend.device)
+    leaves = problem.leaves()
+    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    loss.backward()
+    assert loss.item() == 0.0
+    for name in STUDENT:
+        assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
+
+
+def test_row_weight_does_not_scale_none(build, run, backend):
+    problem = build(reduction="none")
+    weighted = problem.with_options(row_weight=torch.tensor([0.5, 0.0, 2.0, 0.0, 0.25, 1.0]))
+    got, expected = run(weighted, backend), run(problem, backend)
+    assert torch.equal(got.loss, expected.loss)
+    assert all(torch.equal(got.gradients[name], gradient) for name, gradient in expected.gradients.items())
+
+
+def test_rows_of_weight_zero_have_no_gradient(build, run, backend):
+    got = run(build(row_weight=[0.5, 0.0, 2.0, 0.0, 0.25, 1.0]), backend)
+    empty = (got.gradients["student_hidden"] == 0).all(-1)
+    assert empty.tolist() == [False, True, False, True, False, False]
+
+
+def test_upstream_gradient_that_misses_rows(build, run, assert_accurate, backend):
+    problem = replace(build(reduction="none", bias=True), upstream=torch.tensor([0.0, -2.0, 0.0, 1.0, 0.5, 0.0]))
+    got = run(problem, backend)
+    assert_accurate(got, problem)
+    assert (got.gradients["student_hidden"] == 0).all(-1).tolist() == [True, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_one_student_row_repeated_across_chunks(build, run, assert_accurate, smallest_workspace, fused, dtype, reduction):
+    problem = build(
+        rows=4, vocab=101, dtype=dtype, student_index=[2, 1] * 24, teacher_index=[0, 1, 2, 3] * 12, reduction=reduction
+    )
+    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem.on(fused.device), fused.impl))
+    assert_accurate(run(problem, fused), problem)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_weight_gradient_is_not_accumulated_in_bfloat16(build, run, assert_accurate, smallest_workspace, fused, reduction):
+    problem = build(rows=192, vocab=67, dtype=torch.bfloat16, bias=True, reduction=reduction)
+    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem.on(fused.device), fused.impl))
+    assert_accurate(run(problem, fused), problem)
+
+
+def test_loss_scaling_reaches_float16_gradients(build, run, assert_accurate, backend):
+    """A GradScaler's factor arrives with the backward; gradients that only it lifts above float16's range must survive."""
+    problem = replace(build(rows=48, vocab=2003, dtype=torch.float16, temperature=4.0), upstream=2.0**14)
+    assert_accurate(run(problem, backend), problem)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck(build, backend, divergence, reduction):
+    """Finite differences in float64, with repeated rows, weights, biases, temperature and softcap."""
+    from disc_kernels import LogitTransform
+
+    problem = build(
+        rows=3, width=4, vocab=7, dtype=torch.float64, bias=True, student_index=[2, 0, 2, 1], teacher_index=[0, 0, 1, 2],
+        row_weight=[0.5, 1.0, 2.0, 0.0], divergence=divergence, reduction=reduction, temperature=1.5, beta=0.3,
+        vocab_size=6, student_transform=LogitTransform(scale=0.8, softcap=4.0),
+    ).on(backend.device)  # fmt: skip
+    leaves = problem.leaves()
+
+    def loss(*asked):
+        return fused_suffix_kl(**{**leaves, **dict(zip(STUDENT, asked, strict=True))}, **problem.options, impl=backend.impl)
+
+    assert torch.autograd.gradcheck(loss, [leaves[name] for name in STUDENT])

@@ -1,0 +1,200 @@
+"""Peak memory is what the formula says, to the byte, and nothing of the size of [M, V] ever exists.
+
+Every allocation and release that torch makes on the CPU is in the profiler's trace; the running sum of them starts at zero, so the inputs do not count.
+"""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from disc_kernels import fused_suffix_kl
+
+STUDENT = ("student_hidden", "student_weight", "student_bias")
+
+
+@dataclass(frozen=True)
+class Memory:
+    peak: int  # bytes above what there was before
+    largest: int  # bytes of the largest single allocation
+    left: int  # bytes still allocated at the end
+
+
+@pytest.fixture
+def measure(tmp_path):
+    def measured(function):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            kept = function()
+        trace.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        memory = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+        now = peak = largest = 0
+        for event in memory:
+            now += event["args"]["Bytes"]
+            peak, largest = max(peak, now), max(largest, event["args"]["Bytes"])
+        del kept  # alive until here, so that results count
+        return Memory(peak, largest, now)
+
+    return measured
+
+
+def budget(problem, result_entries):
+    """Outputs, gradients, the weight's gradient once more at 4 bytes an entry while it accumulates, and the workspace."""
+    asked = [problem.tensors[name] for name in problem.asks if name in problem.tensors]
+    gradients = sum(t.numel() * t.element_size() for t in asked)
+    accumulating = 4 * problem.tensors["student_weight"].numel() if "student_weight" in problem.asks else 0
+    return 4 * result_entries + gradients + accumulating + problem.options["max_workspace_bytes"]
+
+
+def forward_backward(problem, call, upstream=None):
+    """What is alive at the end: the leaves with their gradients, and the loss."""
+    leaves = problem.leaves()
+
+    def work():
+        loss = call(**leaves, **problem.options)
+        loss.backward(upstream)
+        return loss
+
+    return leaves, work
+
+
+def plain_torch(*, student_hidden, student_weight, teacher_hidden, teacher_weight, temperature=1.0, **_):
+    student, teacher = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
+    log_q, log_p = ((u.float() / temperature).log_softmax(-1) for u in (student, teacher))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+@pytest.fixture
+def problem(build):
+    def made(rows=300, vocab=2003, width=24, teacher_width=40, workspace=200_000, asks=STUDENT, **options):
+        problem = build(rows=rows, vocab=vocab, width=width, teacher_width=teacher_width, **options)
+        return replace(problem.with_options(max_workspace_bytes=workspace), asks=asks)
+
+    return made
+
+
+IMPLEMENTATIONS = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+
+def test_helper_counts_bytes(measure):
+    def work():
+        a = torch.zeros(1000)  # 4000
+        b = torch.zeros(1000, dtype=torch.bfloat16)  # 2000
+        c = a + 1  # 4000
+        del a
+        return b, c, torch.zeros(10)
+
+    assert measure(work) == Memory(peak=10_000, largest=4000, left=6040)
+
+
+def test_helper_and_formula_reject_plain_torch(measure, problem):
+    p = problem()
+    leaves, work = forward_backward(p, plain_torch)
+    seen = measure(work)
+    assert seen.peak > 3 * budget(p, result_entries=1)
+    assert seen.largest >= 300 * 2003
+    del leaves
+
+
+def check(measure, problem, call, rows, upstream=None):
+    leaves, work = forward_backward(problem, call, upstream)
+    seen = measure(work)
+    results = 1 if problem.options.get("reduction") != "none" else rows
+    assert seen.largest < rows * problem.tensors["student_weight"].shape[0], f"{seen.largest} bytes hold [M, V]"
+    allowed = budget(problem, results)
+    assert seen.peak <= allowed, f"peak {seen.peak} bytes, allowed {allowed}: {seen.peak - allowed} too many"
+    kept = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+    assert len(kept) == len([name for name in problem.asks if name in leaves])
+
+
+def calling(impl):
+    def call(**arguments):
+        return fused_suffix_kl(**arguments, impl=impl)
+
+    return call
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_peak(measure, problem, impl, dtype, reduction):
+    p = problem(dtype=dtype, bias=True, reduction=reduction)
+    upstream = torch.rand(300) if reduction == "none" else None
+    check(measure, p, calling(impl), 300, upstream)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("asks", [("student_hidden",), ("student_weight",), ("student_bias",)], ids="+".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_peak_by_who_asks(measure, problem, impl, dtype, asks):
+    check(measure, problem(dtype=dtype, bias=True, asks=asks, rows=200), calling(impl), 200)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"rows": 2000, "vocab": 501, "width": 8, "teacher_width": 8, "workspace": 60_000},  # many rows
+        {"rows": 400, "vocab": 4001, "width": 64, "teacher_width": 16, "workspace": 300_000},  # a wide student
+        {"rows": 300, "vocab": 2003, "width": 16, "teacher_width": 256, "workspace": 100_000},  # a wide teacher
+    ],
+    ids=lambda shape: f"M{shape['rows']}-V{shape['vocab']}-D{shape['width']}",
+)
+def test_peak_by_shape(measure, problem, divergence, shape, reduction, dtype):
+    p = problem(dtype=dtype, divergence=divergence, reduction=reduction, **shape)
+    check(measure, p, calling("torch"), shape["rows"], torch.rand(shape["rows"]) if reduction == "none" else None)
+
+
+@IMPLEMENTATIONS
+def test_peak_with_indices_weights_and_smaller_vocabulary(measure, problem, impl):
+    """Chosen rows of larger hidden states; their copies count."""
+    p = problem(
+        rows=500,
+        dtype=torch.bfloat16,
+        student_index=torch.randint(500, (250,)),
+        teacher_index=torch.randint(500, (250,)),
+        row_weight=torch.rand(250),
+        vocab_size=1900,
+        temperature=2.0,
+    )
+    check(measure, p, calling(impl), 250)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_in_the_smallest_workspace(measure, problem, smallest_workspace, impl, reduction):
+    """The bytes that the refusal names are enough, and are all that is used."""
+    p = problem(rows=120, vocab=703, width=16, teacher_width=16, reduction=reduction)
+    p = p.with_options(max_workspace_bytes=smallest_workspace(p, impl))
+    check(measure, p, calling(impl), 120, torch.rand(120) if reduction == "none" else None)
+
+
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_without_gradients(measure, problem, impl, reduction):
+    """The outputs and the workspace: evaluation pays for no gradient."""
+    p = problem(asks=(), reduction=reduction, rows=200)
+    leaves = p.leaves()
+    seen = measure(lambda: fused_suffix_kl(**leaves, **p.options, impl=impl))
+    assert seen.peak <= budget(p, 200 if reduction == "none" else 1)
+    assert seen.left <= (4 * 200 if reduction == "none" else 4)
+
+
+@IMPLEMENTATIONS
+def test_peak_of_statistics(measure, problem, impl):
+    """They are four more outputs of [M]."""
+    p = problem(asks=(), rows=200)
+    leaves = p.leaves()
+    seen = measure(lambda: fused_suffix_kl(**leaves, **p.options, impl=impl, return_stats=True))
+    assert seen.peak <= budget(p, 1 + 4 * 200)
+
+
+@IMPLEMENTATIONS
+def test_nothing_but_gradients_is_left_after_the_backward(measure, problem, impl):
+    p = problem(rows=100, bias=True)
+    leaves, work = forward_backward(p, calling(impl))
+    seen = measure(work)
+    assert seen.left == 4 + sum(leaves[name].grad.numel() * 4 for name in STUDENT)

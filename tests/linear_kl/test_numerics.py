@@ -1,0 +1,158 @@
+"""Where formulas usually break: far apart, nearly equal, equal, impossible entries, numbers that are not numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from disc_kernels import LogitTransform, fused_suffix_kl
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+
+
+def with_logits(build, student, teacher, **options):
+    """A problem whose logits are exactly these [M, V] numbers: the hidden states are the identity."""
+    identity = torch.eye(len(student), dtype=student.dtype)
+    problem = build(rows=len(student), width=len(student), vocab=student.shape[1], **options)
+    return problem.with_tensors(
+        student_hidden=identity, student_weight=student.T, teacher_hidden=identity, teacher_weight=teacher.T
+    )
+
+
+@pytest.mark.parametrize("vocab", [31, 4099])
+def test_logits_ten_thousand_apart(build, run, assert_accurate, backend, divergence, vocab):
+    """Both models certain, in places 10^4 nats apart; then certain of the same entry."""
+    student, teacher = torch.randn(2, 4, vocab)
+    rows = torch.arange(4)
+    student[rows, [0, 5, vocab - 1, 7]] += 1e4
+    teacher[rows, [3, vocab - 1, 2, 7]] += 1e4
+    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none")
+    got = run(problem, backend)
+    assert_accurate(got, problem)
+    assert got.loss[:3].min() > 0.6
+    assert got.loss[3].item() == 0.0
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+def test_logits_far_from_zero(build, run, assert_accurate, backend, divergence, offset):
+    """A constant added to every logit changes nothing: the same float32 numbers, shifted exactly."""
+    student, teacher = torch.randint(-64, 64, (2, 4, 1003)) / 16
+    near = with_logits(build, student, teacher, divergence=divergence, reduction="none")
+    far = with_logits(build, student + offset, teacher - offset, divergence=divergence, reduction="none")
+    far = replace(far, upstream=near.upstream, asks=())
+    near = replace(near, asks=())
+    with torch.no_grad():
+        got = [fused_suffix_kl(**p.on(backend.device).tensors, **p.options, impl=backend.impl).cpu() for p in (near, far)]
+    torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("vocab", [1000, 32003])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_nearly_identical_distributions(build, oracle, run, backend, divergence, temperature, vocab):
+    """A KL of about 10^-10 nats: float32 log-probabilities are off by more than 10^-7, so sum p (log p - log q) says nothing.
+
+    What is left over is the common rounding of a row's log-normaliser, squared.
+    """
+    teacher = torch.randn(6, vocab)
+    student = teacher + 1.4e-5 * temperature * torch.randn(6, vocab)
+    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none", temperature=temperature)
+    exact, got = oracle(problem).loss, run(problem, backend).loss
+    assert 1e-11 < exact.min() and exact.max() < 4e-10
+    error = (got.double() - exact).abs()
+    budget = 0.02 * exact + (4 * FLOAT32_EPS) ** 2
+    assert (error <= budget).all(), f"expected {exact.tolist()}, got {got.tolist()}"
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+def test_never_negative(build, run, backend, divergence, gap):
+    teacher = 3 * torch.randn(8, 517)
+    problem = with_logits(build, teacher + gap * torch.randn(8, 517), teacher, divergence=divergence, reduction="none")
+    assert (run(problem, backend).loss >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.7, 2.0])
+def test_identical_models(build, run, backend, divergence, dtype, temperature):
+    """At most the square of the logits' rounding, and no gradient to speak of."""
+    problem = build(dtype=dtype, vocab=2003, bias=True, divergence=divergence, reduction="none", temperature=temperature)
+    problem = problem.with_tensors(**{f"teacher_{n}": problem.tensors[f"student_{n}"] for n in ("hidden", "weight", "bias")})
+    got = run(problem, backend)
+    assert (got.loss >= 0).all()
+    assert got.loss.max() <= 1e-11
+    assert all(gradient.abs().max() <= 1e-6 for gradient in got.gradients.values())
+    assert torch.equal(got.stats["agreement"], torch.ones(6))
+    assert torch.equal(got.stats["student_entropy"], got.stats["teacher_entropy"])
+
+
+@pytest.mark.parametrize("masked", [slice(0, 2500), slice(2000, 3000), slice(700, 2900), slice(1, None)], ids=str)
+def test_entries_masked_in_both_models(build, run, assert_accurate, backend, divergence, masked):
+    """A bias of -inf takes an entry out of both vocabularies, whole tiles of them too."""
+    problem = build(vocab=3000, bias=True, divergence=divergence)
+    biases = {name: problem.tensors[name].clone() for name in ("student_bias", "teacher_bias")}
+    for bias in biases.values():
+        bias[masked] = -torch.inf
+    problem = problem.with_tensors(**biases)
+    got = run(problem, backend)
+    if masked == slice(1, None):
+        assert abs(got.loss.item()) < 1e-6  # one entry left: both are certain of it
+    else:
+        assert_accurate(got, problem)
+    for name in ("student_weight", "student_bias"):
+        assert torch.equal(got.gradients[name][masked], torch.zeros_like(got.gradients[name][masked]))
+
+
+@pytest.mark.parametrize("divergence, model", [("forward_kl", "teacher"), ("reverse_kl", "student"), ("jsd", "teacher"), ("jsd", "student")])
+def test_entries_masked_in_one_model(build, run, assert_accurate, backend, divergence, model):
+    """Where the divergence exists, 0 log 0 counts nothing."""
+    problem = build(vocab=3000, bias=True, divergence=divergence, beta=0.3)
+    bias = problem.tensors[f"{model}_bias"].clone()
+    bias[:2100] = -torch.inf
+    problem = problem.with_tensors(**{f"{model}_bias": bias})
+    assert_accurate(run(problem, backend), problem)
+
+
+@pytest.mark.parametrize("divergence, model", [("forward_kl", "student"), ("reverse_kl", "teacher")])
+def test_impossible_where_the_other_model_is_not(build, backend, divergence, model):
+    problem = build(bias=True, divergence=divergence).on(backend.device)
+    problem.tensors[f"{model}_bias"][7] = -torch.inf
+    assert not fused_suffix_kl(**problem.tensors, **problem.options, impl=backend.impl).isfinite()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("tensor", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_what_is_not_finite_is_not_hidden(build, backend, divergence, value, tensor, model):
+    problem = build(vocab=3000, bias=True, divergence=divergence, reduction="none").on(backend.device)
+    problem.tensors[f"{model}_{tensor}"][5] = value
+    loss = fused_suffix_kl(**problem.leaves(), **problem.options, impl=backend.impl)
+    assert not loss[5].isfinite()
+    total = fused_suffix_kl(**problem.leaves(), **{**problem.options, "reduction": "mean"}, impl=backend.impl)
+    assert not total.isfinite()
+
+
+def test_nan_is_not_hidden_by_a_softcap(build, backend, divergence):
+    problem = build(divergence=divergence, student_transform=LogitTransform(softcap=3.0)).on(backend.device)
+    problem.tensors["student_weight"][999] = torch.nan
+    assert not fused_suffix_kl(**problem.tensors, **problem.options, impl=backend.impl).isfinite()
+
+
+def test_gradient_is_not_finite_where_the_loss_is_not(build, backend, divergence):
+    problem = build(divergence=divergence).on(backend.device)
+    problem.tensors["teacher_hidden"][2, 3] = torch.nan
+    leaves = problem.leaves()
+    fused_suffix_kl(**leaves, **problem.options, impl=backend.impl).backward()
+    assert not leaves["student_hidden"].grad.isfinite().all()
+    assert not leaves["student_weight"].grad.isfinite().all()
+
+
+def test_what_is_left_out_may_hold_anything(build, run, assert_accurate, backend, divergence):
+    """Rows no index names and entries beyond vocab_size are never read into a result, NaN or not."""
+    problem = build(bias=True, vocab_size=900, student_index=[1, 3], teacher_index=[0, 4], divergence=divergence)
+    poisoned = {name: t.clone() for name, t in problem.tensors.items()}
+    for name, t in poisoned.items():
+        t[[2, 5] if name.endswith("hidden") else slice(900, None)] = torch.nan
+    got = run(problem.with_tensors(**poisoned), backend)
+    assert_accurate(got, problem)
+    assert torch.equal(got.gradients["student_weight"][900:], torch.zeros(100, 24))
+    assert torch.equal(got.gradients["student_bias"][900:], torch.zeros(100))
+    assert torch.equal(got.gradients["student_hidden"][[0, 2, 4, 5]], torch.zeros(4, 24))

@@ -1,0 +1,142 @@
+"""Tiny models of several architectures and a byte-level tokenizer, made on the spot, and a few documents."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from disc_train.dataset import DocumentDataset
+from disc_train.documents import Document
+from disc_train.splits import tokenize_document
+
+SENTENCES = [
+    "The river Aral was named after the surveyor who first crossed it.",
+    "Nobody in the valley had seen a bridge of that kind before.",
+    "It opened in the spring.",
+    "Its two towers are built of red stone from the quarry at Merin.",
+    "The surveyor lived in Merin for the rest of her life!",
+    "Was the quarry ever closed?",
+    "A plaque on the northern tower tells her story.",
+    "Trains cross the river twice a day.",
+]
+
+# Small weights would make all logits nearly equal and hide errors, so the initial spread is large.
+COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+GEMMA2 = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 8,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+}
+ARCHITECTURES = {
+    "llama": lambda options: LlamaForCausalLM(LlamaConfig(**COMMON | options)),
+    "qwen2": lambda options: Qwen2ForCausalLM(Qwen2Config(**COMMON | {"tie_word_embeddings": True} | options)),
+    "qwen3": lambda options: Qwen3ForCausalLM(Qwen3Config(**COMMON | {"head_dim": 8} | options)),
+    "gemma2": lambda options: Gemma2ForCausalLM(Gemma2Config(**COMMON | GEMMA2 | options)),
+}
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model("llama", **config): a tiny random model of that architecture, the same at every call."""
+
+    def make(architecture="llama", **options):
+        torch.manual_seed(0)
+        model = ARCHITECTURES[architecture](options)
+        model.set_attn_implementation("eager")
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def perturbed():
+    """perturbed(model): a copy with every weight moved, as different from the original as a trained student."""
+
+    def perturb(model, scale=0.05):
+        other = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+        return other
+
+    return perturb
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level BPE tokenizer with 300 entries and neither a pad nor a BOS token."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+@pytest.fixture(scope="session")
+def sentences():
+    """Seven documents, as lists of 2 to 8 sentences."""
+    rng = random.Random(0)
+    return [rng.sample(SENTENCES, count) for count in (2, 5, 8, 3, 6, 4, 7)]
+
+
+@pytest.fixture
+def make_dataset(sentences, tokenizer):
+    """make_dataset(count, **options): the first `count` of these documents, tokenised the authors' way."""
+
+    def make(count=7, **options):
+        documents = [Document(f"doc{i}", " ".join(text)) for i, text in enumerate(sentences[:count])]
+        return DocumentDataset(
+            [tokenize_document(document, tokenizer, "sentence", None) for document in documents], **options
+        )
+
+    return make
+
+
+@pytest.fixture
+def model_folder(tmp_path, make_model, tokenizer):
+    """A saved tiny Llama and its tokenizer."""
+    folder = tmp_path / "model"
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def write_documents(tmp_path):
+    """write_documents(texts): a .jsonl file of them."""
+
+    def write(texts):
+        path = tmp_path / "documents.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,194 @@
+"""The command: what it prints and saves, its exit codes, and bad input in one clear line."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from disc_train.cli import main
+
+
+@pytest.fixture
+def disc_train(model_folder, write_documents, sentences, tmp_path):
+    """disc_train(*flags, documents=texts): the exit code of a quick run on seven documents by default."""
+
+    def run(*flags, documents=None):
+        texts = [" ".join(text) for text in sentences] if documents is None else documents
+        return main(
+            [
+                *("--model_name_or_path", str(model_folder)),
+                *("--train_file", str(write_documents(texts))),
+                *("--output_dir", str(tmp_path / "out")),
+                *("--per_device_train_batch_size", "4"),
+                *("--num_train_epochs", "2"),
+                *("--learning_rate", "1e-3"),
+                *("--use_cpu", "true"),
+                *map(str, flags),
+            ]
+        )
+
+    return run
+
+
+@pytest.fixture
+def fails(disc_train, capsys):
+    """fails(*flags, documents=texts): the one line on stderr of a run that must end with code 1."""
+
+    def run(*flags, documents=None):
+        status = disc_train(*flags, documents=documents)
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if "disc-train: error" in line]
+        assert status == 1
+        assert len(errors) == 1
+        assert "Traceback" not in captured.err
+        return errors[0]
+
+    return run
+
+
+def _weights(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_path, model_folder, sentences):
+    texts = [" ".join(text) for text in sentences]
+    assert disc_train("--max_document_tokens", 40, documents=[*texts, "", "One sentence."]) == 0
+    out = capsys.readouterr().out
+    before, after = out.split("What came of it")
+    for expected in (
+        "9 read, 7 to train on; 1 empty, 1 too short to split,",
+        "an epoch, by sentence_boundary",
+        "LlamaForCausalLM, 34,720 parameters, 34,720 trained, float32",
+        "LlamaForCausalLM, 34,720 parameters, 0 trained, float32",
+        "attention     sdpa",
+        "4 of 4 documents; 2 an epoch",
+        "measured on 7 documents, temperature 2",
+    ):
+        assert expected in before
+    for expected in ("4; 14 documents in", "loss          0.", "nats a token on the same documents", str(tmp_path / "out")):
+        assert expected in after
+    assert not torch.equal(_weights(tmp_path / "out"), _weights(model_folder))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("river") == AutoTokenizer.from_pretrained(
+        model_folder
+    ).encode("river")
+    assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_a_dry_run_stops_after_the_summary(disc_train, capsys, tmp_path):
+    assert disc_train("--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "signal" in out
+    assert "What came of it" not in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_and_resumed_through_the_command_line(disc_train, tmp_path, capsys):
+    assert disc_train("--output_dir", tmp_path / "whole", "--save_steps", 1) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-1")
+    assert disc_train("--save_steps", 1) == 1
+    assert "already holds a run: continue it with --resume_from_checkpoint" in capsys.readouterr().err
+    assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "true") == 0
+    assert torch.equal(_weights(tmp_path / "out"), _weights(tmp_path / "whole"))
+
+
+def test_a_folder_with_a_model_is_not_written_over(fails, model_folder):
+    before = _weights(model_folder)
+    assert "already holds a model" in fails("--output_dir", model_folder)
+    assert torch.equal(_weights(model_folder), before)
+
+
+def test_nothing_to_resume_from(fails, tmp_path):
+    assert f"({tmp_path / 'out'}), got true, which has none" in fails("--resume_from_checkpoint", "true")
+    assert "got nowhere, which has none" in fails("--resume_from_checkpoint", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([], "documents.jsonl: no documents in this file"),
+        (["One sentence.", "Another sentence."], "2 documents that are all too short"),
+        (["", " "], "no text in any of its 2 documents"),
+    ],
+)
+def test_data_without_anything_to_train_on(documents, message, fails):
+    assert message in fails(documents=documents)
+
+
+def test_files_that_cannot_be_read(fails, tmp_path):
+    assert "does not exist" in fails("--train_file", tmp_path / "none.jsonl")
+    assert "no text_column 'body'" in fails("--text_column", "body")
+    (tmp_path / "bad.txt").write_bytes(b"ok \xff")
+    assert "bad.txt: not UTF-8" in fails("--train_file", tmp_path / "bad.txt")
+
+
+def test_a_model_that_is_not_there(fails, tmp_path):
+    assert str(tmp_path / "none") in fails("--model_name_or_path", tmp_path / "none")
+
+
+def test_more_than_the_models_context(fails):
+    assert "--max_document_tokens: expected at most 256" in fails("--max_document_tokens", 257)
+
+
+def test_a_long_document_is_cut_and_counted(disc_train, capsys, sentences):
+    long = " ".join(" ".join(text) for text in sentences)
+    assert disc_train("--dry_run", documents=[long]) == 0
+    assert "1 cut to 256 tokens" in capsys.readouterr().out
+
+
+def test_training_that_breaks_down_is_one_line(fails, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head.weight.data[0] = float("nan")
+    model.save_pretrained(model_folder)
+    assert "step 1: the loss is nan on the documents" in fails()
+
+
+def test_wrong_usage_is_code_2(disc_train, capsys):
+    assert disc_train("--tempature", 1) == 2
+    assert capsys.readouterr().err.strip() == "disc-train: error: unknown argument --tempature; did you mean temperature?"
+    assert disc_train("--method", "sft") == 2
+
+
+def test_a_yaml_file_alone(model_folder, write_documents, sentences, tmp_path, capsys):
+    config = {
+        "model_name_or_path": str(model_folder),
+        "train_file": str(write_documents(" ".join(text) for text in sentences)),
+        "output_dir": str(tmp_path / "out"),
+        "use_cpu": True,
+        "dry_run": True,
+        "learning_rate": "3e-4",
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))  # JSON is YAML
+    assert main([str(tmp_path / "run.yaml")]) == 0
+    assert "What will run" in capsys.readouterr().out
+
+
+def test_help_and_a_light_import():
+    code = "import sys, disc_train.cli; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["False"] * 2
+    shown = subprocess.run([sys.executable, "-m", "disc_train.cli", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "usage: disc-train [CONFIG.yaml] [--flag value ...]" in shown.stdout
+    assert "--sentence_tokenization" in shown.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_of_one(disc_train, model_folder, tmp_path, write_documents, sentences):
+    flags = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--num_train_epochs", "1")
+    assert disc_train(*flags, "--per_device_train_batch_size", 4, documents=None) == 0
+    documents = tmp_path / "documents.jsonl"
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"),
+            *("-m", "disc_train.cli", "--model_name_or_path", str(model_folder), "--train_file", str(documents)),
+            *("--output_dir", str(tmp_path / "two"), "--use_cpu", "true", "--per_device_train_batch_size", "2", *flags),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert launched.returncode == 0, launched.stderr
+    assert torch.allclose(_weights(tmp_path / "two"), _weights(tmp_path / "out"), atol=1e-6)

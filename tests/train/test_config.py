@@ -1,0 +1,132 @@
+"""Flags and YAML: what is read, what wins, and what is refused in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from disc_train.config import DiscArguments, LoopArguments, parse_arguments
+
+ROOT = Path(__file__).parents[2]
+REQUIRED = ["--model_name_or_path", "m", "--train_file", "f.jsonl", "--output_dir", "o", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def write_yaml(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text("model_name_or_path: m\ntrain_file: f.jsonl\noutput_dir: o\nuse_cpu: true\n" + text)
+        return str(path)
+
+    return write
+
+
+def test_the_defaults_are_the_authors():
+    disc, loop = parse_arguments(REQUIRED)
+    assert (disc.method, disc.temperature, disc.num_splits) == ("disc", 2.0, 5)
+    assert (disc.split_strategy, disc.suffix_tokens) == ("sentence_boundary", 0)
+    assert (disc.sentence_tokenization, disc.student_dtype) == ("document", "float32")
+    assert (loop.learning_rate, loop.logging_nan_inf_filter) == (3e-6, False)
+
+
+def test_yaml_values_are_read_as_flags_are(write_yaml):
+    disc, loop = parse_arguments(
+        [
+            write_yaml(
+                "learning_rate: 3e-5\ntemperature: 1\nbf16: false\nmax_document_tokens: null\nlr_scheduler_type:"
+                " cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nsave_strategy: 'no'\n"
+            )
+        ]
+    )
+    assert loop.learning_rate == 3e-5
+    assert disc.temperature == 1.0
+    assert disc.max_document_tokens is None
+    assert loop.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert loop.save_strategy == "no"
+
+
+def test_flags_win_over_the_file(write_yaml):
+    disc, loop = parse_arguments(
+        [write_yaml("num_splits: 2\nseed: 7\n"), "--num_splits", "3", "--learning-rate", "1e-4"]
+    )
+    assert (disc.num_splits, loop.seed, loop.learning_rate) == (3, 7, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lerning_rate", "1"], "--lerning_rate; did you mean learning_rate?"),
+        (["--num-split=3"], "did you mean num_splits?"),
+        (["--zzzzzz"], "unknown argument --zzzzzz$"),
+        (["second.yaml"], "unknown argument second.yaml"),
+        (["--temperature", "0"], "--temperature: expected a positive, finite number, got 0.0"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--num_splits", "0"], "--num_splits: expected at least 1, got 0"),
+        (["--suffix_tokens", "1", "--split_strategy", "random_token_fixed"], "suffix_tokens: expected 0"),
+        (["--suffix_tokens", "9"], "suffix_tokens is for split_strategy random_token_fixed"),
+        (["--max_document_tokens", "2"], "--max_document_tokens: expected at least 3, got 2"),
+        (["--language", "english"], "language: expected an ISO 639 code"),
+        (["--method", "talr"], "--method: .*not available yet.*got talr"),
+        (["--teacher", "cache"], "--teacher: .*not available yet.*got cache"),
+        (["--attention", "varlen"], "--attention: .*not available yet"),
+        (["--dataset_name", "d"], "one of --train_file and --dataset_name, got both"),
+    ],
+)
+def test_what_is_wrong_is_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*REQUIRED, *flags])
+
+
+@pytest.mark.parametrize("flags", [["--method", "sft"], ["--num_splits", "two"], ["--learning_rate", "fast"]])
+def test_argparse_refuses_what_has_the_wrong_form(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_arguments([*REQUIRED, *flags])
+    assert error.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_required_flags():
+    with pytest.raises(ValueError, match="--output_dir"):
+        parse_arguments(REQUIRED[:4])
+    with pytest.raises(ValueError, match="one of --train_file and --dataset_name, got neither"):
+        parse_arguments([*REQUIRED[:2], *REQUIRED[4:]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tempature: 2\n", "config.yaml: unknown key tempature; did you mean temperature?"),
+        ("- a\n", "config.yaml: expected a readable YAML file"),
+        ("\x00", "config.yaml: expected a readable YAML file"),
+    ],
+)
+def test_a_bad_file_is_named(text, message, write_yaml):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([write_yaml(text)])
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no\.yaml: expected a readable YAML file"):
+        parse_arguments([str(tmp_path / "no.yaml")])
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ValueError, match=r"empty\.yaml: expected 'flag: value' lines, got NoneType"):
+        parse_arguments([str(tmp_path / "empty.yaml")])
+
+
+def test_the_choices_are_checked_from_python_too():
+    with pytest.raises(ValueError, match="--attention: expected one of auto, sdpa, flex, varlen, got fast"):
+        DiscArguments("m", train_file="f", attention="fast")
+
+
+def test_the_authors_settings():
+    """The table in the paper, setting by setting."""
+    disc, loop = parse_arguments([str(ROOT / "examples" / "paper_qwen2.5_7b.yaml"), "--use_cpu"])
+    assert isinstance(loop, LoopArguments)
+    assert disc.model_name_or_path == "Qwen/Qwen2.5-7B-Instruct"
+    assert (disc.method, disc.split_strategy, disc.num_splits) == ("disc", "sentence_boundary", 5)
+    assert (disc.sentence_tokenization, disc.temperature) == ("sentence", 2.0)
+    assert (loop.learning_rate, loop.weight_decay, loop.adam_epsilon) == (3e-6, 0.01, 1e-8)
+    assert (loop.adam_beta1, loop.adam_beta2) == (0.9, 0.999)
+    assert (loop.lr_scheduler_type, loop.warmup_steps, loop.max_grad_norm) == ("constant", 0, 0)
+    assert (disc.student_dtype, loop.bf16, disc.teacher) == ("float32", True, "copy")
+    assert (loop.per_device_train_batch_size, loop.gradient_accumulation_steps) == (1, 1)
+    assert (loop.num_train_epochs, loop.seed) == (1, 1234)

@@ -1,0 +1,58 @@
+"""Training that is interrupted and resumed gives, bit for bit, the weights of training that is not."""
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from disc_train.trainer import DiscTrainer
+
+
+@pytest.fixture
+def train(make_model, make_dataset, tmp_path):
+    """train(resume, **arguments): the trained model, after 2 epochs of 4 steps on 7 documents; saves every 3 steps."""
+
+    def run(resume=None, **arguments):
+        args = TrainingArguments(
+            tmp_path / "out",
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            per_device_train_batch_size=2,
+            num_train_epochs=2,
+            learning_rate=1e-2,
+            save_steps=3,
+            **arguments,
+        )
+        trainer = DiscTrainer(make_model(), make_model(), args, make_dataset(num_splits=3))
+        trainer.train(resume_from_checkpoint=None if resume is None else str(tmp_path / "out" / f"checkpoint-{resume}"))
+        assert trainer.state.global_step == 8
+        return trainer.model
+
+    return run
+
+
+def _equal(model, other):
+    return all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_in_the_middle_of_an_epoch(workers, train):
+    uninterrupted = train(dataloader_num_workers=workers)
+    assert _equal(train(resume=3, dataloader_num_workers=workers), uninterrupted)
+    # The second epoch's splits are not the first's, which a resumed run must know.
+    assert _equal(train(resume=6, dataloader_num_workers=workers), uninterrupted)
+
+
+def test_resumed_between_epochs(train):
+    uninterrupted = train(save_strategy="epoch")
+    assert _equal(train(resume=4, save_strategy="epoch"), uninterrupted)
+
+
+def test_persistent_workers_draw_the_splits_of_every_epoch(train):
+    assert _equal(train(dataloader_num_workers=1, dataloader_persistent_workers=True), train())
+
+
+def test_forgetting_the_epoch_would_show(train, monkeypatch):
+    uninterrupted = train()
+    monkeypatch.setattr("disc_train.dataset.DocumentDataset.set_epoch", lambda self, epoch: None)
+    assert not _equal(train(resume=6), uninterrupted)
