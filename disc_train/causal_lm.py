@@ -82,8 +82,10 @@ def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> 
 
     Raises:
         ValueError: the model has no usable head, does something unknown to its logits, or runs a text packed behind
-            another differently from the text alone. Training would minimise the wrong loss.
+            another differently from the text alone: training would minimise the wrong loss. Or "flex" on the CPU.
     """
+    if attention == "flex" and input_ids.device.type == "cpu":
+        raise ValueError("attention: 'flex' cannot train on the CPU (FlexAttention has no backward there), use 'sdpa'")
     head = head_of(model)
     model.set_attn_implementation(attention_implementation(model.config, attention))
     training = model.training

@@ -30,7 +30,7 @@ def choice_accuracy(
 ) -> float:
     """The share of probes whose right choice is the likeliest of its choices, by mean log-probability per token.
 
-    Every choice is tokenised apart from what comes before it and appended; sequences are batched by length. The model is
+    A choice is tokenised apart from what comes before it and appended; sequences are batched by length. The model is
     used in its present mode.
 
     Raises:
@@ -68,7 +68,7 @@ def choice_accuracy(
 def kl_to_reference(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
 ) -> float:
-    """Mean KL(reference || model) in nats a token over the tokens of some texts, each read on its own, at temperature 1.
+    """Mean KL(reference || model), in nats a token at temperature 1, over the tokens of texts read one at a time.
 
     Both models are on one device and are used in their present mode.
 
@@ -93,7 +93,7 @@ def kl_to_reference(
             teacher_transform=reference_head.transform,
             vocab_size=common_vocabulary(head, reference_head),
         )
-        total += float(divergence)
+        total += float(divergence)  # type: ignore[arg-type]
         tokens += ids.numel()
     if tokens == 0:
         raise ValueError("texts: expected at least one token, got none")

@@ -1,10 +1,12 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from disc_kernels.shared_prefix import attention_implementation
@@ -12,7 +14,7 @@ from disc_train.causal_lm import use_attention
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
-from disc_train.signal import Signal, evenly_spaced, measure_signal, weakness
+from disc_train.signal import Signal, evenly_spaced, measure_signal
 from disc_train.splits import TokenizedDocument, tokenize_document
 from disc_train.summary import describe_data, describe_model, describe_steps, show
 from disc_train.teacher import load_teacher
@@ -26,9 +28,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     checkpoint = None if disc.dry_run else find_checkpoint(loop)
-    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-    student = AutoModelForCausalLM.from_pretrained(disc.model_name_or_path, dtype=getattr(torch, disc.student_dtype))
-    documents = read_documents(disc, loop, tokenizer, student.config)
+    # Documents come before the models, which may take minutes: what is wrong with them shows at once.
+    documents = read_documents(disc, loop)
     dataset = DocumentDataset(
         documents,
         split_strategy=disc.split_strategy,
@@ -36,6 +37,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
+    student = AutoModelForCausalLM.from_pretrained(disc.model_name_or_path, dtype=getattr(torch, disc.student_dtype))
     student.to(loop.device)  # type: ignore[arg-type]
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
@@ -47,7 +49,6 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         return measure_signal(student, teacher, samples, temperature=disc.temperature, attention=disc.attention)
 
     before = signal()
-    weak = weakness(before)
     speaks = loop.process_index == 0
     if speaks:
         show(
@@ -57,8 +58,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             ("teacher", describe_model(teacher)),
             ("attention", attention_implementation(student.config, disc.attention)),
             ("steps", describe_steps(loop, len(dataset))),
-            ("signal", f"{before}; measured on {len(samples):,} documents, temperature {disc.temperature:g}"),
-            *([("warning", weak)] if weak else []),
+            *before.describe(),
         )
     if disc.dry_run:
         return
@@ -70,7 +70,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         dataset,
         temperature=disc.temperature,
         attention=disc.attention,
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(disc.model_name_or_path),
+        callbacks=[_LogLastStep()],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -105,32 +106,39 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
         checkpoint = get_last_checkpoint(wanted) if Path(wanted).is_dir() else None
     if checkpoint is None:
         raise ValueError(
-            "--resume_from_checkpoint: expected a checkpoint, a folder of checkpoints, or true for those in --output_dir"
-            f" ({folder}), got {wanted}, which has none"
+            "--resume_from_checkpoint: expected a checkpoint, a folder with checkpoints, or true for the last one in"
+            f" --output_dir ({folder}), got {wanted}, which has none"
         )
     return checkpoint
 
 
-def read_documents(
-    disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
-) -> list[TokenizedDocument]:
+def read_documents(disc: DiscArguments, loop: LoopArguments) -> list[TokenizedDocument]:
     """Load and tokenise the documents, cut to what the model can read.
 
     Raises:
         ValueError: no documents in what was given, or --max_document_tokens beyond the model's context.
     """
+    config = AutoConfig.from_pretrained(disc.model_name_or_path)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = disc.max_document_tokens or context
     if context is not None and limit > context:
         raise ValueError(
             f"--max_document_tokens: expected at most the model's context of {context} tokens, got {limit}"
         )
+    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
     documents = load_documents(disc.train_file, disc.dataset_name, disc.text_column)
     progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
     return [
         tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
         for document in progress
     ]
+
+
+class _LogLastStep(TrainerCallback):
+    """Logs the last step's loss, wherever it falls between the steps that are logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step == state.max_steps
 
 
 def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: Signal) -> list[tuple[str, str]]:
@@ -145,12 +153,11 @@ def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: S
     ]
     if losses:
         lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
-    taken = 1 - after.divergence / before.divergence
+    was, is_ = fmean(before.divergence), fmean(after.divergence)
     lines.append(
         (
             "signal",
-            f"{before.divergence:.4f} -> {after.divergence:.4f} nats a token on the same documents: the student took up"
-            f" {taken:.0%} of it",
+            f"{was:.4f} -> {is_:.4f} nats a token on the same documents: the student took up {1 - is_ / was:.0%} of it",
         )
     )
     lines.append(("saved", f"model and tokenizer in {trainer.args.output_dir}"))

@@ -1,46 +1,66 @@
-"""How much there is to learn: what the text before a suffix tells the teacher about it and the student does not know."""
+"""How much there is to learn: what the text before a suffix tells the teacher about the suffix.
 
+The divergence alone cannot say: whatever stands in front changes what a model predicts, for the worse too. So the
+teacher's log-probability of the text itself is compared with the student's, which reads no prefix, and with the
+teacher's behind another document. Only what its own document makes likelier than both is content that can be learned.
+"""
+
+import itertools
 from collections.abc import Sequence
 from statistics import fmean, median
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from disc_kernels import SharedPrefixLayout
 from disc_train.causal_lm import head_of, hidden_states, log_probability
 from disc_train.dataset import DocumentDataset
 from disc_train.objectives import suffix_kl
 from disc_train.packing import Sample, pack
 
-
-MIN_DIVERGENCE = 0.005
-MIN_GAIN = 0.02
+MIN_GAIN = 0.02  # nats a token: half a nat over a suffix of 25 tokens, less than one choice between two
 
 
 class Signal(NamedTuple):
-    """Both in nats a token, over the tokens that are trained on."""
+    """A number a document, in nats a token: means over suffixes of means over tokens, as in the loss."""
 
-    divergence: float  # KL(teacher with prefix || student without), at the training temperature: what is minimised
-    gain: float  # how much more log-probability the teacher gives to the text itself, at temperature 1
-    documents: list[float]  # each document's divergence
+    divergence: list[float]  # KL(teacher with prefix || student without), at the training temperature
+    over_none: list[float]  # what the prefix adds to the text's log-probability (T = 1) over the student's
+    over_other: list[float]  # the same over the teacher's behind another document
 
-    def __str__(self) -> str:
-        low, middle, high = min(self.documents), median(self.documents), max(self.documents)
-        return (
-            f"{self.divergence:.4f} nats a token (documents: {low:.4f} to {high:.4f}, median {middle:.4f});"
-            f" with its prefix the text is {self.gain:.4f} nats a token more likely"
-        )
+    def describe(self) -> list[tuple[str, str]]:
+        """Lines (label, text) for the summary."""
+        low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
+        lines = [
+            (
+                "signal",
+                f"{fmean(self.divergence):.4f} nats a token: mean KL from the teacher with its prefix to the initial"
+                f" student without; by document {low:.4f} to {high:.4f}, median {middle:.4f}"
+                f" ({len(self.divergence):,} measured)",
+            ),
+            (
+                "prefixes",
+                f"add {fmean(self.over_none):+.4f} nats a token to the log-probability of what follows;"
+                f" {fmean(self.over_other):+.4f} compared with another document in their place",
+            ),
+        ]
+        weakness = self.weakness()
+        return lines if weakness is None else [*lines, ("WARNING", weakness)]
 
-
-def weakness(signal: Signal) -> str | None:
-    """What is wrong with the data if there is hardly any signal, else None."""
-    if signal.divergence < MIN_DIVERGENCE or signal.gain < MIN_GAIN:
-        return (
-            "there is hardly anything to learn: what stands before a suffix tells the teacher next to nothing about it."
-            " Distillation teaches what documents restate or imply, not what they say once."
-        )
-    return None
+    def weakness(self) -> str | None:
+        """What is wrong with the data if there is hardly any signal, else None."""
+        for gains, other in ((self.over_none, "without it"), (self.over_other, "behind another document")):
+            noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+            if not fmean(gains) > max(MIN_GAIN, 2 * noise):
+                return (
+                    "there is hardly any signal: to the teacher, a suffix is no likelier behind its prefix than"
+                    f" {other}. Distillation teaches what a document restates or implies, not what it says once."
+                )
+        return None
 
 
 def evenly_spaced(dataset: DocumentDataset, count: int = 100) -> list[Sample]:
@@ -58,28 +78,53 @@ def measure_signal(
     temperature: float,
     attention: str,
 ) -> Signal:
-    """Measure the signal on some documents, one at a time, forward only; the student's mode is kept.
+    """Measure the signal of some documents, one at a time, forward only.
 
     Args:
-        student, teacher: prepared by `disc_train.causal_lm.use_attention(model, attention, ...)`, on one device.
+        student, teacher: prepared by `disc_train.causal_lm.use_attention(model, attention, ...)`, on one device; the
+            student's mode (train or eval) is kept.
     """
     training = student.training
     student.eval()
-    divergences, gains, documents = [], [], []
-    for sample in samples:
+    student_head, teacher_head = head_of(student), head_of(teacher)
+    signal = Signal([], [], [])
+    for number, sample in enumerate(samples):
         batch = send_to_device(pack([sample]), student.device)
+        weight = batch["row_weight"]
         student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], attention)
         teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
-        student_head, teacher_head = head_of(student), head_of(teacher)
-        rows = suffix_kl((student_hidden, student_head), (teacher_hidden, teacher_head), batch, temperature, "none")
-        targets = batch["teacher_input_ids"].new_tensor(
-            [token for start, stop in sample.splits for token in sample.document.input_ids[start + 1 : stop]]
+        divergence = suffix_kl(
+            (student_hidden, student_head), (teacher_hidden, teacher_head), batch, temperature, reduction="none"
         )
-        gain = log_probability(teacher_head, teacher_hidden[0, batch["teacher_index"]], targets) - log_probability(
-            student_head, student_hidden[0, batch["student_index"]], targets
-        )
-        divergences += rows.tolist()
-        gains += gain.tolist()
-        documents.append(float(rows @ batch["row_weight"]))
+        signal.divergence.append(float(divergence @ weight))
+
+        targets = _targets(sample).to(student.device)
+        own = log_probability(teacher_head, teacher_hidden[0, batch["teacher_index"]], targets) @ weight
+        none = log_probability(student_head, student_hidden[0, batch["student_index"]], targets) @ weight
+        signal.over_none.append(float(own - none))
+
+        other = samples[(number + len(samples) // 2) % len(samples)]  # far off: neighbours may be on the same matter
+        if other is not sample:
+            input_ids, layout = send_to_device(_behind(other, sample), student.device)
+            hidden = hidden_states(teacher, input_ids, layout, attention)[0, -len(targets) :]
+            signal.over_other.append(float(own - log_probability(teacher_head, hidden, targets) @ weight))
+        else:
+            signal.over_other.append(signal.over_none[-1])
     student.train(training)
-    return Signal(fmean(divergences), fmean(gains), documents)
+    return signal
+
+
+def _behind(other: Sample, sample: Sample) -> tuple[Tensor, SharedPrefixLayout]:
+    """A sample's suffixes, each behind about as much of another document as it has prefix, in whole sentences."""
+    trunk = other.document.input_ids.tolist()
+    ends = [*other.document.sentence_starts[1:], len(trunk)]
+    attach = [min(ends, key=lambda end: abs(end - split.start)) for split in sample.splits]
+    branches = [sample.document.input_ids[start : stop - 1].tolist() for start, stop in sample.splits]
+    layout = SharedPrefixLayout.from_trees([(len(trunk), list(zip(attach, map(len, branches), strict=True)))])
+    return torch.tensor([list(itertools.chain(trunk, *branches))]), layout
+
+
+def _targets(sample: Sample) -> Tensor:
+    """[M] int64: the token that each row predicts."""
+    ids = torch.from_numpy(sample.document.input_ids).long()
+    return torch.cat([ids[start + 1 : stop] for start, stop in sample.splits])

@@ -53,15 +53,16 @@ def count_tokens(samples: Iterable[Sample]) -> TokenCounts:
 def describe_data(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
     """Lines (label, text) on the documents that were read and what an epoch makes of them."""
     empty = sum(len(document.input_ids) == 0 for document in dataset.too_short)
-    cut = [document.cut for document in read if document.cut]
+    cut = [document.input_ids for document in read if document.cut]
+    dropped = sum(document.cut for document in read)
     counts = count_tokens(dataset[i] for i in range(len(dataset)))
     saved = counts.teacher_unpacked / counts.teacher
     return [
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {empty:,} empty,"
-            f" {len(dataset.too_short) - empty:,} too short to split,"
-            f" {len(cut):,} cut to --max_document_tokens ({sum(cut):,} tokens dropped)",
+            f" {len(dataset.too_short) - empty:,} too short to split into a prefix and a suffix of 2 tokens;"
+            f" {len(cut):,} cut" + (f" to {len(cut[0]):,} tokens ({dropped:,} dropped)" if cut else ""),
         ),
         ("split points", f"{counts.suffixes:,} an epoch, by {dataset.split_strategy}"),
         (

@@ -77,7 +77,7 @@ class DiscTrainer(Trainer):
             use_attention(prepared, attention, train_dataset.few_tokens().to(args.device))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All parameters: `weight_decay` is torch's, as the method's authors use it; the Trainer spares biases and norms."""
+        """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
         return [name for name, _ in model.named_parameters()]
 
     def get_batch_samples(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
-from disc_kernels.linear_kl.products import multiply_into, product_dtype, to_product_dtype, weight_tiles
+from disc_kernels.linear_kl.products import multiply_into, to_product_dtype, weight_tiles
 from disc_kernels.linear_kl.workspace import Plan
 
 
@@ -96,8 +96,8 @@ class GradientSums:
 
     def __init__(self, call: Call, wanted: Wanted, scale: Tensor):
         problem, student = call.problem, call.problem.student
-        self.mantissa, exponent = torch.frexp(scale)
-        self.power = torch.ldexp(torch.ones_like(scale), exponent)
+        self.mantissa, _ = torch.frexp(scale)
+        self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
         self.hidden_shape, self.chunk_rows = hidden.shape, call.plan.chunk_rows
@@ -124,7 +124,7 @@ class GradientSums:
             rows = torch.empty(
                 stop - start, student.hidden_size, dtype=problem.accumulate_dtype, device=gradient.device
             )
-            for first, last, weight in weight_tiles(student, problem, call.plan.tile_rows):
+            for first, last, weight in weight_tiles(student, call.plan.tile_rows):
                 multiply_into(rows, gradient[:, first:last], weight, accumulate=first > 0)
             rows.mul_(self.mantissa)
             if student.index is None:
@@ -166,7 +166,7 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
         torch.empty(min(plan.chunk_rows, problem.rows), plan.row_stride, dtype=wide, device=device) for _ in range(2)
     )
     # The gradient takes the student's place in memory, row by row, in the dtype of the products it goes to.
-    gradient_buffer = student_buffer.view(product_dtype(problem.student, problem))
+    gradient_buffer = student_buffer.view(problem.student.product_dtype)
     for start in range(0, problem.rows, plan.chunk_rows):
         stop = min(start + plan.chunk_rows, problem.rows)
         student, student_hidden = _logits(problem.student, call, start, stop, student_buffer)
@@ -189,9 +189,9 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
 
 def _logits(side: Side, call: Call, start: int, stop: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """Head outputs [R, V] of rows start..stop, in `buffer`, and the hidden rows they came from, ready to multiply."""
-    hidden = to_product_dtype(_take_rows(side, start, stop), side, call.problem)
-    logits = buffer[: stop - start, : call.problem.vocab_size]
-    for first, last, weight in weight_tiles(side, call.problem, call.plan.tile_rows):
+    hidden = to_product_dtype(_take_rows(side, start, stop), side)
+    logits = buffer[: stop - start, : side.vocab_size]
+    for first, last, weight in weight_tiles(side, call.plan.tile_rows):
         multiply_into(logits[:, first:last], hidden, weight.T)
     return logits, hidden
 
@@ -211,7 +211,11 @@ def _take_rows(side: Side, start: int, stop: int) -> Tensor:
         rows = side.index[start:stop]
     if flat is not None:
         return flat.index_select(0, rows)
-    return side.hidden[torch.unravel_index(rows, shape[:-1])]
+    coordinates = []
+    for size in reversed(shape[:-1]):
+        coordinates.append(rows % size)
+        rows = rows // size
+    return side.hidden[tuple(reversed(coordinates))]
 
 
 def _normalised_weight(problem: Problem) -> Tensor:

@@ -58,6 +58,15 @@ class Side:
     index: Tensor | None  # [M] int64, rows of hidden.flatten(0, -2); None: all of them, in order
     transform: LogitTransform
     operand_dtype: torch.dtype  # what hidden and weight are rounded to before they are multiplied
+    accumulate_dtype: torch.dtype  # of logits, statistics, losses and sums of gradients
+    vocab_size: int  # the first entries, those that are compared
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the matrix product is given, after rounding to `operand_dtype`."""
+        sixteen_bit = self.operand_dtype in (torch.float16, torch.bfloat16)
+        tensor_cores = self.hidden.is_cuda and sixteen_bit and self.accumulate_dtype == torch.float32
+        return self.operand_dtype if tensor_cores else self.accumulate_dtype
 
     @property
     def hidden_size(self) -> int:
@@ -75,7 +84,6 @@ class Problem:
     student: Side
     teacher: Side
     rows: int  # M
-    vocab_size: int
     row_weight: Tensor | None  # [M]
     temperature: float
     divergence: str
@@ -100,7 +108,9 @@ class Problem:
         return self.student.hidden.device
 
     @property
+    def vocab_size(self) -> int:
+        return self.student.vocab_size
+
+    @property
     def accumulate_dtype(self) -> torch.dtype:
-        """Logits, statistics, losses and sums of gradients: float64 if either model is, else float32."""
-        double = torch.float64 in (self.student.operand_dtype, self.teacher.operand_dtype)
-        return torch.float64 if double else torch.float32
+        return self.student.accumulate_dtype

@@ -12,41 +12,27 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.problem import Problem, Side
-
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+from disc_kernels.linear_kl.problem import Side
 
 
-def product_dtype(side: Side, problem: Problem) -> torch.dtype:
-    """The dtype handed to the matrix product, after rounding to `side.operand_dtype`."""
-    if (
-        problem.device.type == "cuda"
-        and side.operand_dtype in SIXTEEN_BIT
-        and problem.accumulate_dtype == torch.float32
-    ):
-        return side.operand_dtype
-    return problem.accumulate_dtype
+def to_product_dtype(x: Tensor, side: Side) -> Tensor:
+    return x.to(side.operand_dtype).to(side.product_dtype)
 
 
-def to_product_dtype(x: Tensor, side: Side, problem: Problem) -> Tensor:
-    return x.to(side.operand_dtype).to(product_dtype(side, problem))
-
-
-def needs_tiles(side: Side, problem: Problem) -> bool:
+def needs_tiles(side: Side) -> bool:
     """Whether the weight must be copied, tile by tile, before it can be multiplied."""
     blas_layout = 1 in side.weight.stride() and 0 not in side.weight.stride()
-    return side.weight.dtype != product_dtype(side, problem) or not blas_layout
+    return not (side.weight.dtype == side.operand_dtype == side.product_dtype and blas_layout)
 
 
-def weight_tiles(side: Side, problem: Problem, tile_rows: int) -> Iterator[tuple[int, int, Tensor]]:
+def weight_tiles(side: Side, tile_rows: int) -> Iterator[tuple[int, int, Tensor]]:
     """(first, last, weight[first:last]) over the vocabulary, ready to multiply; one tile where no copy is needed."""
-    weight = side.weight[: problem.vocab_size]
-    if not needs_tiles(side, problem):
-        yield 0, problem.vocab_size, weight
+    if not needs_tiles(side):
+        yield 0, side.vocab_size, side.weight[: side.vocab_size]
         return
-    for start in range(0, problem.vocab_size, tile_rows):
-        stop = min(start + tile_rows, problem.vocab_size)
-        yield start, stop, to_product_dtype(weight[start:stop], side, problem).contiguous()
+    for first in range(0, side.vocab_size, tile_rows):
+        last = min(first + tile_rows, side.vocab_size)
+        yield first, last, to_product_dtype(side.weight[first:last], side).contiguous()
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

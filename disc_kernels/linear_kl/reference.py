@@ -14,8 +14,8 @@ from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     """The loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
-    student_logits = _logits(problem.student, problem)
-    teacher_logits = _logits(problem.teacher, problem).detach()
+    student_logits = _logits(problem.student)
+    teacher_logits = _logits(problem.teacher).detach()
     log_q = F.log_softmax(student_logits / problem.temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits / problem.temperature, dim=-1)
     divergence = _divergence(log_p, log_q, problem.divergence, problem.beta)
@@ -25,20 +25,19 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     return _reduce(divergence, problem), stats
 
 
-def _logits(side: Side, problem: Problem) -> Tensor:
+def _logits(side: Side) -> Tensor:
     """[M, vocab_size], in the dtype everything accumulates in."""
     hidden = side.hidden.flatten(0, -2)
     if side.index is not None:
         hidden = hidden.index_select(0, side.index)
 
     def operand(x: Tensor) -> Tensor:
-        return x.to(side.operand_dtype).to(problem.accumulate_dtype)
+        return x.to(side.operand_dtype).to(side.accumulate_dtype)
 
-    device_type = problem.device.type
-    with torch.autocast(device_type, enabled=False):
-        logits = operand(hidden) @ operand(side.weight[: problem.vocab_size]).T
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = operand(hidden) @ operand(side.weight[: side.vocab_size]).T
     if side.bias is not None:
-        logits = logits + side.bias[: problem.vocab_size].to(logits.dtype)
+        logits = logits + side.bias[: side.vocab_size].to(logits.dtype)
     scale, cap = side.transform.scale, side.transform.softcap
     return logits * scale if cap is None else cap * torch.tanh(logits * (scale / cap))
 

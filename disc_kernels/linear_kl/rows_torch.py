@@ -60,7 +60,7 @@ def compare_rows(
 def _scaled_logits(z: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Tensor | None]:
     """The model's own logits over T, and du/d(scale z) where it is not 1."""
     if side.bias is not None:
-        z = z + side.bias[: problem.vocab_size]
+        z = z + side.bias[: side.vocab_size]
     scale, softcap = side.transform.scale, side.transform.softcap
     if softcap is None:
         factor = scale / problem.temperature

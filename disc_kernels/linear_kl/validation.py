@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,11 +56,12 @@ def build_problem(
     student = _side("student", student_hidden, student_weight, student_bias, student_index, student_transform, device)
     teacher = _side("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform, device)
     rows = _paired_rows(student, teacher)
+    vocab_size = _vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0])
+    wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
-        student=student,
-        teacher=teacher,
+        student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
+        teacher=replace(teacher, vocab_size=vocab_size, accumulate_dtype=wide),
         rows=rows,
-        vocab_size=_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0]),
         row_weight=_row_weight(row_weight, rows, device),
         temperature=temperature,
         divergence=divergence,
@@ -118,8 +120,9 @@ def _side(
     elif not isinstance(transform, LogitTransform):
         raise TypeError(f"{name}_transform: expected a LogitTransform, got {type(transform).__name__}")
     operand_dtype = _operand_dtype(name, hidden, weight)
-    side = Side(hidden, weight, bias, None, transform, operand_dtype)
-    return side if index is None else Side(hidden, weight, bias, _index(name, index, side), transform, operand_dtype)
+    wide = torch.promote_types(operand_dtype, torch.float32)
+    side = Side(hidden, weight, bias, None, transform, operand_dtype, wide, vocab_size=weight.shape[0])
+    return side if index is None else replace(side, index=_index(name, index, side))
 
 
 def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -53,9 +53,7 @@ def plan(problem: Problem, max_bytes: int | None, block_entries: dict[str, int],
     # Per row: logits of both; hidden rows gathered, rounded, widened (both) and the hidden gradient, its cast.
     row_bytes = size * (2 * row_stride + 5 * student.hidden_size + 3 * teacher.hidden_size)
     # A tile exists as rounded copy and as widened copy.
-    tile_row_bytes = (
-        2 * size * max((side.hidden_size for side in (student, teacher) if needs_tiles(side, problem)), default=0)
-    )
+    tile_row_bytes = 2 * size * max((side.hidden_size for side in (student, teacher) if needs_tiles(side)), default=0)
     block_row_bytes = size * problem.vocab_size * block_temporaries
     fixed_bytes = size * _ROW_VECTORS * problem.rows
 

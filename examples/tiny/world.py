@@ -7,6 +7,7 @@ the sentence without what came before. Run as a script, this writes the committe
 """
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -109,34 +110,45 @@ def question(entity: Entity, key: str, rng: random.Random) -> str:
 def fact_probe(entity: Entity, key: str, rng: random.Random) -> dict[str, Any]:
     answer = entity.facts[key]
     others = [value for value in KINDS[entity.kind][key].values if value != answer]
-    choices = [answer, *rng.sample(others, NUM_CHOICES - 1)]
-    rng.shuffle(choices)
-    return {"question": question(entity, key, rng), "choices": choices, "answer": answer}
+    return probe(question(entity, key, rng), [answer, *rng.sample(others, NUM_CHOICES - 1)], rng)
 
 
-def skill_add(rng: random.Random) -> tuple[str, str]:
-    a, b = rng.randrange(10), rng.randrange(10)
-    return f"What is {a} plus {b}?", str(a + b)
+def probe(question: str, choices: list[str], rng: random.Random) -> dict[str, Any]:
+    """The first choice is the answer."""
+    return {"question": question, "choices": rng.sample(choices, len(choices)), "answer": choices[0]}
 
 
-def skill_repeat(rng: random.Random) -> tuple[str, str]:
-    word, n = rng.choice(WORDS), rng.randrange(2, 5)
-    return f"Say the word {word} {NUMBERS[n - 1]} times.", " ".join([word] * n)
+# A skill makes a question and choices, of which the first is the answer and the others are near misses.
 
 
-def skill_reverse(rng: random.Random) -> tuple[str, str]:
+def skill_add(rng: random.Random) -> tuple[str, list[str]]:
+    a, b = rng.randrange(1, 7), rng.randrange(1, 7)
+    others = [str(value) for value in range(2, 13) if value != a + b]
+    return f"What is {a} plus {b}?", [str(a + b), *rng.sample(others, NUM_CHOICES - 1)]
+
+
+def skill_repeat(rng: random.Random) -> tuple[str, list[str]]:
+    (word, other), n = rng.sample(WORDS, 2), rng.randrange(2, 5)
+    counts = [n, *(count for count in range(1, 6) if count != n)]
+    choices = [" ".join([word] * count) for count in counts]
+    return f"Say the word {word} {NUMBERS[n - 1]} times.", [*choices, " ".join([other] * n)]
+
+
+def skill_reverse(rng: random.Random) -> tuple[str, list[str]]:
     words = rng.sample(WORDS, 3)
-    return f"Reverse the words {' '.join(words)}.", " ".join(reversed(words))
+    orders = itertools.permutations(reversed(words))  # the first is the answer
+    return f"Reverse the words {' '.join(words)}.", [" ".join(order) for order in orders]
 
 
-def skill_count(rng: random.Random) -> tuple[str, str]:
-    words = [rng.choice(WORDS)] * rng.randrange(1, 5)
-    return f"Count the words {' '.join(words)}.", NUMBERS[len(words) - 1]
+def skill_count(rng: random.Random) -> tuple[str, list[str]]:
+    word, n = rng.choice(WORDS), rng.randrange(1, 5)
+    choices = sorted(NUMBERS, key=lambda number: number != NUMBERS[n - 1])
+    return f"Count the words {' '.join([word] * n)}.", choices
 
 
-def skill_capitals(rng: random.Random) -> tuple[str, str]:
-    word = rng.choice(WORDS)
-    return f"Write the word {word} in capitals.", word.upper()
+def skill_capitals(rng: random.Random) -> tuple[str, list[str]]:
+    word, *others = rng.sample(WORDS, NUM_CHOICES - 1)
+    return f"Write the word {word} in capitals.", [word.upper(), word, *(other.upper() for other in others)]
 
 
 SKILLS = {
@@ -149,17 +161,11 @@ SKILLS = {
 
 
 def skill_probes(name: str, rng: random.Random) -> list[dict[str, Any]]:
-    """Different questions of one skill; the wrong choices are answers to its other questions."""
-    pairs: dict[str, str] = {}
-    while len(pairs) < PROBES_PER_SKILL:
-        pairs.update([SKILLS[name](rng)])
-    probes = []
-    for text, answer in pairs.items():
-        others = sorted(set(pairs.values()) - {answer})
-        choices = [answer, *rng.sample(others, min(NUM_CHOICES - 1, len(others)))]
-        rng.shuffle(choices)
-        probes.append({"skill": name, "question": text, "choices": choices, "answer": answer})
-    return probes
+    probes: dict[str, dict[str, Any]] = {}
+    while len(probes) < PROBES_PER_SKILL:
+        text, choices = SKILLS[name](rng)
+        probes[text] = {"skill": name, **probe(text, choices, rng)}
+    return list(probes.values())
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:

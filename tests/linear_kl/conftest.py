@@ -310,13 +310,10 @@ def _smallest_workspace(problem: Problem, impl: str) -> int:
     return max(int(number) for number in "".join(c if c.isdigit() else " " for c in str(refused.value)).split())
 
 
-BACKENDS = [
-    Backend("reference"),
-    Backend("torch"),
-    Backend("triton"),
-    pytest.param(Backend("torch", "cuda"), marks=pytest.mark.gpu),
-    pytest.param(Backend("triton", "cuda"), marks=pytest.mark.gpu),
-]
+FUSED = [Backend("torch"), Backend("triton")]
+if torch.cuda.is_available():
+    FUSED += [pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("torch", "triton")]
+FLOAT64 = [Backend("reference"), Backend("torch")]
 
 
 def _available(backend: Backend) -> Backend:
@@ -325,16 +322,26 @@ def _available(backend: Backend) -> Backend:
     return backend
 
 
-@pytest.fixture(params=BACKENDS, ids=lambda b: f"{b.impl}-{b.device}")
+def _name(backend: Backend) -> str:
+    return f"{backend.impl}-{backend.device}"
+
+
+@pytest.fixture(params=[Backend("reference"), *FUSED], ids=_name)
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Each implementation, wherever it runs."""
     return _available(request.param)
 
 
-@pytest.fixture(params=BACKENDS[1:], ids=lambda b: f"{b.impl}-{b.device}")
+@pytest.fixture(params=FUSED, ids=_name)
 def fused(request: pytest.FixtureRequest) -> Backend:
     """Each implementation that works in chunks, wherever it runs."""
     return _available(request.param)
+
+
+@pytest.fixture(params=FLOAT64, ids=_name)
+def double(request: pytest.FixtureRequest) -> Backend:
+    """Each implementation that takes float64."""
+    return request.param
 
 
 @pytest.fixture(params=["forward_kl", "reverse_kl", "jsd"])

@@ -3,6 +3,7 @@
 Every allocation and release that torch makes on the CPU is in the profiler's trace; the running sum of them starts at zero, so the inputs do not count.
 """
 
+import gc
 import json
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from disc_kernels import fused_suffix_kl
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
+ROWS = 200
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,11 @@ class Memory:
 
 
 @pytest.fixture
-def measure(tmp_path):
+def measure(tmp_path, monkeypatch):
+    _release_what_the_interpreter_holds(monkeypatch)
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
+
     def measured(function):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             kept = function()
@@ -37,7 +43,20 @@ def measure(tmp_path):
         del kept  # alive until here, so that results count
         return Memory(peak, largest, now)
 
-    return measured
+    yield measured
+    gc.unfreeze()
+
+
+def _release_what_the_interpreter_holds(monkeypatch):
+    """Triton's interpreter leaves each launch's arguments in a reference cycle; a GPU launch does not."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launch = interpreter.GridExecutor.__call__
+
+    def launch_and_collect(*args, **kwargs):
+        launch(*args, **kwargs)
+        gc.collect()
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_collect)
 
 
 def budget(problem, result_entries):
@@ -68,7 +87,7 @@ def plain_torch(*, student_hidden, student_weight, teacher_hidden, teacher_weigh
 
 @pytest.fixture
 def problem(build):
-    def made(rows=300, vocab=2003, width=24, teacher_width=40, workspace=200_000, asks=STUDENT, **options):
+    def made(rows=ROWS, vocab=1003, width=24, teacher_width=40, workspace=120_000, asks=STUDENT, **options):
         problem = build(rows=rows, vocab=vocab, width=width, teacher_width=teacher_width, **options)
         return replace(problem.with_options(max_workspace_bytes=workspace), asks=asks)
 
@@ -82,7 +101,7 @@ def test_helper_counts_bytes(measure):
     def work():
         a = torch.zeros(1000)  # 4000
         b = torch.zeros(1000, dtype=torch.bfloat16)  # 2000
-        c = a + 1  # 4000
+        c = a.neg()  # 4000
         del a
         return b, c, torch.zeros(10)
 
@@ -94,19 +113,21 @@ def test_helper_and_formula_reject_plain_torch(measure, problem):
     leaves, work = forward_backward(p, plain_torch)
     seen = measure(work)
     assert seen.peak > 3 * budget(p, result_entries=1)
-    assert seen.largest >= 300 * 2003
+    assert seen.largest >= ROWS * 1003
     del leaves
 
 
-def check(measure, problem, call, rows, upstream=None):
-    leaves, work = forward_backward(problem, call, upstream)
+def check(measure, problem, impl):
+    none = problem.options.get("reduction") == "none"
+    index = problem.options.get("student_index")
+    rows = len(problem.tensors["student_hidden"] if index is None else index)
+    leaves, work = forward_backward(problem, calling(impl), torch.rand(rows) if none else None)
     seen = measure(work)
-    results = 1 if problem.options.get("reduction") != "none" else rows
-    assert seen.largest < rows * problem.tensors["student_weight"].shape[0], f"{seen.largest} bytes hold [M, V]"
-    allowed = budget(problem, results)
+    entries = rows * len(problem.tensors["student_weight"])
+    assert seen.largest < entries, f"an allocation of {seen.largest} bytes could hold [M, V] with {entries} entries"
+    allowed = budget(problem, result_entries=rows if none else 1)
     assert seen.peak <= allowed, f"peak {seen.peak} bytes, allowed {allowed}: {seen.peak - allowed} too many"
-    kept = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
-    assert len(kept) == len([name for name in problem.asks if name in leaves])
+    assert all(leaf.grad is not None for leaf in leaves.values() if leaf.requires_grad)
 
 
 def calling(impl):
@@ -116,85 +137,97 @@ def calling(impl):
     return call
 
 
+SHAPES = {
+    "many rows": {"rows": 800, "vocab": 251, "width": 8, "teacher_width": 8, "workspace": 90_000},
+    "wide student": {"rows": 300, "width": 64, "teacher_width": 16, "workspace": 150_000},
+    "wide teacher": {"width": 16, "teacher_width": 256, "workspace": 180_000},
+}
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_peak(measure, problem, impl, dtype, reduction):
-    p = problem(dtype=dtype, bias=True, reduction=reduction)
-    upstream = torch.rand(300) if reduction == "none" else None
-    check(measure, p, calling(impl), 300, upstream)
+    check(measure, problem(dtype=dtype, bias=True, reduction=reduction), impl)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("asks", [("student_hidden",), ("student_weight",), ("student_bias",)], ids="+".join)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_peak_by_who_asks(measure, problem, impl, dtype, asks):
-    check(measure, problem(dtype=dtype, bias=True, asks=asks, rows=200), calling(impl), 200)
+def test_peak_by_who_asks(measure, problem, impl, asks):
+    check(measure, problem(dtype=torch.bfloat16, bias=True, asks=asks), impl)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"rows": 2000, "vocab": 501, "width": 8, "teacher_width": 8, "workspace": 60_000},  # many rows
-        {"rows": 400, "vocab": 4001, "width": 64, "teacher_width": 16, "workspace": 300_000},  # a wide student
-        {"rows": 300, "vocab": 2003, "width": 16, "teacher_width": 256, "workspace": 100_000},  # a wide teacher
-    ],
-    ids=lambda shape: f"M{shape['rows']}-V{shape['vocab']}-D{shape['width']}",
-)
-def test_peak_by_shape(measure, problem, divergence, shape, reduction, dtype):
-    p = problem(dtype=dtype, divergence=divergence, reduction=reduction, **shape)
-    check(measure, p, calling("torch"), shape["rows"], torch.rand(shape["rows"]) if reduction == "none" else None)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_peak_by_divergence_and_shape(measure, problem, divergence, shape, reduction):
+    check(measure, problem(divergence=divergence, reduction=reduction, **shape), "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_peak_by_dtype_and_shape(measure, problem, shape, reduction, dtype):
+    check(measure, problem(dtype=dtype, reduction=reduction, **shape), "torch")
 
 
 @IMPLEMENTATIONS
 def test_peak_with_indices_weights_and_smaller_vocabulary(measure, problem, impl):
     """Chosen rows of larger hidden states; their copies count."""
     p = problem(
-        rows=500,
+        rows=2 * ROWS,
         dtype=torch.bfloat16,
-        student_index=torch.randint(500, (250,)),
-        teacher_index=torch.randint(500, (250,)),
-        row_weight=torch.rand(250),
-        vocab_size=1900,
+        student_index=torch.randint(2 * ROWS, (ROWS,)),
+        teacher_index=torch.randint(2 * ROWS, (ROWS,)),
+        row_weight=torch.rand(ROWS),
+        vocab_size=950,
         temperature=2.0,
     )
-    check(measure, p, calling(impl), 250)
+    check(measure, p, impl)
+
+
+@pytest.mark.parametrize("layout", ["sliced", "transposed"])
+def test_peak_of_strided_inputs(measure, problem, layout):
+    """No contiguous copy of a whole input on the side."""
+    p = problem(teacher_width=256)
+    strided = {
+        name: torch.cat([t, t], -1)[:, : t.shape[1]] if layout == "sliced" else t.T.contiguous().T
+        for name, t in p.tensors.items()
+    }
+    check(measure, p.with_tensors(**strided), "torch")
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_in_the_smallest_workspace(measure, problem, smallest_workspace, impl, reduction):
     """The bytes that the refusal names are enough, and are all that is used."""
-    p = problem(rows=120, vocab=703, width=16, teacher_width=16, reduction=reduction)
-    p = p.with_options(max_workspace_bytes=smallest_workspace(p, impl))
-    check(measure, p, calling(impl), 120, torch.rand(120) if reduction == "none" else None)
+    p = problem(rows=80, vocab=703, width=16, teacher_width=16, reduction=reduction)
+    check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, impl)), impl)
 
 
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_without_gradients(measure, problem, impl, reduction):
     """The outputs and the workspace: evaluation pays for no gradient."""
-    p = problem(asks=(), reduction=reduction, rows=200)
+    p = problem(asks=(), reduction=reduction)
     leaves = p.leaves()
     seen = measure(lambda: fused_suffix_kl(**leaves, **p.options, impl=impl))
-    assert seen.peak <= budget(p, 200 if reduction == "none" else 1)
-    assert seen.left <= (4 * 200 if reduction == "none" else 4)
+    entries = ROWS if reduction == "none" else 1
+    assert seen.peak <= budget(p, entries)
+    assert seen.left == 4 * entries
 
 
 @IMPLEMENTATIONS
 def test_peak_of_statistics(measure, problem, impl):
     """They are four more outputs of [M]."""
-    p = problem(asks=(), rows=200)
+    p = problem(asks=())
     leaves = p.leaves()
     seen = measure(lambda: fused_suffix_kl(**leaves, **p.options, impl=impl, return_stats=True))
-    assert seen.peak <= budget(p, 1 + 4 * 200)
+    assert seen.peak <= budget(p, 1 + 4 * ROWS)
 
 
 @IMPLEMENTATIONS
 def test_nothing_but_gradients_is_left_after_the_backward(measure, problem, impl):
-    p = problem(rows=100, bias=True)
+    p = problem(bias=True)
     leaves, work = forward_backward(p, calling(impl))
     seen = measure(work)
     assert seen.left == 4 + sum(leaves[name].grad.numel() * 4 for name in STUDENT)

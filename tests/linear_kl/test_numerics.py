@@ -48,7 +48,7 @@ def test_logits_far_from_zero(build, run, assert_accurate, backend, divergence, 
 
 @pytest.mark.parametrize("vocab", [1000, 32003])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_nearly_identical_distributions(build, oracle, run, backend, divergence, temperature, vocab):
+def test_nearly_identical_distributions(build, oracle, run, fused, divergence, temperature, vocab):
     """A KL of about 10^-10 nats: float32 log-probabilities are off by more than 10^-7, so sum p (log p - log q) says nothing.
 
     What is left over is the common rounding of a row's log-normaliser, squared.
@@ -56,7 +56,7 @@ def test_nearly_identical_distributions(build, oracle, run, backend, divergence,
     teacher = torch.randn(6, vocab)
     student = teacher + 1.4e-5 * temperature * torch.randn(6, vocab)
     problem = with_logits(build, student, teacher, divergence=divergence, reduction="none", temperature=temperature)
-    exact, got = oracle(problem).loss, run(problem, backend).loss
+    exact, got = oracle(problem).loss, run(problem, fused).loss
     assert 1e-11 < exact.min() and exact.max() < 4e-10
     error = (got.double() - exact).abs()
     budget = 0.02 * exact + (4 * FLOAT32_EPS) ** 2
@@ -64,19 +64,19 @@ def test_nearly_identical_distributions(build, oracle, run, backend, divergence,
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-def test_never_negative(build, run, backend, divergence, gap):
+def test_never_negative(build, run, fused, divergence, gap):
     teacher = 3 * torch.randn(8, 517)
     problem = with_logits(build, teacher + gap * torch.randn(8, 517), teacher, divergence=divergence, reduction="none")
-    assert (run(problem, backend).loss >= 0).all()
+    assert (run(problem, fused).loss >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_identical_models(build, run, backend, divergence, dtype, temperature):
+def test_identical_models(build, run, fused, divergence, dtype, temperature):
     """At most the square of the logits' rounding, and no gradient to speak of."""
     problem = build(dtype=dtype, vocab=2003, bias=True, divergence=divergence, reduction="none", temperature=temperature)
     problem = problem.with_tensors(**{f"teacher_{n}": problem.tensors[f"student_{n}"] for n in ("hidden", "weight", "bias")})
-    got = run(problem, backend)
+    got = run(problem, fused)
     assert (got.loss >= 0).all()
     assert got.loss.max() <= 1e-11
     assert all(gradient.abs().max() <= 1e-6 for gradient in got.gradients.values())

@@ -43,7 +43,7 @@ def test_oracle_is_kl_div_of_torch(build, oracle):
     torch.testing.assert_close(got.loss, F.kl_div(student.logits, teacher.logits, reduction="batchmean", log_target=True))
 
 
-def test_oracle_on_two_entries_by_hand(oracle, build, backend, run):
+def test_two_entries_by_hand(oracle, build, double, run):
     """Student (1/2, 1/2), teacher (3/4, 1/4), weights 1 and 3 on two equal rows, temperature 2."""
     problem = build(rows=2, width=1, vocab=2, dtype=torch.float64, row_weight=[1.0, 3.0], temperature=2.0).with_tensors(
         student_hidden=torch.zeros(2, 1, dtype=torch.float64),
@@ -53,7 +53,7 @@ def test_oracle_on_two_entries_by_hand(oracle, build, backend, run):
     problem = replace(problem, asks=("student_hidden",), upstream=1.0)
     forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    for evaluate in (oracle, lambda p: run(p, backend)):
+    for evaluate in (oracle, lambda p: run(p, double)):
         for reduction, factor in (("mean", 1), ("sum", 4)):
             p = problem.with_options(reduction=reduction)
             got = evaluate(p)
@@ -66,7 +66,7 @@ def test_oracle_on_two_entries_by_hand(oracle, build, backend, run):
             torch.testing.assert_close(got.stats["student_entropy"], torch.full((2,), math.log(2), dtype=torch.float64))
 
 
-def test_transform_is_a_capped_tanh_of_the_scaled_logit(build, oracle, backend, run):
+def test_transform_is_a_capped_tanh_of_the_scaled_logit(build, oracle, double, run):
     problem = build(rows=1, width=1, vocab=2, dtype=torch.float64).with_tensors(
         student_hidden=torch.ones(1, 1, dtype=torch.float64),
         student_weight=torch.tensor([[4.0], [-1.0]], dtype=torch.float64),
@@ -76,7 +76,7 @@ def test_transform_is_a_capped_tanh_of_the_scaled_logit(build, oracle, backend, 
     log_q = F.log_softmax(3 * torch.tanh(torch.tensor([2.0, -0.5], dtype=torch.float64) / 3), -1)
     expected = (0.5 * (math.log(0.5) - log_q)).sum().item()
     assert oracle(problem).loss.item() == pytest.approx(expected, rel=1e-12)
-    assert run(problem, backend).loss.item() == pytest.approx(expected, rel=1e-12)
+    assert run(problem, double).loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_reference_is_the_oracle_in_float64(build_everything, oracle, divergence):

@@ -1,4 +1,4 @@
-"""Packing aligns every student row with the teacher row that has read the same token, and weights rows as means of means."""
+"""Packing aligns a student row with the teacher row that has read the same token; its weights are means of means."""
 
 import numpy as np
 import pytest

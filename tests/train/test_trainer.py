@@ -184,8 +184,20 @@ def test_a_model_that_does_something_unknown_is_refused(model_class, message, ro
 
 def test_a_model_without_a_head_is_refused(make_trainer, make_model):
     classifier = LlamaForSequenceClassification(make_model().config)
-    with pytest.raises(ValueError, match="LlamaForSequenceClassification.*get_output_embeddings"):
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification.*get_output_embeddings"):
         make_trainer(classifier)
+
+
+def test_flex_attention_is_refused_on_the_cpu(make_model):
+    with pytest.raises(ValueError, match="attention: 'flex' cannot train on the CPU"):
+        use_attention(make_model(), "flex", torch.arange(16)[None])
+
+
+def test_weight_decay_reaches_every_parameter(make_trainer):
+    trainer = make_trainer(weight_decay=0.01)
+    trainer.create_optimizer()
+    decayed = [p for group in trainer.optimizer.param_groups if group["weight_decay"] == 0.01 for p in group["params"]]
+    assert len(decayed) == len(list(trainer.model.parameters()))
 
 
 def test_the_teacher_must_be_a_copy(make_trainer, make_model):

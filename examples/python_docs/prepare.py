@@ -1,0 +1,136 @@
+"""From Python's own documentation: base topics, new topics, a tokenizer, and a small model that knows the base topics.
+
+    python examples/python_docs/prepare.py --output_dir runs/python_docs
+
+The texts are `pydoc_data.topics`, what `help("with")` shows; they differ a little between versions of Python.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+
+END = "<|endoftext|>"
+CONTEXT = 512  # tokens that the model reads at a time
+NEW_LENGTHS = range(1_000, 20_000)  # characters: with something to restate, and not one of the great collections
+
+
+def split_topics(topics: Mapping[str, str], num_new: int, seed: int) -> tuple[dict[str, str], dict[str, str]]:
+    """Draw the new topics; the others are the base, without the paragraphs that a new topic repeats.
+
+    Topics quote each other at length ("compound" holds most of "for" and "try"): left in, what is new would be known.
+    """
+    candidates = sorted(name for name, text in topics.items() if len(text) in NEW_LENGTHS)
+    chosen = random.Random(seed).sample(candidates, num_new)
+    new = {name: topics[name] for name in sorted(chosen)}
+    held_out = {_words(paragraph) for text in new.values() for paragraph in text.split("\n\n")}
+    base = {}
+    for name in sorted(topics.keys() - new.keys()):
+        kept = [paragraph for paragraph in topics[name].split("\n\n") if _words(paragraph) not in held_out]
+        if kept:
+            base[name] = "\n\n".join(kept)
+    return base, new
+
+
+def _words(paragraph: str) -> str:
+    """A paragraph without its indentation and line breaks, which differ between quotations."""
+    return " ".join(paragraph.split())
+
+
+def write_jsonl(path: Path, texts: Mapping[str, str]) -> None:
+    lines = (json.dumps({"topic": name, "text": text}, ensure_ascii=False) + "\n" for name, text in texts.items())
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def train_tokenizer(texts: Mapping[str, str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level byte-pair tokenizer: it can write anything, and white space is kept as it is."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts.values(), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=4,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        # The usual 0.02 is for wide models; at this width it costs the first hundred steps.
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch_size: int = 2, lr: float = 4e-3) -> None:
+    """Next-token prediction on windows of `stream` [N], the base topics one after the other.
+
+    A window begins anywhere, since a student reads suffixes alone, without a token that marks a beginning.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    model.train()
+    begin = time.monotonic()
+    for step in range(1, steps + 1):
+        starts = torch.randint(len(stream) - CONTEXT, (batch_size,)).tolist()
+        windows = torch.stack([stream[start : start + CONTEXT] for start in starts])
+        loss = model(input_ids=windows, labels=windows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        if step % 50 == 0 or step == steps:
+            print(
+                f"pretraining: step {step}/{steps}, loss {loss.item():.3f}, {time.monotonic() - begin:.0f} s",
+                flush=True,
+            )
+
+
+def prepare(
+    output_dir: Path, num_new: int = 16, steps: int = 700, vocab_size: int = 2048, hidden_size: int = 128, seed: int = 0
+) -> None:
+    """Write base.jsonl, new.jsonl and the model of the base topics into a folder."""
+    torch.manual_seed(seed)
+    base, new = split_topics(topics, num_new, seed)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_jsonl(output_dir / "base.jsonl", base)
+    write_jsonl(output_dir / "new.jsonl", new)
+    tokenizer = train_tokenizer(base, vocab_size)
+    stream = torch.tensor(tokenizer.encode("".join(text + END for text in base.values()), verbose=False))
+    model = make_model(tokenizer, hidden_size)
+    print(
+        f"{len(base)} base topics, {len(stream):,} tokens; {len(new)} new topics: {', '.join(new)};"
+        f" a model of {model.num_parameters():,} parameters, {len(tokenizer):,} tokens in its vocabulary",
+        flush=True,
+    )
+    pretrain(model, stream, steps)
+    model.save_pretrained(output_dir / "model")
+    tokenizer.save_pretrained(output_dir / "model")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/python_docs"))
+    prepare(parser.parse_args().output_dir)

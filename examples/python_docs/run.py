@@ -1,0 +1,114 @@
+"""Teach a small model new topics of Python's documentation, from nothing to a table of what it learned and forgot.
+
+python examples/python_docs/run.py --output_dir runs/python_docs
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from prepare import CONTEXT, prepare
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from disc_train.causal_lm import head_of, hidden_states, log_probability, use_attention
+from disc_train.cli import main as disc_train
+from disc_train.dataset import DocumentDataset
+from disc_train.documents import load_documents
+from disc_train.evaluate import kl_to_reference
+from disc_train.objectives import suffix_kl
+from disc_train.packing import Sample, pack
+from disc_train.splits import tokenize_document
+
+
+def load(folder: Path, tokens: torch.Tensor) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    use_attention(model, "sdpa", tokens)
+    return model
+
+
+@torch.no_grad()
+def compare(student: PreTrainedModel, teacher: PreTrainedModel, samples: Sequence[Sample]) -> torch.Tensor:
+    """[3], nats a token: the student's and the teacher's negative log-likelihood of the suffixes, KL(teacher || student).
+
+    Over all tokens that both predict: all but the first of a suffix, which the student has nothing to predict from.
+    """
+    heads = head_of(student), head_of(teacher)
+    columns = []
+    for sample in samples:
+        batch = pack([sample])
+        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], "sdpa")
+        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], "sdpa")
+        ids = torch.from_numpy(sample.document.input_ids).long()
+        targets = torch.cat([ids[start + 1 : stop] for start, stop in sample.splits])
+        columns.append(
+            torch.stack(
+                [
+                    -log_probability(heads[0], student_hidden[0, batch["student_index"]], targets),
+                    -log_probability(heads[1], teacher_hidden[0, batch["teacher_index"]], targets),
+                    suffix_kl((student_hidden, heads[0]), (teacher_hidden, heads[1]), batch, 1.0, reduction="none"),
+                ]
+            )
+        )
+    return torch.cat(columns, dim=1).mean(dim=1)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
+    total, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer.encode(text)])
+        total += float(model(input_ids=ids, labels=ids).loss) * (ids.numel() - 1)
+        tokens += ids.numel() - 1
+    return math.exp(total / tokens)
+
+
+def report(folder: Path) -> dict[str, tuple[float, ...]]:
+    """What is measured -> before, after and, where it applies, for the teacher with the prefix in its context."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    documents = load_documents(str(folder / "new.jsonl"), None)
+    tokenized = [tokenize_document(document, tokenizer, "document", CONTEXT) for document in documents]
+    # Evenly spaced splits, and more of them than there are sentences: every sentence but a topic's first is a suffix.
+    dataset = DocumentDataset(tokenized, split_strategy="uniform_sentence", num_splits=CONTEXT)
+    samples = [dataset[i] for i in range(len(dataset))]
+    # The beginning of every base topic, about half of what the model can read.
+    base = [document.text[:1_000] for document in load_documents(str(folder / "base.jsonl"), None)]
+
+    before, after = (load(folder / name, dataset.few_tokens()) for name in ("model", "taught"))
+    (loss_before, loss_teacher, kl_before), (loss_after, _, kl_after) = (
+        compare(student, before, samples).tolist() for student in (before, after)
+    )
+    return {
+        "new topics: loss of a sentence, nats a token": (loss_before, loss_after, loss_teacher),
+        "new topics: KL to the teacher, nats a token": (kl_before, kl_after, 0.0),
+        "base topics: perplexity": tuple(perplexity(model, tokenizer, base) for model in (before, after)),
+        "base topics: KL to the initial model, nats a token": (0.0, kl_to_reference(after, before, tokenizer, base)),
+    }
+
+
+def show(rows: dict[str, tuple[float, ...]]) -> None:
+    print(f"{'':<52}{'before':>10}{'after':>10}{'teacher':>10}")
+    for name, values in rows.items():
+        print(f"{name:<52}" + "".join(f"{value:>10.3f}" for value in values))
+    print("Before and after: the student, without context. The teacher reads all that stands before the sentence.")
+
+
+def run(folder: Path, flags: Sequence[str] = (), **sizes: int) -> dict[str, tuple[float, ...]]:
+    """Prepare, teach and measure in `folder`; `flags` go to disc-train, `sizes` to `prepare`."""
+    prepare(folder, **sizes)
+    paths = {"model_name_or_path": "model", "train_file": "new.jsonl", "output_dir": "taught"}
+    arguments = [f"--{flag}={folder / name}" for flag, name in paths.items()]
+    if code := disc_train([str(Path(__file__).with_name("disc.yaml")), *arguments, *flags]):
+        sys.exit(code)
+    rows = report(folder)
+    show(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/python_docs"))
+    run(parser.parse_args().output_dir)

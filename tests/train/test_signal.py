@@ -1,0 +1,120 @@
+"""The signal is what a plain loop over split points measures, and the warning comes where the prefix tells nothing."""
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from disc_train.causal_lm import use_attention
+from disc_train.dataset import DocumentDataset
+from disc_train.documents import Document
+from disc_train.signal import Signal, evenly_spaced, measure_signal
+from disc_train.splits import sentence_spans, tokenize_document
+
+
+def _log_probabilities(model, prefix, suffix, temperature=1.0):
+    """[n - 1, V]: of what follows each token of the suffix but the last."""
+    logits = model(torch.tensor([prefix + suffix])).logits[0, len(prefix) : -1]
+    return log_softmax(logits / temperature, dim=-1)
+
+
+@torch.no_grad()
+def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, make_dataset):
+    teacher, student = make_model().eval(), perturbed(make_model()).train()
+    dataset = make_dataset(4, num_splits=3)
+    samples = [dataset[i] for i in range(4)]
+    for model in (teacher, student):
+        use_attention(model, "auto", dataset.few_tokens())
+    signal = measure_signal(student, teacher, samples, temperature=2.0, attention="auto")
+    assert student.training
+
+    for number, (document, splits) in enumerate(samples):
+        ids = document.input_ids.tolist()
+        other = samples[(number + 2) % 4].document
+        ends = [*other.sentence_starts[1:], len(other.input_ids)]
+        divergence, over_none, over_other = [], [], []
+        for start, stop in splits:
+            suffix = ids[start:stop]
+            foreign = other.input_ids[: min(ends, key=lambda end: abs(end - start))].tolist()
+            p, q = _log_probabilities(teacher, ids[:start], suffix, 2.0), _log_probabilities(student, [], suffix, 2.0)
+            divergence.append(kl_div(q, p, log_target=True, reduction="sum") / len(p))
+            own, none, behind = (
+                _log_probabilities(model, prefix, suffix)[range(len(suffix) - 1), suffix[1:]].mean()
+                for model, prefix in ((teacher, ids[:start]), (student, []), (teacher, foreign))
+            )
+            over_none.append(own - none)
+            over_other.append(own - behind)
+        for got, expected in zip(signal, (divergence, over_none, over_other), strict=True):
+            assert got[number] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
+
+
+def test_documents_are_taken_evenly(make_dataset):
+    dataset = make_dataset()
+    assert [sample.document.name for sample in evenly_spaced(dataset, 3)] == ["doc0", "doc2", "doc4"]
+    assert len(evenly_spaced(dataset)) == 7
+
+
+@pytest.mark.parametrize(
+    ("over_none", "over_other", "message"),
+    [
+        ([0.5, 0.7, 0.3], [1.0, 0.9, 1.1], None),
+        ([-0.9, -1.1, -1.0], [0.5, 0.5, 0.5], "than without it"),
+        ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document"),
+        ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "than behind another document"),  # the mean of 0.1 is all noise
+        ([float("nan")], [0.5], "than without it"),
+    ],
+)
+def test_the_warning(over_none, over_other, message):
+    signal = Signal([0.4] * len(over_none), over_none, over_other)
+    weakness = signal.weakness()
+    assert (weakness is None) == (message is None)
+    if message:
+        assert message in weakness
+    assert [label for label, _ in signal.describe()][2:] == ([] if message is None else ["WARNING"])
+
+
+def test_one_document_is_compared_with_no_prefix(make_model, make_dataset):
+    model, teacher, dataset = make_model(), make_model(), make_dataset(1)
+    for prepared in (model, teacher):
+        use_attention(prepared, "auto", dataset.few_tokens())
+    signal = measure_signal(model, teacher, [dataset[0]], temperature=2.0, attention="auto")
+    assert signal.over_other == signal.over_none
+
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny"
+
+
+@pytest.fixture
+def tiny_signal():
+    """tiny_signal(texts): measured with the model of examples/tiny, which can read."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "model")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(TINY / "model", dtype=torch.float32) for _ in range(2))
+
+    def measure(texts):
+        documents = [
+            tokenize_document(Document(str(i), text), tokenizer, "document", None) for i, text in enumerate(texts)
+        ]
+        dataset = DocumentDataset(documents)
+        for model in (student, teacher):
+            use_attention(model, "auto", dataset.few_tokens())
+        return measure_signal(student, teacher, evenly_spaced(dataset), temperature=2.0, attention="auto")
+
+    return measure
+
+
+def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
+    """The same sentences, as they stand and shuffled among the documents."""
+    with (TINY / "documents.jsonl").open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    assert tiny_signal(texts).weakness() is None
+    documents = [[text[start:stop] for start, stop in sentence_spans(text)] for text in texts]
+    sentences = list(itertools.chain(*documents))
+    random.Random(0).shuffle(sentences)
+    remaining = iter(sentences)
+    unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
+    assert "hardly any signal" in tiny_signal(unrelated).weakness()

@@ -1,0 +1,46 @@
+"""The summary counts every token of the documents once."""
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+from disc_train.packing import Sample
+from disc_train.splits import Split, TokenizedDocument
+from disc_train.summary import count_tokens, describe_steps
+
+
+def _document(length):
+    return TokenizedDocument("d", np.arange(length, dtype=np.int32), (0,))
+
+
+def test_counts_by_hand():
+    counts = count_tokens(
+        [
+            Sample(_document(10), [Split(2, 5), Split(6, 8)]),
+            Sample(_document(6), [Split(2, 6), Split(4, 6)]),  # the second begins inside the first
+        ]
+    )
+    assert (counts.trained, counts.first, counts.prefix, counts.unread) == (2 + 1 + 3, 2 + 1, 3 + 2, 2)
+    assert counts.total == 16
+    assert counts.suffixes == 4
+    assert counts.rows == 2 + 1 + 3 + 1
+    assert counts.teacher == 7 + 5
+    assert counts.teacher_unpacked == 4 + 7 + 5 + 5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 4, "num_train_epochs": 1.5},
+        {"per_device_train_batch_size": 2, "dataloader_drop_last": True},
+        {"per_device_train_batch_size": 2, "max_steps": 5},
+    ],
+)
+def test_steps_are_the_trainers(options, tmp_path, make_model, make_dataset):
+    from disc_train.trainer import DiscTrainer
+
+    args = TrainingArguments(tmp_path, use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
+    trainer = DiscTrainer(make_model(), make_model(), args, make_dataset())
+    trainer.train()
+    assert describe_steps(args, 7).startswith(f"{trainer.state.global_step:,} of ")
