@@ -19,7 +19,15 @@ class DiscTrainer(Trainer):
     """Train `model` to predict without a document's beginning what `teacher` predicts with it.
 
     A batch is counted in documents. The loss of a step is the mean over all its documents, however they are spread over
-    micro-batches and processes.
+    micro-batches and processes::
+
+        documents = [
+            tokenize_document(document, tokenizer, "document", max_tokens=4096)
+            for document in load_documents("news.jsonl", None)
+        ]
+        args = TrainingArguments("out", learning_rate=3e-6, per_device_train_batch_size=4)
+        trainer = DiscTrainer(student, teacher, args, DocumentDataset(documents), processing_class=tokenizer)
+        trainer.train()
 
     Args:
         model: the student, a causal language model.

@@ -5,6 +5,8 @@ Everything else in this package is held to this file, run in float64.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -48,7 +50,10 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
         return _kl(log_p, log_q)
     if kind == "reverse_kl":
         return _kl(log_q, log_p)
-    log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+    # Where both are -inf the gradient of their mixture is undefined, and nothing of it counts.
+    nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)
+    weighted = (log_p + math.log(beta), log_q + math.log(1 - beta))
+    log_m = torch.logaddexp(*(torch.where(nowhere, 0.0, x) for x in weighted))
     return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
 
 

@@ -66,7 +66,10 @@ def _first_maximum(u, offsets, best, best_index):
 
 @triton.jit
 def _normalisers(student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(log-normaliser of the student, of the teacher, whether both have their maximum on the same entry)"""
+    """(student's maximum, log of its sum above that, the teacher's two, whether both maxima are the same entry)
+
+    Maximum and log-sum stay apart: added up, they would lose the log-sum's digits where logits lie far from zero.
+    """
     max_s = float("-inf")
     max_t = float("-inf")
     sum_s = 0.0
@@ -82,7 +85,7 @@ def _normalisers(student, teacher, V, inverse_temperature, STATISTICS: tl.conste
             best_t = _first_maximum(u_t, offsets, max_t, best_t)
         max_s, sum_s = _online_logsumexp(u_s, max_s, sum_s)
         max_t, sum_t = _online_logsumexp(u_t, max_t, sum_t)
-    return max_s + tl.log(sum_s), max_t + tl.log(sum_t), best_s == best_t
+    return max_s, tl.log(sum_s), max_t, tl.log(sum_t), best_s == best_t
 
 
 @triton.jit
@@ -145,7 +148,9 @@ def _compare_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     student = (student_ptr + row * stride_sr, student_bias_ptr, stride_sb, student_scale, student_softcap)
     teacher = (teacher_ptr + row * stride_tr, teacher_bias_ptr, stride_tb, teacher_scale, teacher_softcap)
-    lse_s, lse_t, agree = _normalisers(student, teacher, V, inverse_temperature, STATISTICS, BLOCK_V)
+    max_s, logsum_s, max_t, logsum_t, agree = _normalisers(
+        student, teacher, V, inverse_temperature, STATISTICS, BLOCK_V
+    )
 
     factor = inverse_temperature * student_scale
     if row_scale_ptr is not None:
@@ -159,8 +164,8 @@ def _compare_rows_kernel(
         mask = offsets < V
         u_s, slope = _load_logits(student, offsets, mask, inverse_temperature)
         u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
-        lq = u_s - lse_s
-        lp = u_t - lse_t
+        lq = u_s - max_s - logsum_s
+        lp = u_t - max_t - logsum_t
         q = tl.exp(lq)
         p = tl.exp(lp)
         if KIND == FORWARD_KL:
@@ -194,8 +199,8 @@ def _compare_rows_kernel(
             mask = offsets < V
             u_s, slope = _load_logits(student, offsets, mask, inverse_temperature)
             u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
-            lq = u_s - lse_s
-            lp = u_t - lse_t
+            lq = u_s - max_s - logsum_s
+            lp = u_t - max_t - logsum_t
             q = tl.exp(lq)
             if KIND == REVERSE_KL:
                 h = lq - lp

@@ -112,9 +112,11 @@ def prepare(
     output_dir: Path, num_new: int = 16, steps: int = 700, vocab_size: int = 2048, hidden_size: int = 128, seed: int = 0
 ) -> None:
     """Write base.jsonl, new.jsonl and the model of the base topics into a folder."""
+    if output_dir.exists():
+        raise SystemExit(f"--output_dir: {output_dir} exists already: choose another folder")
     torch.manual_seed(seed)
     base, new = split_topics(topics, num_new, seed)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True)
     write_jsonl(output_dir / "base.jsonl", base)
     write_jsonl(output_dir / "new.jsonl", new)
     tokenizer = train_tokenizer(base, vocab_size)

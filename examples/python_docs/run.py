@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from prepare import CONTEXT, prepare
@@ -32,9 +31,9 @@ def load(folder: Path, tokens: torch.Tensor) -> PreTrainedModel:
 
 @torch.no_grad()
 def compare(student: PreTrainedModel, teacher: PreTrainedModel, samples: Sequence[Sample]) -> torch.Tensor:
-    """[3], nats a token: the student's and the teacher's negative log-likelihood of the suffixes, KL(teacher || student).
+    """[3], nats a token: negative log-likelihood of the suffixes to student and teacher, and KL(teacher || student).
 
-    Over all tokens that both predict: all but the first of a suffix, which the student has nothing to predict from.
+    The means over all tokens that both predict: not the first of a suffix, which the student cannot.
     """
     heads = head_of(student), head_of(teacher)
     columns = []
@@ -67,11 +66,11 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def report(folder: Path) -> dict[str, tuple[float, ...]]:
-    """What is measured -> before, after and, where it applies, for the teacher with the prefix in its context."""
+    """What is measured -> before, after, and for the first also the teacher that reads what stands before."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     documents = load_documents(str(folder / "new.jsonl"), None)
     tokenized = [tokenize_document(document, tokenizer, "document", CONTEXT) for document in documents]
-    # Evenly spaced splits, and more of them than there are sentences: every sentence but a topic's first is a suffix.
+    # More splits than there are sentences: every sentence but a topic's first is a suffix.
     dataset = DocumentDataset(tokenized, split_strategy="uniform_sentence", num_splits=CONTEXT)
     samples = [dataset[i] for i in range(len(dataset))]
     # The beginning of every base topic, about half of what the model can read.
@@ -83,7 +82,7 @@ def report(folder: Path) -> dict[str, tuple[float, ...]]:
     )
     return {
         "new topics: loss of a sentence, nats a token": (loss_before, loss_after, loss_teacher),
-        "new topics: KL to the teacher, nats a token": (kl_before, kl_after, 0.0),
+        "new topics: KL to the teacher, nats a token": (kl_before, kl_after),
         "base topics: perplexity": tuple(perplexity(model, tokenizer, base) for model in (before, after)),
         "base topics: KL to the initial model, nats a token": (0.0, kl_to_reference(after, before, tokenizer, base)),
     }

@@ -1,6 +1,5 @@
 """The example on Python's documentation, very small: the same path, whatever the topics of this Python version."""
 
-import json
 import runpy
 from pathlib import Path
 
@@ -31,18 +30,15 @@ def test_new_and_base_topics_share_no_paragraph(example):
 @pytest.mark.slow
 def test_the_student_moves_towards_the_teacher_that_reads_the_context(example, tmp_path):
     rows = example["run"](
-        tmp_path,
+        tmp_path / "run",
         ["--num_train_epochs=30", "--learning_rate=2e-3"],
         num_new=4,
-        steps=150,
-        vocab_size=512,
+        steps=250,
+        vocab_size=1024,
         hidden_size=64,
     )
 
-    assert [len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("new",)] == [4]
-    loss, divergence, perplexity, _ = rows.values()
-    before, after, teacher = loss
-    assert teacher < before - 0.02  # there is something to learn
-    assert abs(after - teacher) < before - teacher
-    assert after < before
-    assert divergence[1] < 0.8 * divergence[0]
+    (before, after, teacher), (divergence_before, divergence_after), *_ = rows.values()
+    assert teacher < before - 0.05  # the context tells something
+    assert after < before - 0.3 * (before - teacher)  # and the student, without it, comes to know it
+    assert divergence_after < 0.5 * divergence_before

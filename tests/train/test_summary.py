@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from disc_train.packing import Sample
 from disc_train.splits import Split, TokenizedDocument
 from disc_train.summary import count_tokens, describe_steps
+from disc_train.trainer import DiscTrainer
 
 
 def _document(length):
@@ -38,8 +39,6 @@ def test_counts_by_hand():
     ],
 )
 def test_steps_are_the_trainers(options, tmp_path, make_model, make_dataset):
-    from disc_train.trainer import DiscTrainer
-
     args = TrainingArguments(tmp_path, use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
     trainer = DiscTrainer(make_model(), make_model(), args, make_dataset())
     trainer.train()
