@@ -26,7 +26,8 @@ bench: $(READY)
 
 # On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing.
 gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu tests benchmarks
+	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest benchmarks
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -65,27 +65,31 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     return math.exp(total / tokens)
 
 
+def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Every topic, cut to what the model reads, with every sentence but its first as a suffix."""
+    documents = [tokenize_document(each, tokenizer, "document", CONTEXT) for each in load_documents(str(path), None)]
+    # More splits than there are sentences, so each is one.
+    dataset = DocumentDataset(documents, split_strategy="uniform_sentence", num_splits=CONTEXT)
+    return [dataset[i] for i in range(len(dataset))]
+
+
 def report(folder: Path) -> dict[str, tuple[float, ...]]:
-    """What is measured -> before, after, and for the first also the teacher that reads what stands before."""
+    """What is measured -> before, after, and for losses also the teacher that reads what stands before."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    documents = load_documents(str(folder / "new.jsonl"), None)
-    tokenized = [tokenize_document(document, tokenizer, "document", CONTEXT) for document in documents]
-    # More splits than there are sentences: every sentence but a topic's first is a suffix.
-    dataset = DocumentDataset(tokenized, split_strategy="uniform_sentence", num_splits=CONTEXT)
-    samples = [dataset[i] for i in range(len(dataset))]
+    before, after = (load(folder / name, torch.arange(16)[None]) for name in ("model", "taught"))
+    rows: dict[str, tuple[float, ...]] = {}
+    for part in ("new", "control"):
+        samples = read_samples(folder / f"{part}.jsonl", tokenizer)
+        (loss_before, loss_teacher, kl_before), (loss_after, _, kl_after) = (
+            compare(student, before, samples).tolist() for student in (before, after)
+        )
+        rows[f"{part} topics: loss of a sentence, nats a token"] = (loss_before, loss_after, loss_teacher)
+        rows[f"{part} topics: KL to the teacher, nats a token"] = (kl_before, kl_after)
     # The beginning of every base topic, about half of what the model can read.
     base = [document.text[:1_000] for document in load_documents(str(folder / "base.jsonl"), None)]
-
-    before, after = (load(folder / name, dataset.few_tokens()) for name in ("model", "taught"))
-    (loss_before, loss_teacher, kl_before), (loss_after, _, kl_after) = (
-        compare(student, before, samples).tolist() for student in (before, after)
-    )
-    return {
-        "new topics: loss of a sentence, nats a token": (loss_before, loss_after, loss_teacher),
-        "new topics: KL to the teacher, nats a token": (kl_before, kl_after),
-        "base topics: perplexity": tuple(perplexity(model, tokenizer, base) for model in (before, after)),
-        "base topics: KL to the initial model, nats a token": (0.0, kl_to_reference(after, before, tokenizer, base)),
-    }
+    rows["base topics: perplexity"] = tuple(perplexity(model, tokenizer, base) for model in (before, after))
+    rows["base topics: KL to the initial model, nats a token"] = (0.0, kl_to_reference(after, before, tokenizer, base))
+    return rows
 
 
 def show(rows: dict[str, tuple[float, ...]]) -> None:

@@ -1,11 +1,12 @@
 """What the tests of `disc_kernels.linear_kl` share: problems, a float64 oracle in plain torch, and one comparison.
 
-The oracle knows nothing of the package: it writes all logits down, calls `log_softmax`, and lets autograd differentiate.
-`assert_accurate` is the only comparison of numbers; `test_mutants.py` proves that it rejects wrong ones.
+The oracle knows nothing of the package: it writes all logits down, calls `log_softmax`, lets autograd differentiate.
+`assert_accurate` compares with it everywhere; `test_mutants.py` proves that it rejects wrong numbers.
 """
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,12 +18,6 @@ from torch import Tensor
 from disc_kernels import LogitTransform, fused_suffix_kl
 
 STATS = ("divergence", "student_entropy", "teacher_entropy", "agreement")
-
-
-@dataclass(frozen=True)
-class Backend:
-    impl: str
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,9 @@ def _build(
         return {key: value.to(dtype) for key, value in made.items()}
 
     student = model("student", rows, width, vocab, dtype)
-    teacher = model("teacher", teacher_rows or rows, teacher_width or width, teacher_vocab or vocab, teacher_dtype or dtype)
+    teacher = model(
+        "teacher", teacher_rows or rows, teacher_width or width, teacher_vocab or vocab, teacher_dtype or dtype
+    )
     for key in ("student_index", "teacher_index"):
         if isinstance(options.get(key), list):
             options[key] = torch.tensor(options[key], dtype=torch.int64)
@@ -106,9 +103,9 @@ def _count(problem: Problem) -> int:
     return math.prod(problem.tensors["student_hidden"].shape[:-1])
 
 
-def everything(dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
+def _everything(dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
     """One problem that uses every option at once."""
-    used = {
+    used: dict[str, Any] = {
         "student_index": [4, 0, 2, 2, 5, 1, 3],
         "teacher_index": [3, 3, 0, 1, 1, 2, 0],
         "row_weight": [0.5, 0.0, 2.0, 1.0, 0.25, 1.0, 3.0],
@@ -118,8 +115,8 @@ def everything(dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
         "temperature": 2.0,
         "beta": 0.3,
     }
-    sizes = {"rows": 6, "teacher_rows": 4, "width": 24, "teacher_width": 16, "vocab": 1000, "teacher_vocab": 1013}
-    return _build(dtype=dtype, bias=True, **sizes, **{**used, **options})
+    used |= {"rows": 6, "teacher_rows": 4, "width": 24, "teacher_width": 16, "vocab": 1000, "teacher_vocab": 1013}
+    return _build(dtype=dtype, bias=True, **{**used, **options})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ def _evaluate(
     leaves = problem.leaves()
 
     def log_probabilities(name: str) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias = (leaves.get(f"{name}_{part}") for part in ("hidden", "weight", "bias"))
+        hidden, weight, bias = leaves[f"{name}_hidden"], leaves[f"{name}_weight"], leaves.get(f"{name}_bias")
         rows = hidden.flatten(0, -2)
         if options.get(f"{name}_index") is not None:
             rows = rows[options[f"{name}_index"]]
@@ -240,7 +237,7 @@ def _assert_accurate(got: Outcome, problem: Problem) -> None:
 
     The budget of a part is twice plain torch's own error on it, plus what another order of summation may cost:
     the rounding of `8 * logit_scale` (log-probabilities are differences of numbers of that size), and for a gradient a
-    quarter of the last bit of its dtype. A budget that is not far below the size of the answer would prove nothing, and fails.
+    quarter of the last bit of its dtype. A budget not far below the size of the answer would prove nothing, and fails.
     """
     exact, plain = _oracle(problem), _plain(problem)
     accumulation = _accumulation_dtype(problem)
@@ -261,7 +258,13 @@ def _assert_accurate(got: Outcome, problem: Problem) -> None:
 
 
 def _assert_near(
-    name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, absolute: float = 0.0, relative: float = 0.0
+    name: str,
+    got: Tensor,
+    exact: Tensor,
+    plain: Tensor,
+    dtype: torch.dtype,
+    absolute: float = 0.0,
+    relative: float = 0.0,
 ) -> None:
     assert got.dtype == dtype, f"{name}: dtype {got.dtype}, expected {dtype}"
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -275,7 +278,9 @@ def _assert_near(
         size, error = norm(exact), norm(got.double() - exact)
         slack = absolute * math.sqrt(exact.numel()) if measure == "norm" else absolute
         budget = 2 * norm(plain.double() - exact) + slack + relative * size
-        assert size == 0 or budget < 0.05 * size, f"{name}: a budget of {budget:.2e} for {size:.2e} proves nothing ({measure})"
+        assert size == 0 or budget < 0.05 * size, (
+            f"{name}: a budget of {budget:.2e} for {size:.2e} proves nothing ({measure})"
+        )
         assert error <= budget, f"{name}: off by {error:.2e}, budget {budget:.2e}, size {size:.2e} ({measure})"
 
 
@@ -283,16 +288,22 @@ def _assert_near(
 # The call under test
 
 
-def _run(problem: Problem, backend: Backend, autocast: torch.dtype | None = None) -> Outcome:
+def _loss_of(problem: Problem, tensors: dict[str, Tensor], impl: str, **options: Any) -> Any:
+    """`fused_suffix_kl` of these tensors with the problem's options; `options` go first."""
+    arguments: dict[str, Any] = {**tensors, **problem.options, **options}
+    return fused_suffix_kl(**arguments, impl=impl)
+
+
+def _run(problem: Problem, impl: str, device: str = "cpu", autocast: torch.dtype | None = None) -> Outcome:
     """Forward and backward of `fused_suffix_kl`, in memory that starts as NaN: an entry nobody wrote shows."""
-    moved = problem.on(backend.device)
+    moved = problem.on(device)
     leaves = moved.leaves()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
     try:
-        with torch.autocast(backend.device, autocast, enabled=autocast is not None):
-            loss, stats = fused_suffix_kl(**leaves, **moved.options, impl=backend.impl, return_stats=True)
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            loss, stats = _loss_of(moved, leaves, impl, return_stats=True)
         asked = [name for name in moved.asks if name in leaves]
-        upstream = torch.as_tensor(moved.upstream, dtype=loss.dtype, device=loss.device).expand_as(loss)
+        upstream = torch.as_tensor(moved.upstream, dtype=loss.dtype, device=device).expand_as(loss)
         gradients = torch.autograd.grad(loss, [leaves[name] for name in asked], upstream)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -306,47 +317,39 @@ def _run(problem: Problem, backend: Backend, autocast: torch.dtype | None = None
 def _smallest_workspace(problem: Problem, impl: str) -> int:
     """The bytes that one row needs, which the refusal of too small a workspace says."""
     with pytest.raises(ValueError, match="max_workspace_bytes") as refused:
-        fused_suffix_kl(**problem.leaves(), **{**problem.options, "max_workspace_bytes": 1}, impl=impl)
-    return max(int(number) for number in "".join(c if c.isdigit() else " " for c in str(refused.value)).split())
+        _loss_of(problem, problem.leaves(), impl, max_workspace_bytes=1)
+    return max(map(int, re.findall(r"\d+", str(refused.value))))
 
 
-FUSED = [Backend("torch"), Backend("triton")]
-if torch.cuda.is_available():
-    FUSED += [pytest.param(Backend(impl, "cuda"), marks=pytest.mark.gpu) for impl in ("torch", "triton")]
-FLOAT64 = [Backend("reference"), Backend("torch")]
-
-
-def _available(backend: Backend) -> Backend:
-    if backend == Backend("triton") and os.environ.get("TRITON_INTERPRET") != "1":
+def _available(impl: str) -> str:
+    if impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton takes CPU tensors under its interpreter only")
-    return backend
+    return impl
 
 
-def _name(backend: Backend) -> str:
-    return f"{backend.impl}-{backend.device}"
-
-
-@pytest.fixture(params=[Backend("reference"), *FUSED], ids=_name)
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Each implementation, wherever it runs."""
+@pytest.fixture(params=["reference", "torch", "triton"])
+def impl(request: pytest.FixtureRequest) -> str:
     return _available(request.param)
 
 
-@pytest.fixture(params=FUSED, ids=_name)
-def fused(request: pytest.FixtureRequest) -> Backend:
-    """Each implementation that works in chunks, wherever it runs."""
+@pytest.fixture(params=["torch", "triton"])
+def fused_impl(request: pytest.FixtureRequest) -> str:
+    """Those that work in chunks."""
     return _available(request.param)
 
 
-@pytest.fixture(params=FLOAT64, ids=_name)
-def double(request: pytest.FixtureRequest) -> Backend:
-    """Each implementation that takes float64."""
+@pytest.fixture(params=["reference", "torch"])
+def double_impl(request: pytest.FixtureRequest) -> str:
+    """Those that take float64."""
     return request.param
 
 
 @pytest.fixture(params=["forward_kl", "reverse_kl", "jsd"])
 def divergence(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+# A conftest cannot be imported from, so what the test files use of it comes as fixtures.
 
 
 @pytest.fixture
@@ -356,7 +359,7 @@ def build() -> Callable[..., Problem]:
 
 @pytest.fixture
 def build_everything() -> Callable[..., Problem]:
-    return everything
+    return _everything
 
 
 @pytest.fixture
@@ -367,6 +370,11 @@ def oracle() -> Callable[[Problem], Outcome]:
 @pytest.fixture
 def plain() -> Callable[..., Outcome]:
     return _plain
+
+
+@pytest.fixture
+def loss_of() -> Callable[..., Any]:
+    return _loss_of
 
 
 @pytest.fixture

@@ -13,49 +13,56 @@ STUDENT = ("student_hidden", "student_weight", "student_bias")
 
 @pytest.mark.parametrize("asks", [c for n in (1, 2) for c in combinations(STUDENT, n)], ids="+".join)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_whoever_asks(build_everything, run, assert_accurate, backend, reduction, asks):
+def test_whoever_asks(build_everything, run, assert_accurate, impl, reduction, asks):
     problem = replace(build_everything(reduction=reduction), asks=asks)
-    got = run(problem, backend)
+    got = run(problem, impl)
     assert tuple(got.gradients) == asks
     assert_accurate(got, problem)
 
 
-def test_nobody_asks(build_everything, backend):
-    problem = replace(build_everything(), asks=()).on(backend.device)
-    assert not fused_suffix_kl(**problem.leaves(), **problem.options, impl=backend.impl).requires_grad
+def test_nobody_asks(build_everything, impl, loss_of):
+    problem = replace(build_everything(), asks=())
+    assert not loss_of(problem, problem.leaves(), impl).requires_grad
+
+
+def test_inference_mode(build_everything, impl, loss_of):
+    problem = build_everything()
+    expected = loss_of(problem, problem.leaves(), impl).detach()
+    with torch.inference_mode():
+        got = loss_of(problem, problem.leaves(), impl)
+    torch.testing.assert_close(got.clone(), expected, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_grad_gives_the_same_value(build_everything, backend, reduction):
-    problem = build_everything(reduction=reduction).on(backend.device)
+def test_no_grad_gives_the_same_value(build_everything, impl, reduction, loss_of):
+    problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     with torch.no_grad():
-        silent = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
-    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+        silent = loss_of(problem, leaves, impl)
+    loss = loss_of(problem, leaves, impl)
     assert not silent.requires_grad
     torch.testing.assert_close(silent, loss.detach(), rtol=1e-6, atol=0.0)
 
 
-def test_teacher_gets_no_gradient(build_everything, backend):
-    problem = build_everything().on(backend.device)
+def test_teacher_gets_no_gradient(build_everything, impl, loss_of):
+    problem = build_everything()
     leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
-    fused_suffix_kl(**leaves, **problem.options, impl=backend.impl).backward()
+    loss_of(problem, leaves, impl).backward()
     for name, leaf in leaves.items():
         assert (leaf.grad is None) == name.startswith("teacher"), name
 
 
-def test_only_the_teacher_asks(build_everything, backend):
-    problem = replace(build_everything(), asks=("teacher_hidden", "teacher_weight", "teacher_bias")).on(backend.device)
-    assert not fused_suffix_kl(**problem.leaves(), **problem.options, impl=backend.impl).requires_grad
+def test_only_the_teacher_asks(build_everything, impl, loss_of):
+    problem = replace(build_everything(), asks=("teacher_hidden", "teacher_weight", "teacher_bias"))
+    assert not loss_of(problem, problem.leaves(), impl).requires_grad
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_rows(build, backend, divergence, reduction):
+def test_no_rows(build, impl, divergence, reduction, loss_of):
     """Zero, still part of the graph; every gradient is zero."""
     problem = build(bias=True, student_index=[], teacher_index=[], divergence=divergence, reduction=reduction)
-    moved = problem.on(backend.device)
-    leaves = moved.leaves()
-    loss, stats = fused_suffix_kl(**leaves, **moved.options, impl=backend.impl, return_stats=True)
+    leaves = problem.leaves()
+    loss, stats = loss_of(problem, leaves, impl, return_stats=True)
     assert loss.dtype == torch.float32
     assert loss.shape == ((0,) if reduction == "none" else ())
     assert loss.sum().item() == 0.0
@@ -65,83 +72,92 @@ def test_no_rows(build, backend, divergence, reduction):
         assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
 
 
-def test_no_rows_of_hidden_states(build, backend):
-    problem = build(dtype=torch.bfloat16).on(backend.device)
-    problem = problem.with_tensors(**{f"{m}_hidden": problem.tensors[f"{m}_hidden"][:0] for m in ("student", "teacher")})
+def test_no_rows_of_hidden_states(build, impl, loss_of):
+    problem = build(dtype=torch.bfloat16)
+    problem = problem.with_tensors(
+        **{f"{m}_hidden": problem.tensors[f"{m}_hidden"][:0] for m in ("student", "teacher")}
+    )
     leaves = problem.leaves()
-    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    loss = loss_of(problem, leaves, impl)
     loss.backward()
     assert loss.item() == 0.0
     assert leaves["student_hidden"].grad.shape == (0, 24)
     assert torch.equal(leaves["student_weight"].grad, torch.zeros_like(leaves["student_weight"]))
 
 
-def test_all_rows_masked(build, backend, divergence):
+def test_all_rows_masked(build, impl, divergence, loss_of):
     """Weights that sum to zero: the mean is zero, not 0/0, and so is its gradient."""
-    problem = build(bias=True, row_weight=[0.0] * 6, divergence=divergence).on(backend.device)
+    problem = build(bias=True, row_weight=[0.0] * 6, divergence=divergence)
     leaves = problem.leaves()
-    loss = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl)
+    loss = loss_of(problem, leaves, impl)
     loss.backward()
     assert loss.item() == 0.0
     for name in STUDENT:
         assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
 
 
-def test_row_weight_does_not_scale_none(build, run, backend):
+def test_row_weight_does_not_scale_none(build, run, impl):
     problem = build(reduction="none")
     weighted = problem.with_options(row_weight=torch.tensor([0.5, 0.0, 2.0, 0.0, 0.25, 1.0]))
-    got, expected = run(weighted, backend), run(problem, backend)
+    got, expected = run(weighted, impl), run(problem, impl)
     assert torch.equal(got.loss, expected.loss)
     assert all(torch.equal(got.gradients[name], gradient) for name, gradient in expected.gradients.items())
 
 
-def test_rows_of_weight_zero_have_no_gradient(build, run, backend):
-    got = run(build(row_weight=[0.5, 0.0, 2.0, 0.0, 0.25, 1.0]), backend)
+def test_rows_of_weight_zero_have_no_gradient(build, run, impl):
+    got = run(build(row_weight=[0.5, 0.0, 2.0, 0.0, 0.25, 1.0]), impl)
     empty = (got.gradients["student_hidden"] == 0).all(-1)
     assert empty.tolist() == [False, True, False, True, False, False]
 
 
-def test_upstream_gradient_that_misses_rows(build, run, assert_accurate, backend):
+def test_upstream_gradient_that_misses_rows(build, run, assert_accurate, impl):
     problem = replace(build(reduction="none", bias=True), upstream=torch.tensor([0.0, -2.0, 0.0, 1.0, 0.5, 0.0]))
-    got = run(problem, backend)
+    got = run(problem, impl)
     assert_accurate(got, problem)
     assert (got.gradients["student_hidden"] == 0).all(-1).tolist() == [True, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_student_row_repeated_across_chunks(build, run, assert_accurate, smallest_workspace, fused, dtype, reduction):
+def test_one_student_row_repeated_across_chunks(
+    build, run, assert_accurate, smallest_workspace, fused_impl, dtype, reduction
+):
     problem = build(
         rows=4, vocab=101, dtype=dtype, student_index=[2, 1] * 24, teacher_index=[0, 1, 2, 3] * 12, reduction=reduction
     )
-    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem.on(fused.device), fused.impl))
-    assert_accurate(run(problem, fused), problem)
+    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem, fused_impl))
+    assert_accurate(run(problem, fused_impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_weight_gradient_is_not_accumulated_in_bfloat16(build, run, assert_accurate, smallest_workspace, fused, reduction):
-    problem = build(rows=192, vocab=67, dtype=torch.bfloat16, bias=True, reduction=reduction)
-    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem.on(fused.device), fused.impl))
-    assert_accurate(run(problem, fused), problem)
+def test_weight_gradient_is_not_accumulated_in_bfloat16(
+    build, run, assert_accurate, smallest_workspace, fused_impl, reduction
+):
+    problem = build(rows=96, vocab=67, dtype=torch.bfloat16, bias=True, reduction=reduction)
+    problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem, fused_impl))
+    assert_accurate(run(problem, fused_impl), problem)
 
 
-def test_loss_scaling_reaches_float16_gradients(build, run, assert_accurate, backend):
-    """A GradScaler's factor arrives with the backward; gradients that only it lifts above float16's range must survive."""
+def test_loss_scaling_reaches_float16_gradients(build, run, assert_accurate, impl):
+    """A GradScaler's factor arrives with the backward: gradients that only it lifts into float16's range survive."""
     problem = replace(build(rows=48, vocab=2003, dtype=torch.float16, temperature=4.0), upstream=2.0**14)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradcheck(build, double, divergence, reduction):
+def test_gradcheck(build, double_impl, divergence, reduction):
     """Finite differences in float64, with repeated rows, weights, biases, temperature and softcap."""
     problem = build(
-        rows=3, width=4, vocab=7, dtype=torch.float64, bias=True, student_index=[2, 0, 2, 1], teacher_index=[0, 0, 1, 2],
-        row_weight=[0.5, 1.0, 2.0, 0.0], divergence=divergence, reduction=reduction, temperature=1.5, beta=0.3,
-        vocab_size=6, student_transform=LogitTransform(scale=0.8, softcap=4.0),
+        rows=3, width=4, vocab=7, dtype=torch.float64, bias=True,
+        student_index=[2, 0, 2, 1], teacher_index=[0, 0, 1, 2], row_weight=[0.5, 1.0, 2.0, 0.0],
+        divergence=divergence, reduction=reduction, temperature=1.5, beta=0.3, vocab_size=6,
+        student_transform=LogitTransform(scale=0.8, softcap=4.0),
     )  # fmt: skip
     leaves = problem.leaves()
 
     def loss(*asked):
-        return fused_suffix_kl(**{**leaves, **dict(zip(STUDENT, asked, strict=True))}, **problem.options, impl=double.impl)
+        return fused_suffix_kl(
+            **{**leaves, **dict(zip(STUDENT, asked, strict=True))}, **problem.options, impl=double_impl
+        )
 
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in STUDENT])

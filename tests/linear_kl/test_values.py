@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disc_kernels import FusedSuffixKLLoss, LogitTransform, fused_suffix_kl
+from disc_kernels import FusedSuffixKLLoss, LogitTransform
 
 CASES = {
     "aligned": {},
@@ -28,49 +28,51 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_case(build, run, assert_accurate, backend, divergence, case):
+def test_case(build, run, assert_accurate, impl, divergence, case):
     problem = build(divergence=divergence, **case)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_everything_at_once(build_everything, run, assert_accurate, backend, divergence, temperature, reduction):
+def test_everything_at_once(build_everything, run, assert_accurate, impl, divergence, temperature, reduction):
     problem = build_everything(divergence=divergence, temperature=temperature, reduction=reduction)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_dtype(build_everything, run, assert_accurate, backend, divergence, dtype, reduction):
+def test_dtype(build_everything, run, assert_accurate, impl, divergence, dtype, reduction):
     problem = build_everything(dtype, divergence=divergence, reduction=reduction)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_float64(build_everything, run, assert_accurate, double, divergence, reduction):
+def test_float64(build_everything, run, assert_accurate, double_impl, divergence, reduction):
     problem = build_everything(torch.float64, divergence=divergence, reduction=reduction)
-    assert_accurate(run(problem, double), problem)
+    assert_accurate(run(problem, double_impl), problem)
 
 
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)], ids=str
+    "dtypes",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
+    ids=str,
 )
-def test_models_of_different_dtypes(build_everything, run, assert_accurate, backend, dtypes):
+def test_models_of_different_dtypes(build_everything, run, assert_accurate, impl, dtypes):
     student, teacher = dtypes
     problem = build_everything(student, teacher_dtype=teacher)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("vocab", [2, 31, 1024, 1025, 32003, 131075])
-def test_vocabulary(build, run, assert_accurate, backend, divergence, vocab):
+def test_vocabulary(build, run, assert_accurate, impl, divergence, vocab):
     problem = build(rows=3, width=16, vocab=vocab, divergence=divergence, temperature=2.0)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
-def test_vocabulary_of_one_entry(build, run, backend, divergence):
+def test_vocabulary_of_one_entry(build, run, impl, divergence):
     """Both models are certain: no divergence, no entropy, no gradient."""
-    got = run(build(vocab=1, divergence=divergence, bias=True, reduction="sum"), backend)
+    got = run(build(vocab=1, divergence=divergence, bias=True, reduction="sum"), impl)
     assert abs(got.loss.item()) < 1e-6
     assert all(gradient.abs().max() < 1e-6 for gradient in got.gradients.values())
     assert got.stats["student_entropy"].abs().max() < 1e-6
@@ -79,26 +81,67 @@ def test_vocabulary_of_one_entry(build, run, backend, divergence):
 
 
 @pytest.mark.parametrize("rows", [1, 17, 33])
-def test_ragged_rows(build, run, assert_accurate, fused, divergence, rows):
+def test_ragged_rows(build, run, assert_accurate, fused_impl, divergence, rows):
     problem = build(rows=rows, vocab=203, divergence=divergence, reduction="none")
-    assert_accurate(run(problem, fused), problem)
+    assert_accurate(run(problem, fused_impl), problem)
 
 
-def test_leading_dimensions(build, run, assert_accurate, backend):
+def test_leading_dimensions(build, run, assert_accurate, impl):
     problem = build(student_index=[5, 0, 3], teacher_index=[1, 2, 2])
     shaped = problem.with_tensors(
         student_hidden=problem.tensors["student_hidden"].view(2, 3, 24),
         teacher_hidden=problem.tensors["teacher_hidden"].view(3, 1, 2, 24),
     )
-    got = run(shaped, backend)
+    got = run(shaped, impl)
     assert_accurate(got, shaped)
     assert got.gradients["student_hidden"].shape == (2, 3, 24)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_sequences_without_their_last_position(build, run, assert_accurate, fused_impl, smallest_workspace, indexed):
+    """hidden[:, :-1] of a batch, which no view makes [M, D]."""
+    rows = {"student_index": [8, 0, 5, 3], "teacher_index": [1, 8, 2, 2]} if indexed else {}
+    problem = build(rows=9, reduction="none", **rows)
+    longer = {
+        name: torch.cat([t.view(3, 3, 24), torch.full((3, 1, 24), torch.nan)], 1)[:, :-1]
+        for name, t in problem.tensors.items()
+        if name.endswith("hidden")
+    }
+    batch = problem.with_tensors(**longer)
+    assert_accurate(run(batch, fused_impl), batch)
+    tight = batch.with_options(max_workspace_bytes=3 * smallest_workspace(batch, fused_impl))
+    assert_accurate(run(tight, fused_impl), tight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_row_weights_of_another_dtype(build, run, assert_accurate, impl, dtype):
+    problem = build(row_weight=torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25, 1.0], dtype=dtype))
+    assert_accurate(run(problem, impl), problem)
+
+
+def test_negative_row_weights(build, run, assert_accurate, impl):
+    """A pair of preferences, say."""
+    problem = build(row_weight=[-3.0, 1.0, 0.5, -0.5, 0.0, 1.0], reduction="sum", dtype=torch.bfloat16)
+    assert_accurate(run(problem, impl), problem)
+
+
+def test_tiny_row_weights(build, run, assert_accurate, impl):
+    """Weights that carry 1 / (tokens in a step): the mean divides them out again."""
+    weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0]) * 1e-12
+    problem = build(row_weight=weights, dtype=torch.bfloat16)
+    assert_accurate(run(problem, impl), problem)
+
+
+def test_whole_numbers_are_numbers(build, impl, loss_of):
+    problem = build()
+    values = [loss_of(problem, problem.tensors, impl, temperature=t) for t in (2, 2.0)]
+    assert torch.equal(*values)
 
 
 def strided(t):
     """The same values, every stride of which is wrong for a kernel that assumes any."""
     wide = torch.full((*(2 * n for n in t.shape[:-1]), 3 * t.shape[-1]), float("nan"), dtype=t.dtype)
-    view = wide[tuple(slice(None, None, 2) for _ in t.shape[:-1]) + (slice(1, None, 3),)]
+    view = wide[(*(slice(None, None, 2) for _ in t.shape[:-1]), slice(1, None, 3))]
     return view.copy_(t)
 
 
@@ -110,26 +153,28 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_of_hidden_and_weight(build_everything, run, assert_accurate, backend, divergence, layout):
+def test_layout_of_hidden_and_weight(build_everything, run, assert_accurate, impl, divergence, layout):
     problem = build_everything(divergence=divergence)
     names = [name for name in problem.tensors if not name.endswith("bias")]
     problem = problem.with_tensors(**{name: layout(problem.tensors[name]) for name in names})
     assert not any(problem.tensors[name].is_contiguous() for name in names)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
-def test_strided_biases_indices_and_row_weights(build_everything, run, assert_accurate, backend):
+def test_strided_biases_indices_and_row_weights(build_everything, run, assert_accurate, impl):
     problem = build_everything()
-    problem = problem.with_tensors(**{name: strided(problem.tensors[name]) for name in ("student_bias", "teacher_bias")})
+    problem = problem.with_tensors(
+        **{name: strided(problem.tensors[name]) for name in ("student_bias", "teacher_bias")}
+    )
     every_second = {
         name: torch.stack([problem.options[name], torch.full_like(problem.options[name], 3)], -1)[:, 0]
         for name in ("student_index", "teacher_index", "row_weight")
     }
     problem = problem.with_options(**every_second)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
-def test_expanded_rows(build, run, assert_accurate, backend):
+def test_expanded_rows(build, run, assert_accurate, impl):
     """One row seen as six, and one number as six row weights: stride 0."""
     problem = build(row_weight=[0.5])
     problem = problem.with_tensors(
@@ -137,26 +182,26 @@ def test_expanded_rows(build, run, assert_accurate, backend):
         teacher_hidden=problem.tensors["teacher_hidden"][:1].expand(6, -1),
     )
     problem = problem.with_options(row_weight=problem.options["row_weight"].expand(6))
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_many_small_chunks(
-    build_everything, build, run, assert_accurate, smallest_workspace, fused, divergence, dtype, reduction
+    build_everything, build, run, assert_accurate, smallest_workspace, fused_impl, divergence, dtype, reduction
 ):
     """The smallest workspace the call accepts, and three times that: many chunks, the same numbers."""
     problem = build_everything(dtype, divergence=divergence, reduction=reduction)
-    smallest = smallest_workspace(problem.on(fused.device), fused.impl)
-    whole = run(problem, fused)
+    smallest = smallest_workspace(problem, fused_impl)
+    whole = run(problem, fused_impl)
     for workspace in (smallest, 3 * smallest):
         chunked = problem.with_options(max_workspace_bytes=workspace)
-        got = run(chunked, fused)
+        got = run(chunked, fused_impl)
         assert_accurate(got, chunked)
         torch.testing.assert_close(got.loss, whole.loss, rtol=1e-5, atol=0.0)
 
 
-def test_agreement_and_statistics_are_of_each_pair(build, run, backend):
+def test_agreement_and_statistics_are_of_each_pair(build, run, impl):
     """Teacher rows 0 and 1 equal the student's, and rows that tie everywhere agree with themselves."""
     problem = build(teacher_rows=2, teacher_index=[0, 1, 0, 1, 0, 1])
     hidden = problem.tensors["student_hidden"].clone()
@@ -165,42 +210,42 @@ def test_agreement_and_statistics_are_of_each_pair(build, run, backend):
         student_hidden=hidden, teacher_hidden=hidden[:2], teacher_weight=problem.tensors["student_weight"]
     )
     argmax = (hidden @ problem.tensors["student_weight"].T).argmax(-1)
-    got = run(tied, backend).stats["agreement"]
+    got = run(tied, impl).stats["agreement"]
     assert torch.equal(got[:4], (argmax[:4] == argmax[[0, 1, 0, 1]]).float())
     assert got[0] == got[1] == 1.0
 
     same = tied.with_tensors(teacher_hidden=hidden).with_options(teacher_index=None)
-    assert torch.equal(run(same, backend).stats["agreement"], torch.ones(6))
+    assert torch.equal(run(same, impl).stats["agreement"], torch.ones(6))
 
 
-def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(build_everything, backend):
-    problem = build_everything(reduction="none").on(backend.device)
+def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(build_everything, impl, loss_of):
+    problem = build_everything(reduction="none")
     leaves = problem.leaves()
-    loss, stats = fused_suffix_kl(**leaves, **problem.options, impl=backend.impl, return_stats=True)
-    assert torch.equal(loss.detach(), fused_suffix_kl(**leaves, **problem.options, impl=backend.impl).detach())
+    loss, stats = loss_of(problem, leaves, impl, return_stats=True)
+    assert torch.equal(loss.detach(), loss_of(problem, leaves, impl).detach())
     assert torch.equal(loss.detach(), stats.divergence)
     for value in (stats.divergence, stats.student_entropy, stats.teacher_entropy, stats.agreement):
         assert value.shape == (7,)
         assert not value.requires_grad
 
 
-def test_inputs_are_left_as_they_were(build_everything, run, backend):
+def test_inputs_are_left_as_they_were(build_everything, run, impl):
     problem = build_everything(torch.bfloat16)
     before = {k: v.clone() for k, v in {**problem.tensors, **problem.options}.items() if isinstance(v, torch.Tensor)}
-    run(problem, backend)
+    run(problem, impl)
     after = {**problem.tensors, **problem.options}
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_module_is_the_function(build_everything, backend):
-    problem = build_everything(divergence="jsd").on(backend.device)
+def test_module_is_the_function(build_everything, impl, loss_of):
+    problem = build_everything(divergence="jsd")
     rows = {name: problem.options[name] for name in ("student_index", "teacher_index", "row_weight")}
     biases = {name: problem.tensors[name] for name in ("student_bias", "teacher_bias")}
     main = [problem.tensors[f"{model}_{part}"] for model in ("student", "teacher") for part in ("hidden", "weight")]
     options = {name: value for name, value in problem.options.items() if name not in rows}
-    module = FusedSuffixKLLoss(**options, impl=backend.impl)
+    module = FusedSuffixKLLoss(**options, impl=impl)
     assert not list(module.parameters())
-    expected = fused_suffix_kl(**problem.tensors, **problem.options, impl=backend.impl)
+    expected = loss_of(problem, problem.tensors, impl)
     assert torch.equal(module(*main, **rows, **biases), expected)
 
 
@@ -234,6 +279,6 @@ def calls(draw):
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls())
-def test_any_call(build, run, assert_accurate, backend, call):
+def test_any_call(build, run, assert_accurate, impl, call):
     problem = build(**call)
-    assert_accurate(run(problem, backend), problem)
+    assert_accurate(run(problem, impl), problem)

@@ -15,16 +15,16 @@ def example(monkeypatch):
     return runpy.run_path(str(EXAMPLE / "run.py"))
 
 
-def test_new_and_base_topics_share_no_paragraph(example):
+def test_the_base_shares_no_paragraph_with_what_is_held_out(example):
     prepare = example["prepare"].__globals__
-    base, new = prepare["split_topics"](prepare["topics"], 16, seed=0)
+    base, new, control = prepare["split_topics"](prepare["topics"], 16, seed=0).values()
 
     def paragraphs(texts):
         return {" ".join(paragraph.split()) for text in texts.values() for paragraph in text.split("\n\n")}
 
-    assert len(new) == 16 and base and not base.keys() & new.keys()
-    assert not paragraphs(base) & paragraphs(new)
-    assert all(new[name] == prepare["topics"][name] for name in new)
+    assert (len(new), len(control)) == (16, 8)
+    assert base and len(base.keys() | new.keys() | control.keys()) == len(base) + 24
+    assert not paragraphs(base) & paragraphs(new | control)
 
 
 @pytest.mark.slow
@@ -39,6 +39,6 @@ def test_the_student_moves_towards_the_teacher_that_reads_the_context(example, t
     )
 
     (before, after, teacher), (divergence_before, divergence_after), *_ = rows.values()
-    assert teacher < before - 0.05  # the context tells something
+    assert teacher < before - 0.03  # the context tells something
     assert after < before - 0.3 * (before - teacher)  # and the student, without it, comes to know it
     assert divergence_after < 0.5 * divergence_before
