@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import attention_implementation, attention_mask
@@ -17,6 +18,18 @@ class Head(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     transform: LogitTransform
+
+
+def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model.
+
+    Raises:
+        ValueError, OSError: there is none, it is of another kind, or its files are damaged.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except SafetensorError as error:
+        raise ValueError(f"{name_or_path}: the weights cannot be read, a file is damaged: {error}") from error
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -45,6 +58,17 @@ def _logit_transform(model: PreTrainedModel) -> LogitTransform:
         scale *= getattr(config, name, None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+
+
+def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
+    """Raise ValueError if a token of the documents is none of the model's; a GPU would fail without saying so."""
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    entries = min(embeddings.shape[0], head_of(model).weight.shape[0])
+    if largest_token >= entries:
+        raise ValueError(
+            f"{model.name_or_path or type(model).__name__}: expected an entry for every token of the documents, up to"
+            f" {largest_token}, got a vocabulary of {entries}: the tokenizer is another model's"
+        )
 
 
 def common_vocabulary(student: Head, teacher: Head) -> int | None:
@@ -86,21 +110,27 @@ def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> 
 
     Raises:
         ValueError: the model has no usable head, does something unknown to its logits, or runs a text packed behind
-            another differently from the text alone: training would minimise the wrong loss. Or "flex" on the CPU.
+            another differently from the text alone: training would minimise the wrong loss. Or it cannot run a packed
+            sequence at all. Or "flex" on the CPU.
     """
     if attention == "flex" and input_ids.device.type == "cpu":
         raise ValueError("attention: 'flex' cannot train on the CPU (FlexAttention has no backward there), use 'sdpa'")
     head = head_of(model)
-    model.set_attn_implementation(attention_implementation(model.config, attention))
     training = model.training
     model.eval()
     try:
+        model.set_attn_implementation(attention_implementation(model.config, attention))
         length = input_ids.shape[1]
         alone = SharedPrefixLayout.from_trees([(length, [])]).to(input_ids.device)
         packed = SharedPrefixLayout.from_trees([(0, [(0, length), (0, length)])]).to(input_ids.device)
         logits = model(**_inputs(model, input_ids, alone, attention)).logits.float()
         hidden = hidden_states(model, input_ids, alone, attention)
         second = hidden_states(model, input_ids.repeat(1, 2), packed, attention)[:, length:]
+    except Exception as failure:  # of whatever kind the model's own code raises
+        raise ValueError(
+            f"{type(model).__name__}: expected a model that runs a packed sequence, by its attention_mask and"
+            f" position_ids, with attention {attention!r}, got {type(failure).__name__}: {failure}"
+        ) from failure
     finally:
         model.train(training)
 

@@ -1,4 +1,7 @@
-"""The `disc-train` command: exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong."""
+"""The `disc-train` command.
+
+Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -14,16 +17,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     except SystemExit as exit_:  # argparse has printed its help, or what is wrong
         return int(exit_.code or 0)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return _failed(error, 2)
     try:
         run(*arguments)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _failed(error, 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
     return 0
 
 
-def _failed(error: Exception, code: int) -> int:
+def _failed(error: Exception | str, code: int) -> int:
     print(f"disc-train: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

@@ -99,6 +99,11 @@ class LoopArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir: expected the folder for checkpoints and the trained model, got none")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
         super().__post_init__()
 
 

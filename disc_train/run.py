@@ -1,16 +1,19 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from disc_kernels.shared_prefix import attention_implementation
-from disc_train.causal_lm import use_attention
+from disc_train.causal_lm import check_vocabulary, load_model, use_attention
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
@@ -37,10 +40,12 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
-    student = AutoModelForCausalLM.from_pretrained(disc.model_name_or_path, dtype=getattr(torch, disc.student_dtype))
-    student.to(loop.device)  # type: ignore[arg-type]
+    tokens = np.unique(np.concatenate([document.input_ids for document in dataset.documents]))
+    check_teacher_tokenizer(disc, tokens)
+    student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype)).to(loop.device)  # type: ignore[arg-type]
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
+        check_vocabulary(model, int(tokens[-1]))
         use_attention(model, disc.attention, dataset.few_tokens().to(loop.device))
 
     samples = evenly_spaced(dataset)
@@ -85,10 +90,13 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
-        ValueError: a new run in a folder that holds one, or nothing to go on from.
+        ValueError: a new run in a folder that holds one, a folder that cannot be written to, or nothing to go on from.
     """
     folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
-    last = get_last_checkpoint(folder) if folder.is_dir() else None
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--output_dir: expected a folder that can be written to, got {folder}")
+    last = _last_checkpoint(folder)
     if wanted is None:
         if last is not None:
             raise ValueError(
@@ -98,18 +106,48 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
         if any((folder / name).exists() for name in ("config.json", "trainer_state.json")):
             raise ValueError(f"--output_dir: {folder} already holds a model: choose another folder")
         return None
-    if wanted == "true":  # transformers' word for the last one of this run
+    if wanted.lower() == "true":  # the last one of this run; YAML's true arrives as True
         checkpoint = last
     elif Path(wanted, "trainer_state.json").is_file():
         checkpoint = wanted
     else:
-        checkpoint = get_last_checkpoint(wanted) if Path(wanted).is_dir() else None
+        checkpoint = _last_checkpoint(Path(wanted))
     if checkpoint is None:
         raise ValueError(
             "--resume_from_checkpoint: expected a checkpoint, a folder with checkpoints, or true for the last one in"
             f" --output_dir ({folder}), got {wanted}, which has none"
         )
     return checkpoint
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last complete one: what is written last is there. A run may have been stopped while it saved."""
+    complete = {
+        int(step): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := path.name.rpartition("-")[2]).isdecimal() and (path / "trainer_state.json").is_file()
+    }
+    return str(complete[max(complete)]) if complete else None
+
+
+def check_teacher_tokenizer(disc: DiscArguments, tokens: Iterable[int]) -> None:
+    """Raise ValueError if the documents' tokens are others to the teacher's tokenizer, where it comes with one."""
+    if disc.teacher_name_or_path is None:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+    try:
+        other = AutoTokenizer.from_pretrained(disc.teacher_name_or_path)
+    except (OSError, ValueError):  # weights alone
+        return
+    ids = [int(token) for token in tokens]
+    for token, ours, theirs in zip(
+        ids, tokenizer.convert_ids_to_tokens(ids), other.convert_ids_to_tokens(ids), strict=True
+    ):
+        if ours != theirs:
+            raise ValueError(
+                f"--teacher_name_or_path: expected a teacher with the student's tokenizer, got one in which token"
+                f" {token} is {theirs!r}, not {ours!r}"
+            )
 
 
 def read_documents(disc: DiscArguments, loop: LoopArguments) -> list[TokenizedDocument]:
@@ -154,11 +192,7 @@ def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: S
     if losses:
         lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
     was, is_ = fmean(before.divergence), fmean(after.divergence)
-    lines.append(
-        (
-            "signal",
-            f"{was:.4f} -> {is_:.4f} nats a token on the same documents: the student took up {1 - is_ / was:.0%} of it",
-        )
-    )
+    share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
+    lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same documents{share}"))
     lines.append(("saved", f"model and tokenizer in {trainer.args.output_dir}"))
     return lines

@@ -103,8 +103,8 @@ def measure_signal(
         none = log_probability(student_head, student_hidden[0, batch["student_index"]], targets) @ weight
         signal.over_none.append(float(own - none))
 
-        other = samples[(number + len(samples) // 2) % len(samples)]  # far off: neighbours may be on the same matter
-        if other is not sample:
+        other = _another(samples, number)
+        if other is not None:
             input_ids, layout = send_to_device(_behind(other, sample), student.device)
             hidden = hidden_states(teacher, input_ids, layout, attention)[0, -len(targets) :]
             signal.over_other.append(float(own - log_probability(teacher_head, hidden, targets) @ weight))
@@ -112,6 +112,15 @@ def measure_signal(
             signal.over_other.append(signal.over_none[-1])
     student.train(training)
     return signal
+
+
+def _another(samples: Sequence[Sample], number: int) -> Sample | None:
+    """A sample of another text, from far off since neighbours may be on the same matter; None if there is none."""
+    for step in range(len(samples)):
+        other = samples[(number + len(samples) // 2 + step) % len(samples)]
+        if not np.array_equal(other.document.input_ids, samples[number].document.input_ids):
+            return other
+    return None
 
 
 def _behind(other: Sample, sample: Sample) -> tuple[Tensor, SharedPrefixLayout]:

@@ -45,7 +45,8 @@ class DiscTrainer(Trainer):
     Raises:
         ValueError: `teacher` is `model`; a model fails the checks of `disc_train.causal_lm.use_attention`; one process
             would use several GPUs.
-        FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and documents.
+        FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and documents;
+            and before weights that are not finite are saved.
     """
 
     def __init__(
@@ -134,6 +135,16 @@ class DiscTrainer(Trainer):
                 f" {', '.join(inputs['names'])}; stopped before the optimizer step, saved checkpoints are intact"
             )
         return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(
+                    f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
+                    " intact"
+                )
+        super().save_model(output_dir, _internal_call)
 
 
 class _EpochSetter(TrainerCallback):

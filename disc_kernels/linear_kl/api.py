@@ -86,14 +86,16 @@ def fused_suffix_kl(
         empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
-        "sum" they are computed in the forward and handed out by the first backward.
+        "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
+        was retained, computes them again.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
             without a host synchronisation, where the index is on CUDA: there the device stops with the message.
         NotImplementedError: `vocab_group`.
-        RuntimeError: in the backward, when it is run twice for "mean" or "sum", or differentiated.
+        RuntimeError: when the backward is differentiated; when an input was changed in place before a backward that
+            computes gradients again.
     """
     if vocab_group is not None:
         raise NotImplementedError("vocab_group: vocabulary-parallel heads are not available yet")
@@ -116,7 +118,7 @@ def fused_suffix_kl(
         vocab_size=vocab_size,
     )
     if max_workspace_bytes is not None:
-        check_count("max_workspace_bytes", max_workspace_bytes)
+        max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
     impl = _implementation(impl, problem)
     if impl == "reference":
         loss, stats = reference_suffix_kl(problem)

@@ -60,9 +60,7 @@ class FusedSuffixKL(torch.autograd.Function):
             row_scale, total_scale = _row_scale(_normalised_weight(problem), problem)
             ctx.gradients = GradientSums(call, wanted, total_scale)
         stats = _run_chunks(call, row_scale, ctx.gradients)
-        # For a backward that has to recompute. Saved through autograd, which frees them after the backward, and notices
-        # when one was changed in place before it.
-        ctx.save_for_backward(*problem.tensors())
+        _save_tensors(ctx, problem.tensors())
         ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
@@ -73,17 +71,30 @@ class FusedSuffixKL(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return None, None, None, None, None
-        saved = ctx.saved_tensors
         # Handed out once, not copied: a copy would double the memory of the weight's gradient.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(saved), statistics=False)
+            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(_saved_tensors(ctx)), statistics=False)
             weight = upstream if upstream.dim() else upstream * _normalised_weight(call.problem)
             row_scale, total_scale = _row_scale(weight, call.problem)
             gradients = GradientSums(call, ctx.wanted, total_scale)
             _run_chunks(call, row_scale, gradients)
             upstream = torch.ones_like(total_scale)
         return *gradients.finish(upstream), None, None
+
+
+def _save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+    """Keep the inputs for a backward that has to recompute.
+
+    Through autograd, which frees them after the backward and notices when one was changed in place before it. It does
+    not take a teacher's tensors from `torch.inference_mode`, which are kept as they are.
+    """
+    ctx.kept = tuple(x if x is not None and x.is_inference() else None for x in tensors)
+    ctx.save_for_backward(*(x if kept is None else None for x, kept in zip(tensors, ctx.kept, strict=True)))
+
+
+def _saved_tensors(ctx: Any) -> list[Tensor | None]:
+    return [x if kept is None else kept for x, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)]
 
 
 class GradientSums:
@@ -111,7 +122,8 @@ class GradientSums:
             new = torch.empty if student.index is None else torch.zeros
             self.hidden = new(student.hidden_rows, student.hidden_size, dtype=hidden.dtype, device=hidden.device)
         if wanted.weight:
-            self.weight = torch.empty(weight.shape, dtype=wide, device=weight.device)
+            # With the weight's strides, or autograd would copy it to get them.
+            self.weight = torch.empty_like(weight, dtype=wide)
             # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
             self.weight[problem.vocab_size if problem.rows else 0 :].zero_()
         if wanted.bias:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class LogitTransform:
         for name, value in (("scale", self.scale), ("softcap", self.softcap)):
             if value is None and name == "softcap":
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"LogitTransform: {name} must be a number, got {type(value).__name__}")
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"LogitTransform: scale must be finite and not zero, got {self.scale}")

@@ -78,23 +78,24 @@ class Corpus:
 
     def by_heart(self) -> str:
         kind = self.rng.random()
-        if kind < 0.50:
+        if kind < 0.30:
             return self.skill()
-        if kind < 0.80:
+        if kind < 0.65:
             return self.question(self.rng.choice(self.old))
-        if kind < 0.87:
+        if kind < 0.70:
             return self.sentences(self.fresh_entity())
         return self.sentences(self.rng.choice(self.old))
 
     def batches(self, progress: float) -> list[list[str]]:
-        """Items of about one length together. Short texts come first: they teach it to look things up."""
-        by_heart = [self.by_heart() for _ in range(40)]
-        readings = sorted((self.reading(self.fresh_entity(), short=True) for _ in range(24)), key=len)
-        documents = [self.reading(self.fresh_entity(), short=False) for _ in range(7)]
-        documents.append(self.document(self.rng.choice(self.old)))
+        """Items of about one length together. Short texts to read come first, then more and more whole documents."""
         share = min(1.0, max(0.0, 3 * progress - 0.8))
-        batches = [by_heart, readings[:14], readings[14:], documents[: round(len(documents) * share)]]
-        return [batch for batch in batches if batch]
+        by_heart = [self.by_heart() for _ in range(96)]
+        readings = [self.reading(self.fresh_entity(), short=True) for _ in range(round(24 - 16 * share))]
+        documents = [self.reading(self.fresh_entity(), short=False) for _ in range(round(5 * share))]
+        documents += [self.document(self.rng.choice(self.old)) for _ in range(round(share))]
+        readings.sort(key=len)
+        middle = len(readings) // 2
+        return [batch for batch in (by_heart, readings[:middle], readings[middle:], documents) if batch]
 
 
 def chat(question: str, answer: str) -> str:
@@ -112,7 +113,7 @@ def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(
-        (item for _ in range(100) for batch in corpus.batches(1.0) for item in batch), trainer
+        (item for _ in range(100) for batch in corpus.batches(0.5) for item in batch), trainer
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
@@ -196,7 +197,7 @@ def print_gates(model_dir: Path, data_dir: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 SEED = 2026
-NUM_OLD_ENTITIES = 60
+NUM_OLD_ENTITIES = 200
 NUM_NEW_ENTITIES = 50
 NUM_CHOICES = 8
 STATEMENTS_PER_FACT = 3
@@ -187,9 +187,8 @@ def main() -> None:
         for key in entity.facts
     ]
     write_jsonl(output_dir / "new_facts.jsonl", new_facts)
-    write_jsonl(
-        output_dir / "old_facts.jsonl", (fact_probe(entity, key, rng) for entity in old for key in entity.facts)
-    )
+    old_facts = [fact_probe(entity, rng.choice(list(entity.facts)), rng) for entity in old]
+    write_jsonl(output_dir / "old_facts.jsonl", old_facts)
     write_jsonl(output_dir / "skills.jsonl", (probe for name in SKILLS for probe in skill_probes(name, rng)))
 
 

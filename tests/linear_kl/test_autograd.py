@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from disc_kernels import fused_suffix_kl
+
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 
 
@@ -146,7 +148,8 @@ def test_one_weight_for_both_models(build, oracle, impl, reduction, loss_of):
 
 def test_hooks_see_the_gradients(call, expected):
     problem, loss = call
-    leaves, seen = problem.leaves(), []
+    leaves = problem.leaves()
+    seen: list[torch.Tensor] = []
     leaves["student_hidden"].register_hook(seen.append)
     value = loss(leaves)
     value.register_hook(lambda g: 0.5 * g)
@@ -198,3 +201,29 @@ def test_autocast_allows_hidden_states_of_its_dtype_with_float32_weights(build, 
     assert got.gradients["student_hidden"].dtype == torch.bfloat16
     rounded = {name: gradient.bfloat16() for name, gradient in got.gradients.items()}
     assert_accurate(replace(got, gradients=rounded), problem)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_teacher_from_inference_mode(build, reduction):
+    """The usual way to run a frozen teacher; its tensors are not ones that autograd saves."""
+    problem = build(reduction=reduction)
+    leaves = problem.leaves()
+    with torch.inference_mode():
+        leaves |= {name: leaves[name].clone() for name in ("teacher_hidden", "teacher_weight")}
+    fused_suffix_kl(**leaves, **problem.options, impl="torch").sum().backward()
+    expected = problem.leaves()
+    fused_suffix_kl(**expected, **problem.options, impl="reference").sum().backward()
+    assert_same({n: leaves[n].grad for n in STUDENT[:2]}, {n: expected[n].grad for n in STUDENT[:2]})
+
+
+def test_teacher_may_change_before_the_first_backward(build):
+    """A moving-average teacher is updated in place; the gradients were computed in the forward."""
+    problem = build(reduction="mean")
+    leaves = problem.leaves()
+    loss = fused_suffix_kl(**leaves, **problem.options, impl="torch")
+    leaves["teacher_weight"].mul_(0.5)
+    loss.backward()
+    unchanged = problem.leaves()
+    unchanged["teacher_weight"] = problem.tensors["teacher_weight"] * 2  # `leaves` shared its memory
+    fused_suffix_kl(**unchanged, **problem.options, impl="torch").backward()
+    assert_same(gradients_of(leaves), gradients_of(unchanged))

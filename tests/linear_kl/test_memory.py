@@ -207,6 +207,13 @@ def test_peak_of_sequences_without_their_last_position(measure, problem, reducti
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_of_many_rows_in_the_smallest_workspace(measure, problem, smallest_workspace, reduction):
+    """A few numbers a row of the whole call are more than all the rest here."""
+    p = problem(rows=600, vocab=67, row_weight=torch.rand(600), reduction=reduction)
+    check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, "torch")), "torch")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_in_the_smallest_workspace(measure, problem, smallest_workspace, fused_impl, reduction):
     """The bytes that the refusal names are enough, and are all that is used."""
     p = problem(reduction=reduction)

@@ -49,7 +49,7 @@ def test_logits_beyond_float16(build, run, assert_accurate, impl, divergence):
     problem = build(dtype=torch.float16, divergence=divergence, student_transform=small, teacher_transform=small)
     far = problem.with_tensors(**{name: 200 * t for name, t in problem.tensors.items()})
     assert (far.tensors["student_hidden"].float() @ far.tensors["student_weight"].float().T).abs().max() > 2**17
-    far = replace(far, asks=("student_hidden",), upstream=1e4)  # above what float16 rounds away
+    far = replace(far, asks=("student_weight",), upstream=1e4)  # above what float16 rounds away
     assert_accurate(run(far, impl), far)
 
 
@@ -70,11 +70,15 @@ def test_nearly_identical_distributions(build, oracle, run, fused_impl, divergen
     assert (error <= budget).all(), f"expected {exact.tolist()}, got {got.tolist()}"
 
 
-@pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
-def test_never_negative(build, run, fused_impl, divergence, gap):
-    teacher = 3 * torch.randn(8, 517)
-    problem = with_logits(build, teacher + gap * torch.randn(8, 517), teacher, divergence=divergence, reduction="none")
-    assert (run(problem, fused_impl).loss >= 0).all()
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 3e-7, 1e-5, 1e-3])
+@pytest.mark.parametrize("vocab", [3, 517])
+def test_never_negative(build, loss_of, fused_impl, divergence, vocab, gap):
+    """Rounding alone makes one row in some hundreds negative; the interpreter is too slow for so many."""
+    rows = 1500 if fused_impl == "torch" else 6
+    teacher = 3 * torch.randn(rows, vocab)
+    student = teacher + gap * torch.randn(rows, vocab)
+    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none")
+    assert (loss_of(problem, problem.tensors, fused_impl) >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -218,6 +218,18 @@ def test_agreement_and_statistics_are_of_each_pair(build, run, impl):
     assert torch.equal(run(same, impl).stats["agreement"], torch.ones(6))
 
 
+def test_the_first_of_equal_maxima_counts(build, run, impl):
+    """Equal logits in different tiles of the vocabulary: as `torch.argmax`, the lowest entry."""
+    problem = build(rows=1, teacher_rows=2, width=1, vocab=9001, student_index=[0, 0], teacher_index=[0, 1], bias=True)
+    zeros = {name: torch.zeros_like(t) for name, t in problem.tensors.items()}
+    zeros["student_bias"][[7, 4500, 9000]] = 5.0
+    for entry, agreement in ((7, 1.0), (4500, 0.0), (9000, 0.0)):
+        teacher_bias = zeros["teacher_bias"].clone()
+        teacher_bias[entry] = 2.0
+        got = run(problem.with_tensors(**{**zeros, "teacher_bias": teacher_bias}), impl)
+        assert got.stats["agreement"].tolist() == [agreement, agreement]
+
+
 def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(build_everything, impl, loss_of):
     problem = build_everything(reduction="none")
     leaves = problem.leaves()

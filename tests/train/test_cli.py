@@ -102,6 +102,28 @@ def test_interrupted_and_resumed_through_the_command_line(disc_train, tmp_path, 
     assert torch.equal(_weights(tmp_path / "out"), _weights(tmp_path / "whole"))
 
 
+def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_train, tmp_path, capsys):
+    assert disc_train("--save_steps", 1) == 0
+    (tmp_path / "out" / "checkpoint-99").mkdir()  # the machine went down while it was written
+    # YAML's true is read as Python's True.
+    assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "True", "--num_train_epochs", 3) == 0
+    assert "steps         6; 7 documents" in capsys.readouterr().out
+
+
+def test_interrupted_from_the_keyboard(disc_train, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("disc_train.trainer.DiscTrainer.training_step", interrupt)
+    assert disc_train() == 130
+    assert "disc-train: error: interrupted\n" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_one(fails, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--output_dir: expected a folder that can be written to" in fails("--output_dir", tmp_path / "file" / "out")
+
+
 def test_a_folder_with_a_model_is_not_written_over(fails, model_folder):
     before = _weights(model_folder)
     assert "already holds a model" in fails("--output_dir", model_folder)
@@ -134,6 +156,43 @@ def test_files_that_cannot_be_read(fails, tmp_path):
 
 def test_a_model_that_is_not_there(fails, tmp_path):
     assert str(tmp_path / "none") in fails("--model_name_or_path", tmp_path / "none")
+
+
+def test_a_model_with_damaged_weights(fails, model_folder):
+    (model_folder / "model.safetensors").write_bytes(b"not this")
+    assert f"{model_folder}: the weights cannot be read" in fails()
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_model_without_all_of_the_tokenizers_entries(role, fails, make_model, tokenizer, tmp_path):
+    make_model(vocab_size=200).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    message = fails(f"--{role}_name_or_path", tmp_path / "small")
+    assert "small: expected an entry for every token of the documents" in message
+    assert "got a vocabulary of 200" in message
+
+
+def test_a_teacher_with_another_tokenizer(fails, disc_train, make_model, tokenizer, tmp_path):
+    make_model().save_pretrained(tmp_path / "teacher")
+    assert disc_train("--teacher_name_or_path", tmp_path / "teacher", "--dry_run") == 0  # weights alone
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    assert "--teacher_name_or_path: expected a teacher with the student's tokenizer" in fails(
+        "--teacher_name_or_path", tmp_path / "teacher"
+    )
+
+
+def test_nothing_at_all_to_learn(disc_train, model_folder, capsys):
+    """The same prediction whatever the model reads: no signal, so no share of it."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head.weight.data.zero_()
+    model.save_pretrained(model_folder)
+    assert disc_train() == 0
+    assert "signal        0.0000 -> 0.0000 nats a token on the same documents\n" in capsys.readouterr().out
 
 
 def test_more_than_the_models_context(fails):

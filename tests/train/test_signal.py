@@ -86,6 +86,17 @@ def test_one_document_is_compared_with_no_prefix(make_model, make_dataset):
     assert signal.over_other == signal.over_none
 
 
+def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
+    model, teacher, dataset = make_model(), make_model(), make_dataset(4)
+    for prepared in (model, teacher):
+        use_attention(prepared, "auto", dataset.few_tokens())
+    samples = [dataset[0], dataset[1], dataset[0], dataset[1]]  # the one two further on is the same text
+    signal = measure_signal(model, teacher, samples, temperature=2.0, attention="auto")
+    plain = measure_signal(model, teacher, samples[:2], temperature=2.0, attention="auto")
+    assert signal.over_other[:2] == pytest.approx(plain.over_other, abs=1e-5)
+    assert max(map(abs, plain.over_other)) > 1e-3  # behind itself: 0
+
+
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
 

@@ -237,6 +237,28 @@ def test_weights_that_are_not_finite_from_the_start_stop_the_first_step(make_tra
         make_trainer(model).train()
 
 
+@pytest.mark.parametrize("save_strategy", ["steps", "no"])
+def test_weights_broken_by_the_last_step_are_not_saved(save_strategy, make_trainer, tmp_path):
+    """The loss was finite, so nothing before the step told."""
+    trainer = make_trainer(
+        max_steps=1, learning_rate=1e39, optim="adamw_torch_fused", save_strategy=save_strategy, save_steps=1
+    )
+    with pytest.raises(FloatingPointError, match=r"step 1: .*\.weight is not finite"):
+        trainer.train()
+        trainer.save_model()
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+class _OfAnotherInterface(LlamaForCausalLM):
+    def get_decoder(self):
+        return lambda input_ids, attention_mask, use_cache: None
+
+
+def test_a_model_that_cannot_run_packed_sequences_is_refused(make_trainer, make_model):
+    with pytest.raises(ValueError, match=r"_OfAnotherInterface: expected a model that runs a packed.*TypeError"):
+        make_trainer(_make(_OfAnotherInterface, make_model))
+
+
 def test_hidden_states_of_a_packed_sequence_are_those_of_each_text(make_model, make_dataset):
     """Through the whole model, for a batch with trunk and branches."""
     model = make_model("gemma2")
