@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -92,6 +93,10 @@ class LoopArguments(TrainingArguments):
     learning_rate: float = _flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
     logging_steps: float = _flag("Log every so many steps; below 1: a share of all steps.", 10)
     logging_first_step: bool = _flag("Log the first step's loss as well.", True)
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.accelerator.is_available,
+        metadata={"help": "Copy batches through pinned memory. On where there is an accelerator to copy to."},
+    )
     logging_nan_inf_filter: bool = _flag(
         "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
     )

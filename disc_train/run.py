@@ -17,7 +17,7 @@ from disc_train.causal_lm import check_vocabulary, load_model, use_attention
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
-from disc_train.signal import Signal, evenly_spaced, measure_signal
+from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.splits import TokenizedDocument, tokenize_document
 from disc_train.summary import describe_data, describe_model, describe_steps, show
 from disc_train.teacher import load_teacher

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from disc_train.causal_lm import use_attention
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import Document
-from disc_train.signal import Signal, evenly_spaced, measure_signal
+from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.splits import sentence_spans, tokenize_document
 
 
