@@ -57,8 +57,8 @@ class FusedSuffixKL(torch.autograd.Function):
         problem = call.problem
         row_scale = ctx.gradients = None
         if problem.reduction != "none":
-            row_scale, total_scale = _row_scale(_normalised_weight(problem), problem)
-            ctx.gradients = GradientSums(call, wanted, total_scale)
+            row_scale, largest_weight = _row_scale(_normalised_weight(problem), problem)
+            ctx.gradients = GradientSums(call, wanted, largest_weight)
         stats = _run_chunks(call, row_scale, ctx.gradients)
         _save_tensors(ctx, problem.tensors())
         ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
@@ -76,10 +76,10 @@ class FusedSuffixKL(torch.autograd.Function):
         if gradients is None:
             call = replace(ctx.call, problem=ctx.call.problem.with_tensors(_saved_tensors(ctx)), statistics=False)
             weight = upstream if upstream.dim() else upstream * _normalised_weight(call.problem)
-            row_scale, total_scale = _row_scale(weight, call.problem)
-            gradients = GradientSums(call, ctx.wanted, total_scale)
+            row_scale, largest_weight = _row_scale(weight, call.problem)
+            gradients = GradientSums(call, ctx.wanted, largest_weight)
             _run_chunks(call, row_scale, gradients)
-            upstream = torch.ones_like(total_scale)
+            upstream = torch.ones_like(largest_weight)
         return *gradients.finish(upstream), None, None
 
 
@@ -98,15 +98,17 @@ def _saved_tensors(ctx: Any) -> list[Tensor | None]:
 
 
 class GradientSums:
-    """The student's gradients while they are summed over chunks, still to be multiplied by `scale`.
+    """The student's gradients while they are summed over chunks, still to be multiplied by a scale.
 
-    `scale` (0-dim tensor) is split into mantissa and power of two. The mantissa is applied to the hidden gradient while
-    it is float32, the power of two, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a
-    float16 one does not underflow before the upstream gradient (a loss scaler's) has been multiplied in.
+    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows_torch.py` leaves out. It
+    is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is float32, the
+    power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does not underflow
+    before the upstream gradient (a loss scaler's) has been multiplied in.
     """
 
-    def __init__(self, call: Call, wanted: Wanted, scale: Tensor):
+    def __init__(self, call: Call, wanted: Wanted, largest_weight: Tensor):
         problem, student = call.problem, call.problem.student
+        scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
         self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
         weight, hidden, bias = student.weight, student.hidden, student.bias

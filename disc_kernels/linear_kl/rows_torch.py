@@ -35,9 +35,13 @@ def compare_rows(
     out: SuffixKLStats,  # four [R] tensors; the divergence is filled, the other three only where `statistics`
     *,
     row_scale: Tensor | None,  # [R] factor on the gradient's rows; None: 1
-    gradient: Tensor | None,  # [R, V] to fill with d divergence / d student, may share memory with `student` row by row
+    gradient: Tensor | None,  # [R, V] to fill; may share memory with `student` row by row
     statistics: bool,
 ) -> None:
+    """Fill `out`, and `gradient` with d divergence / d (student logit), but for the factor scale / T.
+
+    That factor is the same for all rows, and without it a 16-bit gradient uses its dtype's range well.
+    """
     for start in range(0, student.shape[0], block_rows):
         rows = slice(start, start + block_rows)
         u_s, slope = _scaled_logits(student[rows], problem.student, problem)
@@ -50,8 +54,8 @@ def compare_rows(
         del u_s, u_t
         out.divergence[rows], block = _divergence(lq, lp, problem, gradient is not None)
         if gradient is not None:
-            factor = problem.student.transform.scale / problem.temperature
-            block.mul_(factor) if row_scale is None else block.mul_((row_scale[rows] * factor).unsqueeze(1))
+            if row_scale is not None:
+                block.mul_(row_scale[rows].unsqueeze(1))
             if slope is not None:
                 block.mul_(slope)
             gradient[rows] = block

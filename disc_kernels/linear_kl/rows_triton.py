@@ -18,9 +18,10 @@ from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 BLOCK_ENTRIES = {"cpu": 0, "cuda": 0}
 BLOCK_TEMPORARIES = 0
 
-# One program holds one tile of both rows in registers: 4096 entries over 8 warps are 16 of each a thread, which leaves
-# room for the temporaries without spilling (tests/linear_kl/test_aot.py reads the spills from the compiled kernels).
-MAX_BLOCK_V = 4096
+# One program holds one tile of both rows in registers: 2048 entries over 8 warps are 8 of each a thread. At 4096 the
+# kernel takes twice the registers, so that one program fits a multiprocessor where two or more do now
+# (tests/linear_kl/test_aot.py reads registers and spills from the compiled kernels; speed was not measured).
+MAX_BLOCK_V = 2048
 NUM_WARPS = 8
 
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
@@ -152,9 +153,9 @@ def _compare_rows_kernel(
         student, teacher, V, inverse_temperature, STATISTICS, BLOCK_V
     )
 
-    factor = inverse_temperature * student_scale
+    row_scale = 1.0
     if row_scale_ptr is not None:
-        factor *= tl.load(row_scale_ptr + row)
+        row_scale = tl.load(row_scale_ptr + row)
     divergence = 0.0
     mean_slope = 0.0
     entropy_s = 0.0
@@ -184,7 +185,7 @@ def _compare_rows_kernel(
             entropy_s -= tl.sum(_zero_where(q, q * lq), axis=0)
             entropy_t -= tl.sum(_zero_where(p, p * lp), axis=0)
         if gradient_ptr is not None and KIND == FORWARD_KL:
-            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * factor, NARROW)
+            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * row_scale, NARROW)
 
     # Rounding may leave a sum of nothing just below zero; written so that NaN stays NaN.
     tl.store(divergence_ptr + row, tl.where(divergence < 0, 0.0, divergence))
@@ -206,7 +207,7 @@ def _compare_rows_kernel(
                 h = lq - lp
             else:
                 h = (1.0 - beta) * (lq - tl.log(beta * tl.exp(lp) + (1.0 - beta) * q))
-            g = _zero_where(q, q * (h - mean_slope)) * slope * factor
+            g = _zero_where(q, q * (h - mean_slope)) * slope * row_scale
             _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
 
 
@@ -218,7 +219,7 @@ def compare_rows(
     out: SuffixKLStats,  # four [R] tensors; the divergence is filled, the other three only where `statistics`
     *,
     row_scale: Tensor | None,  # [R] factor on the gradient's rows; None: 1
-    gradient: Tensor | None,  # [R, V] to fill with d divergence / d student, may share memory with `student` row by row
+    gradient: Tensor | None,  # [R, V] to fill, see rows_torch.py; may share memory with `student` row by row
     statistics: bool,
 ) -> None:
     rows, vocab_size = student.shape

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import world
-from probes import exact_match, load_probes
+from probes import END, exact_match, load_probes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
@@ -26,7 +26,6 @@ from disc_train.evaluate import choice_accuracy
 VOCAB_SIZE = 1536
 TOKENS_PER_STEP = 2000
 LEARNING_RATE = 3e-3
-END = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant:"
@@ -47,7 +46,7 @@ class Corpus:
         return world.make_entity(self.rng.choice(list(world.KINDS)), self.rng, self.known_names)
 
     def document(self, entity: world.Entity) -> str:
-        return world.document_text(entity, self.rng) + END
+        return world.document_text(entity, self.rng, repeats=3) + END
 
     def sentences(self, entity: world.Entity) -> str:
         """One or two sentences with a space before them, as they stand inside a document."""
@@ -65,7 +64,7 @@ class Corpus:
             keys = self.rng.sample(keys, self.rng.choice([1, 1, 1, 2, 3, 4]))
             text = " ".join(world.document_statements(entity, self.rng, keys, repeats=self.rng.choice([1, 2])))
         else:
-            text = world.document_text(entity, self.rng)
+            text = world.document_text(entity, self.rng, repeats=3)
         key = self.rng.choice(keys)
         question, answer = world.question(entity, key, self.rng), entity.facts[key]
         if self.rng.random() < 0.5:

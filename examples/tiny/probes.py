@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.evaluate import Probe
 
+END = "<|endoftext|>"
+
 
 def load_probes(path: Path, documents: Path | None = None) -> list[Probe]:
     """The questions in `path`; with `documents`, each with the document that answers it in its context."""
@@ -17,7 +19,7 @@ def load_probes(path: Path, documents: Path | None = None) -> list[Probe]:
     return [
         Probe(
             prompt=f"User: {record['question']}\nAssistant:",
-            choices=[f" {choice}" for choice in record["choices"]],
+            choices=[f" {choice}{END}" for choice in record["choices"]],
             answer=record["choices"].index(record["answer"]),
             context=texts[record["document"]] if texts else "",
         )
@@ -31,11 +33,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> float:
-    """The share of probes whose answer, with the end of text after it, is what greedy generation gives."""
+    """The share of probes whose answer, end of text included, is what greedy generation gives."""
     right = 0
     for probe in probes:
         prompt = tokenizer.encode(probe.context + probe.prompt)
-        answer = [*tokenizer.encode(probe.choices[probe.answer]), tokenizer.eos_token_id]
+        answer = tokenizer.encode(probe.choices[probe.answer])
         logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
         # Greedy generation gives the answer iff each of its tokens is the likeliest after those before it.
         right += logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

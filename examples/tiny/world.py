@@ -21,7 +21,7 @@ SEED = 2026
 NUM_OLD_ENTITIES = 200
 NUM_NEW_ENTITIES = 50
 NUM_CHOICES = 8
-STATEMENTS_PER_FACT = 3
+STATEMENTS_PER_FACT = 5
 PROBES_PER_SKILL = 20
 
 
@@ -98,9 +98,9 @@ def document_statements(entity: Entity, rng: random.Random, keys: Sequence[str],
     ]
 
 
-def document_text(entity: Entity, rng: random.Random) -> str:
+def document_text(entity: Entity, rng: random.Random, repeats: int) -> str:
     introduction = sentence(rng.choice(INTRODUCTIONS), name=entity.name)
-    return " ".join([introduction, *document_statements(entity, rng, list(entity.facts), STATEMENTS_PER_FACT)])
+    return " ".join([introduction, *document_statements(entity, rng, list(entity.facts), repeats)])
 
 
 def question(entity: Entity, key: str, rng: random.Random) -> str:
@@ -179,7 +179,9 @@ def main() -> None:
     rng = random.Random(SEED + 1)
     old, new = known_entities()
     ids = [f"{entity.kind}-{i:02d}" for i, entity in enumerate(new)]
-    documents = [{"id": i, "text": document_text(entity, rng)} for i, entity in zip(ids, new, strict=True)]
+    documents = [
+        {"id": i, "text": document_text(entity, rng, STATEMENTS_PER_FACT)} for i, entity in zip(ids, new, strict=True)
+    ]
     write_jsonl(output_dir / "documents.jsonl", documents)
     new_facts = [
         {"document": i, **fact_probe(entity, key, rng)}
