@@ -58,7 +58,9 @@ def report(before: PreTrainedModel, after: PreTrainedModel) -> str:
         ("KL to the initial model, old facts and skills", other_texts),
     ):
         lines.append(f"{label:46}{0:10.3f}{kl_to_reference(after, before, tokenizer, texts):10.3f}{'-':>10}")
-    lines.append("Accuracy by likelihood over 8 choices (chance 12.5%); KL in nats a token.")
+    lines.append(
+        "Accuracy: the likeliest of 8 choices for facts (chance 12.5%), of 4 to 8 for skills. KL in nats a token."
+    )
     return "\n".join(lines)
 
 

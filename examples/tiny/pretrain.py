@@ -3,7 +3,8 @@
 It learns the old facts by heart, the skills, and to read: most of its text is about entities that are made up on the
 spot and never come back, so that their facts can only be found in the context. The new entities, those of
 `documents.jsonl`, it never sees.
-Takes about TIME minutes on two cores; the same seed on the same machine gives the same weights:
+The committed model took 20 minutes on one core of a busy machine (OMP_NUM_THREADS=1). The same seed, machine and number
+of threads give the same weights:
 
     python examples/tiny/pretrain.py --output_dir examples/tiny/model
 """
