@@ -55,7 +55,13 @@ class Signal(NamedTuple):
         """What is wrong with the data if there is hardly any signal, else None."""
         for gains, other in ((self.over_none, "without it"), (self.over_other, "behind another document")):
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-            if not fmean(gains) > max(MIN_GAIN, 2 * noise):
+            if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
+                return (
+                    f"it is not certain that there is a signal: to the teacher, a suffix is {fmean(gains):+.4f} nats a"
+                    f" token likelier behind its prefix than {other}, but with a standard error of {noise:.4f}; more"
+                    " documents would tell."
+                )
+            if not fmean(gains) > MIN_GAIN:
                 return (
                     "there is hardly any signal: to the teacher, a suffix is no likelier behind its prefix than"
                     f" {other}. Distillation teaches what a document restates or implies, not what it says once."

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils.logging import disable_progress_bar
 
 from disc_kernels.shared_prefix import attention_implementation
 from disc_train.causal_lm import check_vocabulary, load_model, use_attention
@@ -19,7 +20,7 @@ from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.splits import TokenizedDocument, tokenize_document
-from disc_train.summary import describe_data, describe_model, describe_steps, show
+from disc_train.summary import count_steps, describe_data, describe_model, describe_steps, show
 from disc_train.teacher import load_teacher
 from disc_train.trainer import DiscTrainer
 
@@ -31,6 +32,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     checkpoint = None if disc.dry_run else find_checkpoint(loop)
+    if loop.disable_tqdm:
+        disable_progress_bar()
     # Documents come before the models, which may take minutes: what is wrong with them shows at once.
     documents = read_documents(disc, loop)
     dataset = DocumentDataset(
@@ -40,6 +43,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
+    resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
     tokens = np.unique(np.concatenate([document.input_ids for document in dataset.documents]))
     check_teacher_tokenizer(disc, tokens)
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype)).to(loop.device)  # type: ignore[arg-type]
@@ -62,7 +66,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             ("student", describe_model(student)),
             ("teacher", describe_model(teacher)),
             ("attention", attention_implementation(student.config, disc.attention)),
-            ("steps", describe_steps(loop, len(dataset))),
+            ("steps", describe_steps(loop, len(dataset), resumed_step)),
             *before.describe(),
         )
     if disc.dry_run:
@@ -118,6 +122,23 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
             f" --output_dir ({folder}), got {wanted}, which has none"
         )
     return checkpoint
+
+
+def steps_done(checkpoint: str | None, steps: int) -> int:
+    """The optimizer steps behind a checkpoint; 0 for none.
+
+    Raises:
+        ValueError: no step is left, where the Trainer would do one more.
+    """
+    if checkpoint is None:
+        return 0
+    done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
+    if done >= steps:
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
+            " raise --max_steps or --num_train_epochs"
+        )
+    return done
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -190,7 +211,9 @@ def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: S
         )
     ]
     if losses:
-        lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}"))
+        lines.append(
+            ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, T^2 times the KL, of the first and last logged steps")
+        )
     was, is_ = fmean(before.divergence), fmean(after.divergence)
     share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
     lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same documents{share}"))

@@ -86,13 +86,19 @@ def describe_model(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {total:,} parameters, {trained:,} trained, {dtype}"
 
 
-def describe_steps(args: TrainingArguments, documents: int) -> str:
-    """The number of optimizer steps, as `transformers.Trainer` counts them."""
+def count_steps(args: TrainingArguments, documents: int) -> tuple[int, int]:
+    """The number of optimizer steps in all and in an epoch, as `transformers.Trainer` counts them."""
     per_batch = args.train_batch_size * args.world_size
     batches = documents // per_batch if args.dataloader_drop_last else math.ceil(documents / per_batch)
     epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)
-    return f"{total:,} of {per_batch * args.gradient_accumulation_steps:,} documents; {epoch:,} an epoch"
+    return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)), epoch
+
+
+def describe_steps(args: TrainingArguments, documents: int, resumed_step: int) -> str:
+    total, epoch = count_steps(args, documents)
+    per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    done = f"; {resumed_step:,} are done, in {args.resume_from_checkpoint}" if resumed_step else ""
+    return f"{total:,} of up to {per_step:,} documents; {epoch:,} an epoch{done}"
 
 
 def show(title: str, *lines: tuple[str, str]) -> None:

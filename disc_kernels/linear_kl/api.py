@@ -71,12 +71,13 @@ def fused_suffix_kl(
             d_i, `[M]`, whatever the weights.
         student_bias: `[V_s]`; an entry of -inf takes the entry out of the student's distribution.
         teacher_bias: `[V_t]`.
-        student_transform: what the student does to its head's output; None: nothing.
+        student_transform: `LogitTransform(scale, softcap)`, what the student does to its head's output; None: nothing.
         teacher_transform: the same for the teacher.
         vocab_size: compare the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t.
         vocab_group: not available yet.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient also
-            once at 4 bytes an entry while it accumulates); None: a default for the device.
+            once at 4 bytes an entry while it accumulates); None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
+            needs it.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached.
         impl: "triton", "torch" or "reference" (materialises the logits; for comparison); None: "triton" on CUDA
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.

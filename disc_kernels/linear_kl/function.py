@@ -48,7 +48,7 @@ def fused_forward(call: Call) -> tuple[Tensor, SuffixKLStats]:
 
 
 class FusedSuffixKL(torch.autograd.Function):
-    """(loss, *statistics) = apply(student_hidden, student_weight, student_bias, call)"""
+    """(loss, *statistics) = apply(student_hidden, student_weight, student_bias, call, wanted)"""
 
     @staticmethod
     def forward(

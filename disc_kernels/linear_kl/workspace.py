@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from disc_kernels.linear_kl.problem import Problem
 from disc_kernels.linear_kl.products import needs_tiles
 
-# Measured on two CPU cores: docs/performance.md, "Workspace". On CUDA: about 2048 rows at V = 128k, so that the
-# weight-gradient product stays compute-bound; not measured yet.
+# On CUDA about 2048 rows at V = 128k, so that the weight-gradient product stays compute-bound. Neither was tuned: see
+# docs/performance.md, "Not measured".
 DEFAULT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 # Logit rows start on multiples of this many entries, so that the 16-bit gradient that overwrites them is aligned for

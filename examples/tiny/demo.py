@@ -2,7 +2,7 @@
 
     python examples/tiny/demo.py
 
-Everything that `disc-train` takes may follow, and wins over `disc.yaml`: --learning_rate 1e-4, --num_train_epochs 10.
+Flags of `disc-train` for the training may follow, and win over `disc.yaml`: --learning_rate 1e-4.
 The teacher's column is the model before training, given the document that answers each question.
 """
 

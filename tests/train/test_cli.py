@@ -66,7 +66,7 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
         "LlamaForCausalLM, 34,720 parameters, 34,720 trained, float32",
         "LlamaForCausalLM, 34,720 parameters, 0 trained, float32",
         "attention     sdpa",
-        "4 of 4 documents; 2 an epoch",
+        "4 of up to 4 documents; 2 an epoch",
         "(7 measured)",
     ):
         assert expected in before
@@ -108,6 +108,14 @@ def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_tra
     # YAML's true is read as Python's True.
     assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "True", "--num_train_epochs", 3) == 0
     assert "steps         6; 7 documents" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys):
+    assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
+    before = _weights(tmp_path / "out").clone()
+    assert disc_train("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true") == 1
+    assert "is at step 1 of 1: nothing is left to train" in capsys.readouterr().err
+    assert torch.equal(_weights(tmp_path / "out"), before)
 
 
 def test_interrupted_from_the_keyboard(disc_train, monkeypatch, capsys):

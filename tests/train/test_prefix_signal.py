@@ -65,7 +65,7 @@ def test_documents_are_taken_evenly(make_dataset):
         ([0.5, 0.7, 0.3], [1.0, 0.9, 1.1], None),
         ([-0.9, -1.1, -1.0], [0.5, 0.5, 0.5], "than without it"),
         ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document"),
-        ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "than behind another document"),  # the mean of 0.1 is all noise
+        ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "not certain that there is a signal"),  # the mean of 0.1 is all noise
         ([float("nan")], [0.5], "than without it"),
     ],
 )

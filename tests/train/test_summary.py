@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from disc_train.packing import Sample
 from disc_train.splits import Split, TokenizedDocument
-from disc_train.summary import count_tokens, describe_steps
+from disc_train.summary import count_steps, count_tokens
 from disc_train.trainer import DiscTrainer
 
 
@@ -42,4 +42,4 @@ def test_steps_are_the_trainers(options, tmp_path, make_model, make_dataset):
     args = TrainingArguments(tmp_path, use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
     trainer = DiscTrainer(make_model(), make_model(), args, make_dataset())
     trainer.train()
-    assert describe_steps(args, 7).startswith(f"{trainer.state.global_step:,} of ")
+    assert count_steps(args, 7)[0] == trainer.state.global_step
