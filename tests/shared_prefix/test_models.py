@@ -46,13 +46,13 @@ CONFIGS = {
 @pytest.fixture
 def all_double(monkeypatch):
     """Double throughout: transformers' norms and softmax go through float32, whose rounding would hide small errors."""
-    to, to_float, softmax = Tensor.to, Tensor.float, nn.functional.softmax
+    to, softmax = Tensor.to, nn.functional.softmax
 
     def to_unless_rounded(self, *args, **kwargs):
         return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **kwargs)
 
     monkeypatch.setattr(Tensor, "to", to_unless_rounded)
-    monkeypatch.setattr(Tensor, "float", lambda self: self if self.dtype == torch.float64 else to_float(self))
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(nn.functional, "softmax", lambda logits, dim, dtype=None: softmax(logits, dim))
 
 
