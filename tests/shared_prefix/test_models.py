@@ -48,10 +48,15 @@ def all_double(monkeypatch):
     """Double throughout: transformers' norms and softmax go through float32, whose rounding would hide small errors."""
     to, softmax = Tensor.to, nn.functional.softmax
 
-    def to_unless_rounded(self, *args, **kwargs):
-        return self if self.dtype == torch.float64 and torch.float32 in args else to(self, *args, **kwargs)
+    def to_double(self, *args, **kwargs):
+        widened = {torch.float32: torch.float64}
+        return to(
+            self,
+            *(widened.get(a, a) if isinstance(a, torch.dtype) else a for a in args),
+            **{name: widened.get(a, a) if isinstance(a, torch.dtype) else a for name, a in kwargs.items()},
+        )
 
-    monkeypatch.setattr(Tensor, "to", to_unless_rounded)
+    monkeypatch.setattr(Tensor, "to", to_double)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(nn.functional, "softmax", lambda logits, dim, dtype=None: softmax(logits, dim))
 
