@@ -76,4 +76,5 @@ def plan(problem: Problem, max_bytes: int | None, block_entries: dict[str, int],
         entries = block_entries.get(problem.device.type, block_entries["cpu"])
         block_rows += min(spare // 8 // block_row_bytes, max(entries // problem.vocab_size, 1) - 1, rows - 1)
     spare -= (tile_rows - 1) * tile_row_bytes + (block_rows - 1) * block_row_bytes
-    return Plan(min(1 + spare // row_bytes, rows), tile_rows, block_rows, row_stride)
+    # Half the rows at most: however few there are and however large the workspace, no tensor is ever [M, V].
+    return Plan(min(1 + spare // row_bytes, -(-rows // 2)), tile_rows, block_rows, row_stride)

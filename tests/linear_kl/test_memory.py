@@ -127,6 +127,14 @@ def check(measure, problem, impl, autocast=None):
     assert all(leaf.grad is not None for leaf in leaves.values() if leaf.requires_grad)
 
 
+@pytest.mark.parametrize("rows", [2, 3, ROWS])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_full_logits_however_large_the_workspace(measure, problem, fused_impl, rows, reduction):
+    p = problem(rows=rows, reduction=reduction, workspace=None, asks=("student_hidden",))
+    _, work = forward_backward(p, calling(fused_impl), torch.rand(rows) if reduction == "none" else None)
+    assert measure(work).largest < 4 * rows * 1003
+
+
 def calling(impl, autocast=None):
     def call(**arguments):
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
