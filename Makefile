@@ -26,7 +26,7 @@ bench: $(READY)
 
 # On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing.
 gpu:
-	$(PYTHON) -m pytest -m gpu tests
+	$(PYTHON) -m pytest -m gpu tests/*/test_gpu.py
 	$(PYTHON) -m pytest benchmarks
 
 lint: $(READY)

@@ -74,7 +74,7 @@ def _scaled_logits(z: Tensor, side: Side, problem: Problem) -> tuple[Tensor, Ten
 
 
 def _divergence(lq: Tensor, lp: Tensor, problem: Problem, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Divergences [R], and d divergence / d (student logit / T), [R, V], unless `gradient` is false."""
+    """Divergences [R], and d divergence / d (student logit / T), [R, V]; something of no use unless `gradient`."""
     # Only a bias of -inf makes a log-probability infinite, and only then do the masks below have anything to do.
     masked = problem.student.bias is not None or problem.teacher.bias is not None
     if problem.divergence == "forward_kl":

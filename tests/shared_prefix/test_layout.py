@@ -119,12 +119,3 @@ def test_moving_and_pickling_keep_the_values_and_do_not_check_again(monkeypatch)
     assert values(pickle.loads(pickle.dumps(layout))) == FIELDS
     moved = layout.to("meta")
     assert moved.device.type == "meta" and layout.device.type == "cpu"
-
-
-@pytest.mark.gpu
-def test_pinning_and_moving_to_an_accelerator():
-    pinned = build().pin_memory()
-    assert all(getattr(pinned, name).is_pinned() for name in FIELDS)
-    assert values(pinned.to("cuda", non_blocking=True)) == FIELDS
-    with pytest.raises(ValueError, match="attach: token 1"):
-        SharedPrefixLayout(**{k: torch.tensor(v).cuda() for k, v in (FIELDS | replaced("attach", 1, 2)).items()})
