@@ -12,6 +12,7 @@ Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from disc_kernels.linear_kl.problem import Problem
 from disc_kernels.linear_kl.products import needs_tiles
@@ -37,8 +38,26 @@ class Plan:
     row_stride: int  # entries from one row of logits to the next
 
 
+class Demand(NamedTuple):
+    """What a call needs bytes for."""
+
+    rows: int  # M
+    vocab_size: int
+    device_type: str
+    fixed_bytes: int  # whatever the chunk's size
+    row_bytes: int  # a row of a chunk
+    tile_row_bytes: int  # a vocabulary row of a weight that is copied, tile by tile; 0: none is
+    block_row_bytes: int  # temporaries of the row function, a row; 0: it works in registers
+    block_entries: int  # logits the row function should treat at once
+
+
+def row_stride(vocab_size: int) -> int:
+    """Entries from one row of logits to the next."""
+    return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 def plan(problem: Problem, max_bytes: int | None, block_entries: dict[str, int], block_temporaries: int) -> Plan:
-    """Rows a chunk for `max_bytes` (None: the device's default, raised to fit one row where it must).
+    """Rows a chunk for `max_bytes`, as `divide` gives them.
 
     Args:
         block_entries: logits the backend's row function treats at once, by device type.
@@ -49,32 +68,50 @@ def plan(problem: Problem, max_bytes: int | None, block_entries: dict[str, int],
     """
     size = problem.accumulate_dtype.itemsize
     student, teacher = problem.student, problem.teacher
-    row_stride = -(-problem.vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    device_type = problem.device.type
     # Per row: logits of both; hidden rows gathered, rounded, widened (both) and the hidden gradient, its cast.
-    row_bytes = size * (2 * row_stride + 5 * student.hidden_size + 3 * teacher.hidden_size)
+    row_bytes = size * (2 * row_stride(problem.vocab_size) + 5 * student.hidden_size + 3 * teacher.hidden_size)
     # A tile exists as rounded copy and as widened copy.
     tile_row_bytes = 2 * size * max((side.hidden_size for side in (student, teacher) if needs_tiles(side)), default=0)
-    block_row_bytes = size * problem.vocab_size * block_temporaries
-    fixed_bytes = size * _ROW_VECTORS * problem.rows
+    demand = Demand(
+        rows=problem.rows,
+        vocab_size=problem.vocab_size,
+        device_type=device_type,
+        fixed_bytes=size * _ROW_VECTORS * problem.rows,
+        row_bytes=row_bytes,
+        tile_row_bytes=tile_row_bytes,
+        block_row_bytes=size * problem.vocab_size * block_temporaries,
+        block_entries=block_entries.get(device_type, block_entries["cpu"]),
+    )
+    return divide(demand, max_bytes)
 
-    needed = fixed_bytes + row_bytes + tile_row_bytes + block_row_bytes
+
+def divide(demand: Demand, max_bytes: int | None) -> Plan:
+    """Divide `max_bytes` (None: the device's default, raised to fit one row where it must) among what is needed.
+
+    Raises:
+        ValueError: not even one row fits; says how many bytes one row needs.
+    """
+    needed = demand.fixed_bytes + demand.row_bytes + demand.tile_row_bytes + demand.block_row_bytes
     if max_bytes is None:
-        max_bytes = max(DEFAULT_BYTES.get(problem.device.type, DEFAULT_BYTES["cpu"]), needed)
+        max_bytes = max(DEFAULT_BYTES.get(demand.device_type, DEFAULT_BYTES["cpu"]), needed)
     if max_bytes < needed:
         raise ValueError(
-            f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {problem.rows} rows and "
-            f"vocabulary {problem.vocab_size}, got {max_bytes}"
+            f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {demand.rows} rows and "
+            f"vocabulary {demand.vocab_size}, got {max_bytes}"
         )
     spare = max_bytes - needed
-    rows = max(problem.rows, 1)
+    rows = max(demand.rows, 1)
     # An eighth each for tiles and blocks is plenty: both only have to be large enough to amortise a call.
-    tile_rows = 1 + (
-        min(spare // 8 // tile_row_bytes, problem.vocab_size - 1) if tile_row_bytes else problem.vocab_size
-    )
+    tile_rows = demand.vocab_size
+    if demand.tile_row_bytes:
+        tile_rows = 1 + min(spare // 8 // demand.tile_row_bytes, demand.vocab_size - 1)
+        spare -= (tile_rows - 1) * demand.tile_row_bytes
     block_rows = 1
-    if block_row_bytes:
-        entries = block_entries.get(problem.device.type, block_entries["cpu"])
-        block_rows += min(spare // 8 // block_row_bytes, max(entries // problem.vocab_size, 1) - 1, rows - 1)
-    spare -= (tile_rows - 1) * tile_row_bytes + (block_rows - 1) * block_row_bytes
+    if demand.block_row_bytes:
+        wanted = max(demand.block_entries // demand.vocab_size, 1)
+        block_rows = min(1 + (max_bytes - needed) // 8 // demand.block_row_bytes, wanted, rows)
+        spare -= (block_rows - 1) * demand.block_row_bytes
     # Half the rows at most: however few there are and however large the workspace, no tensor is ever [M, V].
-    return Plan(min(1 + spare // row_bytes, -(-rows // 2)), tile_rows, block_rows, row_stride)
+    chunk_rows = min(1 + spare // demand.row_bytes, -(-rows // 2))
+    return Plan(chunk_rows, tile_rows, block_rows, row_stride(demand.vocab_size))
