@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from disc_kernels.linear_kl.function import Call, FusedSuffixKL, Wanted, fused_forward
+from disc_kernels.linear_kl.function import Call, FusedSuffixKL, Result, fused_forward
+from disc_kernels.linear_kl.gradient_sums import Wanted
 from disc_kernels.linear_kl.problem import LogitTransform, Problem, SuffixKLStats
 from disc_kernels.linear_kl.reference import reference_suffix_kl
-from disc_kernels.linear_kl.validation import build_problem, check_choice, check_count
-from disc_kernels.linear_kl.workspace import plan
+from disc_kernels.linear_kl.teacher_rows import share_teacher_rows
+from disc_kernels.linear_kl.validation import build_problem, check_choice, check_count, check_skip_below
+from disc_kernels.linear_kl.workspace import most_kept_rows, plan
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
 
@@ -39,8 +41,9 @@ def fused_suffix_kl(
     vocab_group: Any = None,
     max_workspace_bytes: int | None = None,
     return_stats: bool = False,
+    skip_below: float | None = None,
     impl: str | None = None,
-) -> Tensor | tuple[Tensor, SuffixKLStats]:
+) -> Tensor | tuple[Any, ...]:
     """Divergence between a teacher's and a student's next-token distributions, from their hidden states and heads.
 
     Equal to, but without ever holding the `[M, V]` logits, probabilities or losses, in either direction::
@@ -57,8 +60,11 @@ def fused_suffix_kl(
         student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast).
         teacher_hidden: `[..., D_t]`; gets no gradient. Its dtype and size may differ from the student's.
         teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own.
-        student_index: `[M]` int64, the student rows that count; None: all, in order. Rows may repeat.
-        teacher_index: `[M]` int64, the teacher row each of them is compared with; None: all, in order. Rows may repeat.
+        student_index: `[M]` int64, the student rows that count; None: all, in order. Rows may repeat. It may be on the
+            CPU whatever the other tensors' device.
+        teacher_index: the same for the teacher: the row each of them is compared with. One that repeats is projected
+            once, if the index is on the CPU, where its values can be seen without waiting for a device; or if all rows
+            of `teacher_hidden`, at most `M / 2`, fit half of the workspace.
         row_weight: `[M]` float, weights of "sum" and "mean"; None: ones. No gradient flows to it.
         temperature: T > 0; both models' logits are divided by it. The result is not multiplied by T^2: do that
             outside, as with `F.kl_div`, where the gradient's size should not depend on T (Hinton et al. 2015,
@@ -79,12 +85,18 @@ def fused_suffix_kl(
             once at 4 bytes an entry while it accumulates); None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
             needs it.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached.
+        skip_below: an approximation, off by default. In each chunk of rows, vocabulary entries whose gradient is below
+            this for every row are left out of the two gradient products; the gradient meant is that of a row's
+            divergence in its logit over T, between -1 and 1 for forward KL, times the row's weight over the largest.
+            The host waits for the device once a chunk, to learn how many are left.
         impl: "triton", "torch" or "reference" (materialises the logits; for comparison); None: "triton" on CUDA
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
 
     Returns:
         The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where an input is. With M = 0 a zero (an
-        empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
+        empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`. With `skip_below` one more: the
+        part of the absolute sum of the logits' gradients that was left out, a scalar from 0 to 1, 0 where no gradient
+        was asked for.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
@@ -120,22 +132,48 @@ def fused_suffix_kl(
     )
     if max_workspace_bytes is not None:
         max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
+    if skip_below is not None:
+        skip_below = check_skip_below(skip_below, reduction)
     impl = _implementation(impl, problem)
     if impl == "reference":
+        if skip_below is not None:
+            raise ValueError('skip_below: expected None for impl="reference", which computes every column')
         loss, stats = reference_suffix_kl(problem)
-        return (loss, stats) if return_stats else loss
+        result = Result(loss, *stats, skipped=loss.new_zeros(()))
+    else:
+        result = _fused(problem, teacher_index, impl, max_workspace_bytes, return_stats, skip_below)
+    extra: list[SuffixKLStats | Tensor] = [result.stats] if return_stats else []
+    if skip_below is not None:
+        extra.append(result.skipped)
+    return (result.loss, *extra) if extra else result.loss
 
-    rows_backend = importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
-    how = plan(problem, max_workspace_bytes, rows_backend.BLOCK_ENTRIES, rows_backend.BLOCK_TEMPORARIES)
-    call = Call(problem, how, rows_backend, statistics=return_stats)
-    tensors = (student_hidden, student_weight, student_bias)
+
+def _fused(
+    problem: Problem,
+    teacher_index: Tensor | None,
+    impl: str,
+    max_bytes: int | None,
+    return_stats: bool,
+    skip_below: float | None,
+) -> Result:
+    host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
+    problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
+    rows = importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
+    how = plan(
+        problem,
+        teacher_rows,
+        max_bytes,
+        rows.BLOCK_ENTRIES,
+        rows.BLOCK_TEMPORARIES,
+        skips_columns=skip_below is not None,
+    )
+    call = Call(problem, teacher_rows, how, rows, statistics=return_stats, skip_below=skip_below)
+    student = problem.student
+    tensors = (student.hidden, student.weight, student.bias)
     wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
     if any(wanted):
-        loss, *rest = FusedSuffixKL.apply(*tensors, call, wanted)
-        stats = SuffixKLStats(*rest)
-    else:
-        loss, stats = fused_forward(call)
-    return (loss, stats) if return_stats else loss
+        return Result(*FusedSuffixKL.apply(*tensors, call, wanted))
+    return fused_forward(call)
 
 
 def _implementation(impl: str | None, problem: Problem) -> str:
@@ -178,7 +216,7 @@ class FusedSuffixKLLoss(nn.Module):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         **options: Any,
-    ) -> Tensor | tuple[Tensor, SuffixKLStats]:
+    ) -> Tensor | tuple[Any, ...]:
         return fused_suffix_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **options}
         )

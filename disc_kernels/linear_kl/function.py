@@ -17,38 +17,48 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from disc_kernels.linear_kl.gradient_sums import GradientSums, Wanted
 from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 from disc_kernels.linear_kl.products import multiply_into, to_product_dtype, weight_tiles
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
 from disc_kernels.linear_kl.workspace import Plan
-
-
-class Wanted(NamedTuple):
-    """Which gradients of the student's tensors are asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
 
 
 @dataclass(frozen=True)
 class Call:
     """A problem with how it is to be computed."""
 
-    problem: Problem
+    problem: Problem  # its rows in the order of `teacher_rows`
+    teacher_rows: TeacherRows
     plan: Plan
     rows_backend: ModuleType
     statistics: bool
+    skip_below: float | None
 
 
-def fused_forward(call: Call) -> tuple[Tensor, SuffixKLStats]:
-    """Loss and statistics where no gradient is asked for."""
+class Result(NamedTuple):
+    """What a call gives, in the caller's order of rows."""
+
+    loss: Tensor  # 0-dim, or [M] for reduction "none"
+    divergence: Tensor  # [M], as the statistics that follow
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
+    skipped: Tensor  # 0-dim: the part of the gradient's absolute sum that `skip_below` left out
+
+    @property
+    def stats(self) -> SuffixKLStats:
+        return SuffixKLStats(*self[1:5])
+
+
+def fused_forward(call: Call) -> Result:
+    """The result where no gradient is asked for."""
     with torch.no_grad():
-        stats = _run_chunks(call, None, None)
-        return _reduced(call.problem, stats.divergence), stats
+        return _result(call, _run_chunks(call, None, None), None)
 
 
 class FusedSuffixKL(torch.autograd.Function):
-    """(loss, *statistics) = apply(student_hidden, student_weight, student_bias, call, wanted)"""
+    """Result(*apply(student_hidden, student_weight, student_bias, call, wanted)); gradients flow from the loss."""
 
     @staticmethod
     def forward(
@@ -58,13 +68,14 @@ class FusedSuffixKL(torch.autograd.Function):
         row_scale = ctx.gradients = None
         if problem.reduction != "none":
             row_scale, largest_weight = _row_scale(_normalised_weight(problem), problem)
-            ctx.gradients = GradientSums(call, wanted, largest_weight)
+            ctx.gradients = GradientSums(problem, call.plan, wanted, largest_weight, call.skip_below)
         stats = _run_chunks(call, row_scale, ctx.gradients)
         _save_tensors(ctx, problem.tensors())
         ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*stats)
-        return _reduced(problem, stats.divergence), *stats
+        result = _result(call, stats, ctx.gradients)
+        ctx.mark_non_differentiable(*result[1:])
+        return result
 
     @staticmethod
     @once_differentiable
@@ -75,12 +86,23 @@ class FusedSuffixKL(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             call = replace(ctx.call, problem=ctx.call.problem.with_tensors(_saved_tensors(ctx)), statistics=False)
-            weight = upstream if upstream.dim() else upstream * _normalised_weight(call.problem)
+            if upstream.dim():
+                weight = call.teacher_rows.in_sorted_order(upstream)
+            else:
+                weight = upstream * _normalised_weight(call.problem)
             row_scale, largest_weight = _row_scale(weight, call.problem)
-            gradients = GradientSums(call, ctx.wanted, largest_weight)
+            gradients = GradientSums(call.problem, call.plan, ctx.wanted, largest_weight, call.skip_below)
             _run_chunks(call, row_scale, gradients)
             upstream = torch.ones_like(largest_weight)
         return *gradients.finish(upstream), None, None
+
+
+def _result(call: Call, stats: SuffixKLStats, gradients: GradientSums | None) -> Result:
+    loss = _reduced(call.problem, stats.divergence)
+    if call.problem.reduction == "none":
+        loss = call.teacher_rows.in_callers_order(loss)
+    stats = SuffixKLStats(*map(call.teacher_rows.in_callers_order, stats))
+    return Result(loss, *stats, skipped=loss.new_zeros(()) if gradients is None else gradients.skipped_part())
 
 
 def _save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
@@ -97,117 +119,62 @@ def _saved_tensors(ctx: Any) -> list[Tensor | None]:
     return [x if kept is None else kept for x, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)]
 
 
-class GradientSums:
-    """The student's gradients while they are summed over chunks, still to be multiplied by a scale.
-
-    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows_torch.py` leaves out. It
-    is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is float32, the
-    power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does not underflow
-    before the upstream gradient (a loss scaler's) has been multiplied in.
-    """
-
-    def __init__(self, call: Call, wanted: Wanted, largest_weight: Tensor):
-        problem, student = call.problem, call.problem.student
-        scale = largest_weight * (student.transform.scale / problem.temperature)
-        self.mantissa, _ = torch.frexp(scale)
-        self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
-        weight, hidden, bias = student.weight, student.hidden, student.bias
-        # Nothing here keeps the inputs alive until the backward.
-        self.hidden_shape, self.chunk_rows = hidden.shape, call.plan.chunk_rows
-        self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
-        wide = problem.accumulate_dtype
-        self.hidden: Tensor | None = None
-        self.weight: Tensor | None = None
-        self.bias: Tensor | None = None
-        if wanted.hidden:
-            # With an index some rows may never be written, and some may be summed.
-            new = torch.empty if student.index is None else torch.zeros
-            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=hidden.dtype, device=hidden.device)
-        if wanted.weight:
-            # With the weight's strides, or autograd would copy it to get them.
-            self.weight = torch.empty_like(weight, dtype=wide)
-            # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
-            self.weight[problem.vocab_size if problem.rows else 0 :].zero_()
-        if wanted.bias:
-            self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
-
-    def add_chunk(self, call: Call, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
-        """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
-        problem, student = call.problem, call.problem.student
-        if self.hidden is not None:
-            rows = torch.empty(
-                stop - start, student.hidden_size, dtype=problem.accumulate_dtype, device=gradient.device
-            )
-            for first, last, weight in weight_tiles(student, call.plan.tile_rows):
-                multiply_into(rows, gradient[:, first:last], weight, accumulate=first > 0)
-            rows.mul_(self.mantissa)
-            if student.index is None:
-                self.hidden[start:stop] = rows
-            else:
-                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
-        if self.weight is not None:
-            multiply_into(self.weight[: problem.vocab_size], gradient.T, hidden, accumulate=start > 0)
-        if self.bias is not None:
-            self.bias[: problem.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
-
-    def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
-        factor = self.power * upstream
-        hidden = weight = bias = None
-        if self.hidden is not None:
-            # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
-            for rows in self.hidden.split(self.chunk_rows):
-                rows.copy_(rows.to(factor.dtype).mul_(factor))
-            hidden = self.hidden.view(self.hidden_shape)
-        factor = factor * self.mantissa
-        if self.weight is not None:
-            weight = self.weight.mul_(factor).to(self.weight_dtype)
-        if self.bias is not None:
-            bias = self.bias.mul_(factor).to(self.bias_dtype)
-        return hidden, weight, bias
-
-
 def _run_chunks(call: Call, row_scale: Tensor | None, gradients: GradientSums | None) -> SuffixKLStats:
     with torch.autocast(call.problem.device.type, enabled=False):  # its rounding is in the operands already
         return _chunk_loop(call, row_scale, gradients)
 
 
 def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | None) -> SuffixKLStats:
-    problem, plan = call.problem, call.plan
-    wide, device = problem.accumulate_dtype, problem.device
+    problem, plan, teacher_rows = call.problem, call.plan, call.teacher_rows
+    wide, device, entries = problem.accumulate_dtype, problem.device, slice(problem.vocab_size)
+    projected_side = replace(problem.teacher, index=teacher_rows.index)
+    chunks = list(teacher_rows.chunks(problem.rows, plan.chunk_rows))
     stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
     student_buffer, teacher_buffer = (
-        torch.empty(min(plan.chunk_rows, problem.rows), plan.row_stride, dtype=wide, device=device) for _ in range(2)
+        torch.empty(rows, plan.row_stride, dtype=wide, device=device)
+        for rows in (
+            max((chunk.stop - chunk.start for chunk in chunks), default=0),
+            max((chunk.last - chunk.first for chunk in chunks), default=0),
+        )
     )
     # The gradient takes the student's place in memory, row by row, in the dtype of the products it goes to.
     gradient_buffer = student_buffer.view(problem.student.product_dtype)
-    for start in range(0, problem.rows, plan.chunk_rows):
-        stop = min(start + plan.chunk_rows, problem.rows)
-        student, student_hidden = _logits(problem.student, call, start, stop, student_buffer)
-        teacher, _ = _logits(problem.teacher, call, start, stop, teacher_buffer)
-        gradient = gradient_buffer[: stop - start, : problem.vocab_size] if gradients is not None else None
+    projected = None
+    for start, stop, first, last in chunks:
+        rows = slice(start, stop)
+        student_hidden = to_product_dtype(_take_rows(problem.student, start, stop), problem.student)
+        student = student_buffer[: stop - start, entries]
+        if problem.one_head:
+            teacher_hidden = to_product_dtype(_take_rows(problem.teacher, start, stop), problem.teacher)
+            _project(problem.student, student_hidden - teacher_hidden, plan.tile_rows, student)
+        else:
+            _project(problem.student, student_hidden, plan.tile_rows, student)
+        teacher = teacher_buffer[: last - first, entries]
+        if projected != (first, last):
+            teacher_hidden = to_product_dtype(_take_rows(projected_side, first, last), projected_side)
+            _project(projected_side, teacher_hidden, plan.tile_rows, teacher)
+            projected = first, last
+        gradient = gradient_buffer[: stop - start, entries] if gradients is not None else None
         call.rows_backend.compare_rows(
             student,
             teacher,
+            None if teacher_rows.slot is None else teacher_rows.slot[rows] - first,
             problem,
             plan.block_rows,
-            SuffixKLStats(*(row[start:stop] for row in stats)),
-            row_scale=None if row_scale is None else row_scale[start:stop],
+            SuffixKLStats(*(x[rows] for x in stats)),
+            row_scale=None if row_scale is None else row_scale[rows],
             gradient=gradient,
             statistics=call.statistics,
         )
         if gradients is not None and gradient is not None:
-            gradients.add_chunk(call, start, stop, gradient, student_hidden)
+            gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
     return stats
 
 
-def _logits(side: Side, call: Call, start: int, stop: int, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """Head outputs [R, V] of rows start..stop, in `buffer`, and the hidden rows they came from, ready to multiply."""
-    hidden = to_product_dtype(_take_rows(side, start, stop), side)
-    logits = buffer[: stop - start, : side.vocab_size]
-    for first, last, weight in weight_tiles(side, call.plan.tile_rows):
-        multiply_into(logits[:, first:last], hidden, weight.T)
-    return logits, hidden
+def _project(side: Side, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
+    """Head outputs of hidden rows [R, D], without bias, into `logits` [R, V]."""
+    for tile, weight in weight_tiles(side, tile_rows):
+        multiply_into(logits[:, tile], hidden, weight.T)
 
 
 def _take_rows(side: Side, start: int, stop: int) -> Tensor:

@@ -78,6 +78,12 @@ class Side:
         return math.prod(self.hidden.shape[:-1])
 
 
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+
+
 @dataclass(frozen=True)
 class Problem:
     """M student rows, each compared with one teacher row over the first `vocab_size` entries."""
@@ -103,6 +109,23 @@ class Problem:
 
         student, teacher = side(self.student, *tensors[:4]), side(self.teacher, *tensors[4:8])
         return replace(self, student=student, teacher=teacher, row_weight=tensors[8])
+
+    @property
+    def one_head(self) -> bool:
+        """Whether z_s - z_t can be computed as (h_s - h_t) W^T, which cancels nothing.
+
+        Both sides must have one weight and do the same, linear thing to its product. Where products take 16-bit
+        operands the difference of two hidden states would be rounded, which costs more than it saves.
+        """
+        s, t = self.student, self.teacher
+        return (
+            _same_memory(s.weight, t.weight)
+            and _same_memory(s.bias, t.bias)
+            and s.transform == t.transform
+            and s.transform.softcap is None
+            and s.operand_dtype == t.operand_dtype
+            and s.product_dtype == s.accumulate_dtype
+        )
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from disc_kernels.linear_kl.problem import Side
 
+# Entries that `skip_below` keeps, copied at once: enough for a product to run at full speed.
+MAX_KEPT_COLUMNS = 4096
+
 
 def to_product_dtype(x: Tensor, side: Side) -> Tensor:
     return x.to(side.operand_dtype).to(side.product_dtype)
@@ -25,14 +28,20 @@ def needs_tiles(side: Side) -> bool:
     return not (side.weight.dtype == side.operand_dtype == side.product_dtype and blas_layout)
 
 
-def weight_tiles(side: Side, tile_rows: int) -> Iterator[tuple[int, int, Tensor]]:
-    """(first, last, weight[first:last]) over the vocabulary, ready to multiply; one tile where no copy is needed."""
-    if not needs_tiles(side):
-        yield 0, side.vocab_size, side.weight[: side.vocab_size]
-        return
-    for first in range(0, side.vocab_size, tile_rows):
-        last = min(first + tile_rows, side.vocab_size)
-        yield first, last, to_product_dtype(side.weight[first:last], side).contiguous()
+def weight_tiles(side: Side, tile_rows: int, kept: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """(rows, weight[rows]) over the vocabulary, or over its entries `kept`, int64; ready to multiply.
+
+    One tile where no copy is needed.
+    """
+    if kept is not None:
+        for rows in kept.split(min(tile_rows, MAX_KEPT_COLUMNS)):
+            yield rows, to_product_dtype(side.weight.index_select(0, rows), side)
+    elif not needs_tiles(side):
+        yield slice(side.vocab_size), side.weight[: side.vocab_size]
+    else:
+        for first in range(0, side.vocab_size, tile_rows):
+            tile = slice(first, min(first + tile_rows, side.vocab_size))
+            yield tile, to_product_dtype(side.weight[tile], side).contiguous()
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:

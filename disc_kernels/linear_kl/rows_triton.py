@@ -24,9 +24,16 @@ BLOCK_TEMPORARIES = 0
 MAX_BLOCK_V = 2048
 NUM_WARPS = 8
 
+# Left to itself, ptxas spills a few registers of `_normalise_rows_kernel` to keep it at 32 or 48. With a bound that it
+# does not come near, it takes 48 (80 with softcap and biases) and spills none.
+MAX_REGISTERS = 128
+
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
+JSD: tl.constexpr = tl.constexpr(2)
+
+PEAK: tl.constexpr = tl.constexpr(2.0**15)  # see rows_torch.py
 
 
 @triton.jit
@@ -49,6 +56,39 @@ def _load_logits(side, offsets, mask, inverse_temperature):
 
 
 @triton.jit
+def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
+    """(student's logits / T, their slope, the teacher's logits / T, difference of the two where known by itself)"""
+    u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
+    if ONE_HEAD:
+        row_ptr, _, _, scale, _ = student
+        difference = tl.load(row_ptr + offsets, mask=mask, other=0.0) * scale * inverse_temperature
+        return u_t + difference, 1.0, u_t, difference
+    else:
+        u_s, slope = _load_logits(student, offsets, mask, inverse_temperature)
+        return u_s, slope, u_t, 0.0
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(-x) for x >= 0, to full accuracy near 0."""
+    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
+    return tl.where(x < 0.5, x * series, 1 - tl.exp(-x))
+
+
+@triton.jit
+def _expm1(x):
+    shrink = _one_minus_exp(tl.abs(x))
+    return tl.where(x > 0, tl.exp(x) * shrink, -shrink)
+
+
+@triton.jit
+def _log1p(x):
+    """Rounding in 1 + x is undone by the ratio of x to what of it is left (Kahan; Goldberg 1991, theorem 4)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
+
+
+@triton.jit
 def _online_logsumexp(u, maximum, total):
     new = tl.maximum(maximum, tl.max(u, axis=0))
     # While every entry seen is -inf (masked by a bias) there is nothing to rescale, and -inf - -inf would be NaN.
@@ -66,8 +106,10 @@ def _first_maximum(u, offsets, best, best_index):
 
 
 @triton.jit
-def _normalisers(student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, BLOCK_V: tl.constexpr):
-    """(student's maximum, log of its sum above that, the teacher's two, whether both maxima are the same entry)
+def _normalisers(
+    student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """(student's maximum, log of its sum above that, the teacher's two, log of the sums' ratio, whether maxima agree)
 
     Maximum and log-sum stay apart: added up, they would lose the log-sum's digits where logits lie far from zero.
     """
@@ -75,32 +117,58 @@ def _normalisers(student, teacher, V, inverse_temperature, STATISTICS: tl.conste
     max_t = float("-inf")
     sum_s = 0.0
     sum_t = 0.0
+    excess = 0.0  # of the student's sum over the teacher's
     best_s = -1
     best_t = -1
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
-        u_s, _ = _load_logits(student, offsets, offsets < V, inverse_temperature)
-        u_t, _ = _load_logits(teacher, offsets, offsets < V, inverse_temperature)
+        u_s, _, u_t, difference = _load_pair(student, teacher, offsets, offsets < V, inverse_temperature, ONE_HEAD)
         if STATISTICS:
             best_s = _first_maximum(u_s, offsets, max_s, best_s)
             best_t = _first_maximum(u_t, offsets, max_t, best_t)
         max_s, sum_s = _online_logsumexp(u_s, max_s, sum_s)
+        old = max_t
         max_t, sum_t = _online_logsumexp(u_t, max_t, sum_t)
-    return max_s, tl.log(sum_s), max_t, tl.log(sum_t), best_s == best_t
+        if ONE_HEAD:
+            base = tl.where(max_t == float("-inf"), 0.0, max_t)
+            excess = excess * tl.exp(old - base) + tl.sum(tl.exp(u_t - base) * _expm1(difference), axis=0)
+    log_ratio = 0.0
+    if ONE_HEAD:
+        small = excess / sum_t
+        # Far from 0 it may have overflowed, and log1p would no longer gain anything.
+        log_ratio = tl.where(tl.abs(small) < 0.5, _log1p(small), max_s - max_t + (tl.log(sum_s) - tl.log(sum_t)))
+    return max_s, tl.log(sum_s), max_t, tl.log(sum_t), log_ratio, best_s == best_t
 
 
 @triton.jit
-def _generalised_kl_terms(la, lb):
-    """(a (la - lb) + (b - a), b - a)"""
-    gap = lb - la
+def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
+    """(lq, lp, lq - lp, slope of the student's logits)"""
+    max_s, logsum_s, max_t, logsum_t, log_ratio, _ = normalisers
+    u_s, slope, u_t, difference = _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD)
+    lq = u_s - max_s - logsum_s
+    lp = u_t - max_t - logsum_t
+    if ONE_HEAD:
+        gap = difference - log_ratio
+    else:
+        gap = tl.where(lq == lp, 0.0, lq - lp)  # a bias may make both -inf
+    return lq, lp, gap, slope
+
+
+@triton.jit
+def _generalised_kl_terms(la, lb, gap):
+    """(a (la - lb) + (b - a), b - a), where gap = lb - la"""
     larger = tl.exp(tl.maximum(la, lb))
     x = tl.abs(gap)
-    e = tl.exp(-x)
-    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
-    shrink = larger * tl.where(x < 0.5, x * series, 1 - e)  # max(a, b) - min(a, b)
+    shrink = larger * _one_minus_exp(x)  # max(a, b) - min(a, b)
     difference = _zero_where(larger, tl.where(gap > 0, shrink, -shrink))
-    a = tl.where(gap > 0, larger * e, larger)
+    a = tl.where(gap > 0, larger * tl.exp(-x), larger)
     return tl.where(a == 0, difference, difference - a * gap), difference
+
+
+@triton.jit
+def _over_mixture(gap, beta):
+    """log m - max(lp, lq), m = beta p + (1 - beta) q, from gap = lq - lp: nothing cancels where p and q are close."""
+    return _log1p(-_one_minus_exp(tl.abs(gap)) * tl.where(gap > 0, beta, 1.0 - beta))
 
 
 @triton.jit
@@ -110,17 +178,18 @@ def _zero_where(a, x):
 
 
 @triton.jit
-def _store_gradient(gradient_ptr, offsets, mask, g, NARROW: tl.constexpr):
+def _store_in_place(row_ptr, offsets, mask, x, NARROW: tl.constexpr):
     if NARROW:
-        # A 16-bit gradient lands on float32 logits of this and earlier tiles: all threads must have read theirs.
+        # 16-bit numbers land on float32 logits of this and earlier tiles: all threads must have read theirs.
         tl.debug_barrier()
-    tl.store(gradient_ptr + offsets, g.to(gradient_ptr.dtype.element_ty), mask=mask)
+    tl.store(row_ptr + offsets, x.to(row_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _compare_rows_kernel(
-    student_ptr,  # [R, V] head outputs without bias
-    teacher_ptr,  # [R, V]
+    student_ptr,  # [R, V] head outputs without bias, ONE_HEAD: less the teacher's
+    teacher_ptr,  # [U, V]
+    teacher_slot_ptr,  # [R] int64, the teacher row a row is compared with, or None: U = R, in order
     gradient_ptr,  # [R, V] or None; may be the memory of `student_ptr` in a narrower dtype: NARROW
     student_bias_ptr,  # [V] or None
     teacher_bias_ptr,  # [V] or None
@@ -144,14 +213,16 @@ def _compare_rows_kernel(
     KIND: tl.constexpr,
     STATISTICS: tl.constexpr,
     NARROW: tl.constexpr,
+    ONE_HEAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    teacher_row = row
+    if teacher_slot_ptr is not None:
+        teacher_row = tl.load(teacher_slot_ptr + row)
     student = (student_ptr + row * stride_sr, student_bias_ptr, stride_sb, student_scale, student_softcap)
-    teacher = (teacher_ptr + row * stride_tr, teacher_bias_ptr, stride_tb, teacher_scale, teacher_softcap)
-    max_s, logsum_s, max_t, logsum_t, agree = _normalisers(
-        student, teacher, V, inverse_temperature, STATISTICS, BLOCK_V
-    )
+    teacher = (teacher_ptr + teacher_row * stride_tr, teacher_bias_ptr, stride_tb, teacher_scale, teacher_softcap)
+    normalisers = _normalisers(student, teacher, V, inverse_temperature, STATISTICS, ONE_HEAD, BLOCK_V)
 
     row_scale = 1.0
     if row_scale_ptr is not None:
@@ -163,57 +234,57 @@ def _compare_rows_kernel(
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         mask = offsets < V
-        u_s, slope = _load_logits(student, offsets, mask, inverse_temperature)
-        u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
-        lq = u_s - max_s - logsum_s
-        lp = u_t - max_t - logsum_t
+        lq, lp, gap, slope = _log_probabilities(
+            student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD
+        )
         q = tl.exp(lq)
-        p = tl.exp(lp)
         if KIND == FORWARD_KL:
-            terms, difference = _generalised_kl_terms(lp, lq)
+            terms, difference = _generalised_kl_terms(lp, lq, gap)
         elif KIND == REVERSE_KL:
-            terms, _ = _generalised_kl_terms(lq, lp)
-            mean_slope += tl.sum(_zero_where(q, q * (lq - lp)), axis=0)
+            terms, _ = _generalised_kl_terms(lq, lp, -gap)
+            mean_slope += tl.sum(_zero_where(q, q * gap), axis=0)
         else:
-            lm = tl.log(beta * p + (1.0 - beta) * q)
-            terms_t, _ = _generalised_kl_terms(lp, lm)
-            terms_s, _ = _generalised_kl_terms(lq, lm)
+            over = _over_mixture(gap, beta)
+            lm = tl.maximum(lp, lq) + over
+            h = tl.minimum(gap, 0.0) - over  # lq - lm
+            terms_t, _ = _generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
+            terms_s, _ = _generalised_kl_terms(lq, lm, -h)
             terms = beta * terms_t + (1.0 - beta) * terms_s
-            mean_slope += tl.sum(_zero_where(q, q * (1.0 - beta) * (lq - lm)), axis=0)
+            mean_slope += tl.sum(_zero_where(q, q * (1.0 - beta) * h), axis=0)
         divergence += tl.sum(tl.where(mask, terms, 0.0), axis=0)
         if STATISTICS:
             entropy_s -= tl.sum(_zero_where(q, q * lq), axis=0)
+            p = tl.exp(lp)
             entropy_t -= tl.sum(_zero_where(p, p * lp), axis=0)
         if gradient_ptr is not None and KIND == FORWARD_KL:
-            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * row_scale, NARROW)
+            _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * row_scale, NARROW)
 
     # Rounding may leave a sum of nothing just below zero; written so that NaN stays NaN.
     tl.store(divergence_ptr + row, tl.where(divergence < 0, 0.0, divergence))
     if STATISTICS:
         tl.store(student_entropy_ptr + row, entropy_s)
         tl.store(teacher_entropy_ptr + row, entropy_t)
-        tl.store(agreement_ptr + row, tl.where(agree, 1.0, 0.0))
+        tl.store(agreement_ptr + row, tl.where(normalisers[5], 1.0, 0.0))
 
     if gradient_ptr is not None and KIND != FORWARD_KL:
         for start in range(0, V, BLOCK_V):
             offsets = start + tl.arange(0, BLOCK_V)
             mask = offsets < V
-            u_s, slope = _load_logits(student, offsets, mask, inverse_temperature)
-            u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
-            lq = u_s - max_s - logsum_s
-            lp = u_t - max_t - logsum_t
+            lq, lp, gap, slope = _log_probabilities(
+                student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD
+            )
             q = tl.exp(lq)
-            if KIND == REVERSE_KL:
-                h = lq - lp
-            else:
-                h = (1.0 - beta) * (lq - tl.log(beta * tl.exp(lp) + (1.0 - beta) * q))
+            h = gap
+            if KIND == JSD:
+                h = (1.0 - beta) * (tl.minimum(gap, 0.0) - _over_mixture(gap, beta))
             g = _zero_where(q, q * (h - mean_slope)) * slope * row_scale
-            _store_gradient(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
+            _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
 
 
 def compare_rows(
-    student: Tensor,  # [R, V] float32 head outputs without bias; overwritten where a gradient is asked
-    teacher: Tensor,  # [R, V] float32
+    student: Tensor,  # [R, V] float32, see rows_torch.py; overwritten where a gradient is asked
+    teacher: Tensor,  # [U, V] float32
+    teacher_slot: Tensor | None,  # [R] int64
     problem: Problem,
     block_rows: int,  # of no use here: a program is a row
     out: SuffixKLStats,  # four [R] tensors; the divergence is filled, the other three only where `statistics`
@@ -226,6 +297,7 @@ def compare_rows(
     _compare_rows_kernel[(rows,)](
         student,
         teacher,
+        teacher_slot,
         gradient,
         problem.student.bias,
         problem.teacher.bias,
@@ -234,8 +306,8 @@ def compare_rows(
         student.stride(0),
         teacher.stride(0),
         0 if gradient is None else gradient.stride(0),
-        _bias_stride(problem.student),
-        _bias_stride(problem.teacher),
+        _stride(problem.student.bias),
+        _stride(problem.teacher.bias),
         vocab_size,
         1.0 / problem.temperature,
         problem.beta,
@@ -246,10 +318,121 @@ def compare_rows(
         KIND=_KINDS[problem.divergence],
         STATISTICS=statistics,
         NARROW=gradient is not None and gradient.dtype != torch.float32,
+        ONE_HEAD=problem.one_head,
         BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),
         num_warps=NUM_WARPS,
     )
 
 
-def _bias_stride(side: Side) -> int:
-    return 0 if side.bias is None else side.bias.stride(0)
+@triton.jit
+def _normalise_rows_kernel(
+    logits_ptr,  # [R, V] head outputs without bias
+    weights_ptr,  # [R, V] or None; may be the memory of `logits_ptr` in a narrower dtype: NARROW
+    remainder_ptr,  # [R, V] or None
+    bias_ptr,  # [V] or None
+    other_bias_ptr,  # [V] or None
+    maximum_ptr,  # [R]
+    log_sum_ptr,  # [R]
+    entropy_ptr,  # [R] or None
+    total_ptr,  # [R]; written with weights only
+    expected_bias_ptr,  # [R], or None without `other_bias_ptr`
+    stride_zr,
+    stride_wr,
+    stride_rr,
+    stride_b,
+    stride_ob,
+    V,
+    inverse_temperature,
+    scale,
+    softcap,  # or None
+    NARROW: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    side = (logits_ptr + row * stride_zr, bias_ptr, stride_b, scale, softcap)
+    maximum = float("-inf")
+    normaliser = 0.0
+    for start in range(0, V, BLOCK_V):
+        offsets = start + tl.arange(0, BLOCK_V)
+        u, _ = _load_logits(side, offsets, offsets < V, inverse_temperature)
+        maximum, normaliser = _online_logsumexp(u, maximum, normaliser)
+    log_sum = tl.log(normaliser)
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(log_sum_ptr + row, log_sum)
+
+    if weights_ptr is not None or entropy_ptr is not None or expected_bias_ptr is not None:
+        spread = 0.0
+        total = 0.0
+        expected_bias = 0.0
+        for start in range(0, V, BLOCK_V):
+            offsets = start + tl.arange(0, BLOCK_V)
+            mask = offsets < V
+            u, _ = _load_logits(side, offsets, mask, inverse_temperature)
+            e = tl.exp(u - maximum)
+            if entropy_ptr is not None:
+                spread += tl.sum(_zero_where(e, e * (u - maximum)), axis=0)
+            if expected_bias_ptr is not None:
+                bias = tl.load(other_bias_ptr + offsets * stride_ob, mask=mask, other=0.0).to(e.dtype)
+                expected_bias += tl.sum(_zero_where(e, e * bias), axis=0)
+            if weights_ptr is not None:
+                weight = (e * PEAK).to(weights_ptr.dtype.element_ty)
+                stored = weight.to(e.dtype)
+                if remainder_ptr is not None:
+                    rest = (e * PEAK - stored).to(remainder_ptr.dtype.element_ty)
+                    tl.store(remainder_ptr + row * stride_rr + offsets, rest, mask=mask)
+                    stored += rest.to(e.dtype)
+                total += tl.sum(tl.where(mask, stored, 0.0), axis=0)
+                _store_in_place(weights_ptr + row * stride_wr, offsets, mask, weight, NARROW)
+        if entropy_ptr is not None:
+            tl.store(entropy_ptr + row, log_sum - spread / normaliser)
+        if expected_bias_ptr is not None:
+            tl.store(expected_bias_ptr + row, expected_bias / normaliser)
+        if weights_ptr is not None:
+            tl.store(total_ptr + row, total)
+
+
+def normalise_rows(
+    logits: Tensor,  # [R, V] float32 head outputs without bias; overwritten where `weights` is asked
+    side: Side,
+    temperature: float,
+    block_rows: int,  # of no use here: a program is a row
+    *,
+    maximum: Tensor,  # [R] to fill, as all that follow; see rows_torch.py
+    log_sum: Tensor,  # [R]
+    entropy: Tensor | None = None,  # [R]
+    weights: Tensor | None = None,  # [R, V]; may share memory with `logits` row by row
+    remainder: Tensor | None = None,  # [R, V]
+    total: Tensor | None = None,  # [R]
+    other_bias: Tensor | None = None,  # [>= V], read
+    expected_bias: Tensor | None = None,  # [R]
+) -> None:
+    rows, vocab_size = logits.shape
+    _normalise_rows_kernel[(rows,)](
+        logits,
+        weights,
+        remainder,
+        side.bias,
+        other_bias,
+        maximum,
+        log_sum,
+        entropy,
+        total,
+        expected_bias,
+        logits.stride(0),
+        0 if weights is None else weights.stride(0),
+        0 if remainder is None else remainder.stride(0),
+        _stride(side.bias),
+        _stride(other_bias),
+        vocab_size,
+        1.0 / temperature,
+        float(side.transform.scale),
+        side.transform.softcap,
+        NARROW=weights is not None and weights.dtype != torch.float32,
+        BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),
+        num_warps=NUM_WARPS,
+        maxnreg=MAX_REGISTERS,
+    )
+
+
+def _stride(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.stride(0)

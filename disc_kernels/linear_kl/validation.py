@@ -96,6 +96,15 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_skip_below(value: Any, reduction: str) -> float:
+    value = check_number("skip_below", value)
+    if value <= 0:
+        raise ValueError(f"skip_below: expected a positive number, or None to skip nothing, got {value}")
+    if reduction == "none":
+        raise ValueError('skip_below: expected reduction "mean" or "sum", whose gradient is known in the forward')
+    return value
+
+
 def _side(
     name: str,
     hidden: Tensor,
@@ -151,8 +160,10 @@ def _index(name: str, index: Tensor, side: Side) -> Tensor:
         raise TypeError(f"{argument}: expected dtype torch.int64, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"{argument}: expected shape [M], got {list(index.shape)}")
-    if index.device != side.hidden.device:
-        raise ValueError(f"{argument}: expected device {side.hidden.device}, as student_hidden, got {index.device}")
+    if index.device not in (side.hidden.device, torch.device("cpu")):
+        raise ValueError(
+            f"{argument}: expected device {side.hidden.device}, as student_hidden, or cpu, got {index.device}"
+        )
     rows, message = side.hidden_rows, f"{argument}: expected rows from 0 to {side.hidden_rows - 1} of {name}_hidden"
     if index.device.type == "cpu":
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
@@ -160,7 +171,7 @@ def _index(name: str, index: Tensor, side: Side) -> Tensor:
     elif index.device.type != "meta":
         # The device stops with this message; the host does not wait to learn that all is well.
         torch._assert_async(((index >= 0) & (index < rows)).all(), f"{message}, got a row outside")
-    return index
+    return index.to(side.hidden.device, non_blocking=True)
 
 
 def _paired_rows(student: Side, teacher: Side) -> int:

@@ -2,9 +2,11 @@
 
 Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 4 bytes an entry while they accumulate)
 + `max_workspace_bytes`. The workspace holds, at once:
-    - the logits of both models for one chunk of rows (the student's becomes the gradient, in place);
+    - the logits of both models for one chunk of rows (the student's becomes the gradient, in place); fewer of the
+      teacher's where student rows share them;
     - gathered and widened hidden rows of the chunk, and the chunk's hidden gradient;
-    - a tile of a weight that must be copied before it can be multiplied (see `products.py`);
+    - a tile of a weight that must be copied before it can be multiplied (see `products.py`), and with `skip_below` of
+      the gradient's columns that go with it;
     - temporaries of the torch row functions for one block of rows;
     - a few numbers a row of the whole call.
 """
@@ -15,7 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from disc_kernels.linear_kl.problem import Problem
-from disc_kernels.linear_kl.products import needs_tiles
+from disc_kernels.linear_kl.products import MAX_KEPT_COLUMNS, needs_tiles
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
 
 # On CUDA about 2048 rows at V = 128k, so that the weight-gradient product stays compute-bound. Neither was tuned: see
 # docs/performance.md, "Not measured".
@@ -26,8 +29,10 @@ DEFAULT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 ROW_ALIGNMENT = 8
 
 # Whole-call vectors, each M accumulate-dtype numbers: divergence, 2 entropies, agreement, row scale, and 3 for indices
-# and intermediates of the reduction (int64 counts as two float32).
+# and intermediates of the reduction (int64 counts as two float32). Where rows are sorted: order, slots, three sorted
+# vectors, and the statistics once more.
 _ROW_VECTORS = 10
+_SHARED_ROW_VECTORS = 15
 
 
 @dataclass(frozen=True)
@@ -56,34 +61,74 @@ def row_stride(vocab_size: int) -> int:
     return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def plan(problem: Problem, max_bytes: int | None, block_entries: dict[str, int], block_temporaries: int) -> Plan:
+def bytes_of_teacher_row(problem: Problem) -> int:
+    """A projected row of the teacher's: its logits, and its hidden state gathered, rounded, widened."""
+    return problem.accumulate_dtype.itemsize * (row_stride(problem.vocab_size) + 3 * problem.teacher.hidden_size)
+
+
+def most_kept_rows(problem: Problem, max_bytes: int | None) -> int:
+    """How many projected teacher rows may be kept through the call: half of the workspace."""
+    return (max_bytes or _default_bytes(problem.device.type)) // 2 // bytes_of_teacher_row(problem)
+
+
+def plan(
+    problem: Problem,
+    teacher_rows: TeacherRows,
+    max_bytes: int | None,
+    block_entries: dict[str, int],
+    block_temporaries: int,
+    skips_columns: bool = False,
+) -> Plan:
     """Rows a chunk for `max_bytes`, as `divide` gives them.
 
     Args:
         block_entries: logits the backend's row function treats at once, by device type.
         block_temporaries: tensors of that many entries it holds at once; 0 when it works in registers.
+        skips_columns: whether columns of the gradient may be left out of its products, so that those kept are copied.
 
     Raises:
         ValueError: not even one row fits; says how many bytes one row needs.
     """
     size = problem.accumulate_dtype.itemsize
-    student, teacher = problem.student, problem.teacher
-    device_type = problem.device.type
-    # Per row: logits of both; hidden rows gathered, rounded, widened (both) and the hidden gradient, its cast.
-    row_bytes = size * (2 * row_stride(problem.vocab_size) + 5 * student.hidden_size + 3 * teacher.hidden_size)
+    fixed_bytes, row_bytes = _fixed_and_row_bytes(problem, teacher_rows)
+    sides = (problem.student, problem.teacher)
     # A tile exists as rounded copy and as widened copy.
-    tile_row_bytes = 2 * size * max((side.hidden_size for side in (student, teacher) if needs_tiles(side)), default=0)
+    tile_row_bytes = 2 * size * max((side.hidden_size for side in sides if needs_tiles(side)), default=0)
+    if skips_columns:
+        # Kept rows of the weight, twice, their gradient's product, and their columns of the logits' gradient.
+        tile_row_bytes = 4 * size * max(side.hidden_size for side in sides)
+        row_bytes += size * MAX_KEPT_COLUMNS
+    if block_temporaries and teacher_rows.slot is not None:
+        block_temporaries += 1  # a block's rows of the teacher, gathered
+    device_type = problem.device.type
     demand = Demand(
         rows=problem.rows,
         vocab_size=problem.vocab_size,
         device_type=device_type,
-        fixed_bytes=size * _ROW_VECTORS * problem.rows,
+        fixed_bytes=fixed_bytes,
         row_bytes=row_bytes,
         tile_row_bytes=tile_row_bytes,
         block_row_bytes=size * problem.vocab_size * block_temporaries,
         block_entries=block_entries.get(device_type, block_entries["cpu"]),
     )
     return divide(demand, max_bytes)
+
+
+def _fixed_and_row_bytes(problem: Problem, teacher_rows: TeacherRows) -> tuple[int, int]:
+    """Bytes whatever the chunk's size, and bytes a student row of a chunk with its share of teacher rows."""
+    size, student, teacher = problem.accumulate_dtype.itemsize, problem.student, problem.teacher
+    # Logits; hidden rows gathered, rounded, widened, less the teacher's; the hidden gradient and its cast.
+    row_bytes = size * (row_stride(problem.vocab_size) + 6 * student.hidden_size)
+    teacher_row_bytes = bytes_of_teacher_row(problem)
+    if teacher_rows.slot is None:
+        return size * _ROW_VECTORS * problem.rows, row_bytes + teacher_row_bytes
+    fixed_bytes = size * _SHARED_ROW_VECTORS * problem.rows
+    if problem.one_head:
+        row_bytes += 3 * size * teacher.hidden_size  # a row of the teacher's for each of the student's, to subtract
+    if teacher_rows.kept:
+        return fixed_bytes + teacher_rows.count * teacher_row_bytes, row_bytes
+    share = -(-teacher_row_bytes * teacher_rows.count // problem.rows)
+    return fixed_bytes + teacher_row_bytes, row_bytes + share  # one more: a chunk's share is rounded up
 
 
 def divide(demand: Demand, max_bytes: int | None) -> Plan:
@@ -94,7 +139,7 @@ def divide(demand: Demand, max_bytes: int | None) -> Plan:
     """
     needed = demand.fixed_bytes + demand.row_bytes + demand.tile_row_bytes + demand.block_row_bytes
     if max_bytes is None:
-        max_bytes = max(DEFAULT_BYTES.get(demand.device_type, DEFAULT_BYTES["cpu"]), needed)
+        max_bytes = max(_default_bytes(demand.device_type), needed)
     if max_bytes < needed:
         raise ValueError(
             f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {demand.rows} rows and "
@@ -115,3 +160,7 @@ def divide(demand: Demand, max_bytes: int | None) -> Plan:
     # Half the rows at most: however few there are and however large the workspace, no tensor is ever [M, V].
     chunk_rows = min(1 + spare // demand.row_bytes, -(-rows // 2))
     return Plan(chunk_rows, tile_rows, block_rows, row_stride(demand.vocab_size))
+
+
+def _default_bytes(device_type: str) -> int:
+    return DEFAULT_BYTES.get(device_type, DEFAULT_BYTES["cpu"])

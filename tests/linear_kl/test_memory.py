@@ -259,3 +259,37 @@ def test_nothing_but_gradients_is_left_after_the_backward(measure, problem, fuse
     leaves, work = forward_backward(p, calling(fused_impl))
     seen = measure(work)
     assert seen.left == 4 + sum(leaves[name].grad.numel() * 4 for name in STUDENT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("more", [0, 20_000])
+@pytest.mark.parametrize("of", [1, 5, 40])
+def test_peak_where_teacher_rows_are_shared(measure, problem, smallest_workspace, fused_impl, of, more, reduction):
+    """Sorted rows, their order and a teacher's rows beside a chunk's own all count."""
+    p = problem(teacher_index=torch.randint(of, (ROWS,)), row_weight=torch.rand(ROWS), reduction=reduction)
+    check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, fused_impl) + more), fused_impl)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_peak_where_both_models_have_one_head(measure, problem, divergence, shape, shared):
+    shape = {**shape, "teacher_width": shape.get("width", 8)}
+    p = problem(divergence=divergence, **shape)
+    p = p.with_tensors(teacher_weight=p.tensors["student_weight"])
+    if shared:
+        p = p.with_options(teacher_index=torch.arange(len(p.tensors["student_hidden"])) // 3)
+    check(measure, p, "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("skip_below", [1e-9, 1e-3])
+def test_peak_where_columns_are_skipped(measure, problem, fused_impl, dtype, skip_below):
+    p = problem(dtype=dtype, workspace=140_000)
+
+    def call(**arguments):
+        return fused_suffix_kl(**arguments, impl=fused_impl, skip_below=skip_below)[0]
+
+    _, work = forward_backward(p, call)
+    seen = measure(work)
+    assert seen.largest < ROWS * 1003
+    assert seen.peak <= budget(p, result_entries=2)

@@ -1,0 +1,120 @@
+"""The student's gradients while they are summed over chunks, still to be multiplied by a scale."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from disc_kernels.linear_kl.problem import Problem, Side
+from disc_kernels.linear_kl.products import MAX_KEPT_COLUMNS, multiply_into, weight_tiles
+from disc_kernels.linear_kl.workspace import Plan
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student's tensors are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class GradientSums:
+    """The student's gradients while they are summed over chunks, still to be multiplied by a scale.
+
+    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows_torch.py` leaves out. It
+    is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is float32, the
+    power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does not underflow
+    before the upstream gradient (a loss scaler's) has been multiplied in.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Plan, wanted: Wanted, largest_weight: Tensor, skip_below: float | None = None
+    ):
+        student, wide = problem.student, problem.accumulate_dtype
+        scale = largest_weight * (student.transform.scale / problem.temperature)
+        self.mantissa, _ = torch.frexp(scale)
+        self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
+        self.skip_below = skip_below
+        self.absolute_sum, self.skipped_sum = torch.zeros(2, dtype=wide, device=problem.device)
+        weight, hidden, bias = student.weight, student.hidden, student.bias
+        # Nothing here keeps the inputs alive until the backward.
+        self.hidden_shape, self.chunk_rows, self.tile_rows = hidden.shape, plan.chunk_rows, plan.tile_rows
+        self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if wanted.hidden:
+            # With an index some rows may never be written, and some may be summed.
+            new = torch.empty if student.index is None else torch.zeros
+            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=hidden.dtype, device=hidden.device)
+        if wanted.weight:
+            # With the weight's strides, or autograd would copy it to get them.
+            self.weight = torch.empty_like(weight, dtype=wide)
+            # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
+            written = problem.vocab_size if problem.rows and skip_below is None else 0
+            self.weight[written:].zero_()
+        if wanted.bias:
+            self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
+
+    def add_chunk(self, student: Side, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
+        kept = None if self.skip_below is None else self._kept_columns(gradient)
+        if self.hidden is not None:
+            rows = self._hidden_rows(student, gradient, kept)
+            if student.index is None:
+                self.hidden[start:stop] = rows
+            else:
+                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
+        if self.weight is not None:
+            if kept is None:
+                multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
+            else:
+                self._add_kept_weight_rows(self.weight, gradient, hidden, kept)
+        if self.bias is not None:
+            self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def _hidden_rows(self, student: Side, gradient: Tensor, kept: Tensor | None) -> Tensor:
+        """[R, D], but for the power of two."""
+        new = torch.empty if kept is None else torch.zeros  # perhaps no column is kept
+        rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
+        for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows, kept)):
+            part = gradient[:, columns] if isinstance(columns, slice) else gradient.index_select(1, columns)
+            multiply_into(rows, part, weight, accumulate=tile > 0)
+        return rows.mul_(self.mantissa)
+
+    def _add_kept_weight_rows(self, total: Tensor, gradient: Tensor, hidden: Tensor, kept: Tensor) -> None:
+        for columns in kept.split(min(self.tile_rows, MAX_KEPT_COLUMNS)):
+            part = torch.empty(len(columns), hidden.shape[1], dtype=total.dtype, device=total.device)
+            multiply_into(part, gradient.index_select(1, columns).T, hidden)
+            total.index_add_(0, columns, part)
+
+    def _kept_columns(self, gradient: Tensor) -> Tensor:
+        """Columns with an entry of at least `skip_below`, ascending; the host waits for their number."""
+        largest = torch.linalg.vector_norm(gradient, torch.inf, dim=0)
+        absolute = torch.linalg.vector_norm(gradient, 1, dim=0, dtype=self.power.dtype)
+        skipped = largest < self.skip_below
+        self.absolute_sum += absolute.sum()
+        self.skipped_sum += (absolute * skipped).sum()
+        return skipped.logical_not().nonzero().squeeze(1)
+
+    def skipped_part(self) -> Tensor:
+        """0-dim: what was skipped of the sum of the logits' gradients' absolute values; 0 where that sum is 0."""
+        return self.skipped_sum / torch.where(self.absolute_sum == 0, 1, self.absolute_sum)
+
+    def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
+        factor = self.power * upstream
+        hidden = weight = bias = None
+        if self.hidden is not None:
+            # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
+            for rows in self.hidden.split(self.chunk_rows):
+                rows.copy_(rows.to(factor.dtype).mul_(factor))
+            hidden = self.hidden.view(self.hidden_shape)
+        factor = factor * self.mantissa
+        if self.weight is not None:
+            weight = self.weight.mul_(factor).to(self.weight_dtype)
+        if self.bias is not None:
+            bias = self.bias.mul_(factor).to(self.bias_dtype)
+        return hidden, weight, bias

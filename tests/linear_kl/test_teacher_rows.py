@@ -1,0 +1,111 @@
+"""A teacher row that many student rows share is projected once, and that changes no result."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disc_kernels.linear_kl import api, function
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
+
+INDICES = {
+    "sorted": [0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4],
+    "mixed": [3, 0, 4, 3, 1, 0, 3, 2, 0, 1, 4, 3],
+    "one row for all": [2] * 12,
+    "one row for most": [1, 1, 1, 4, 1, 1, 0, 1, 1, 1, 1, 1],
+    "one row twice": [7, 1, 2, 3, 4, 5, 6, 1, 0, 8, 9, 10],
+}
+
+
+def compared(build, index, **options):
+    options.setdefault("row_weight", [0.5, 1, 2, 0, 1, 1, 3, 0.25, 1, 1, 2, 1])
+    return build(rows=12, teacher_rows=11, teacher_width=16, teacher_index=index, **options)
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """How many rows each head is multiplied with: {(vocabulary, hidden size): rows}."""
+    counts: dict[tuple[int, int], int] = {}
+    project = function._project
+
+    def counting(side, hidden, tile_rows, logits):
+        counts[tuple(side.weight.shape)] = counts.get(tuple(side.weight.shape), 0) + len(hidden)
+        project(side, hidden, tile_rows, logits)
+
+    monkeypatch.setattr(function, "_project", counting)
+    return counts
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """As if the values of an index could not be seen without waiting."""
+    share = api.share_teacher_rows
+    monkeypatch.setattr(api, "share_teacher_rows", lambda problem, _, most: share(problem, None, most))
+
+
+@pytest.mark.parametrize("workspace", ["default", "smallest"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
+def test_results_are_those_of_the_oracle(
+    build, run, assert_accurate, smallest_workspace, fused_impl, index, reduction, workspace
+):
+    problem = compared(build, index, reduction=reduction, student_index=[11, 3, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9])
+    if workspace == "smallest":
+        problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
+    assert_accurate(run(problem, fused_impl), problem)
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
+def test_every_divergence_and_option(build_everything, run, assert_accurate, fused_impl, divergence, index):
+    indices = {"student_index": [4, 0, 2, 2, 5, 1, 3, 0, 1, 2, 3, 4], "teacher_index": [i % 4 for i in index]}
+    problem = build_everything(divergence=divergence, row_weight=[0.5, 0.0, 2.0, 1.0, 0.25, 1.0] * 2, **indices)
+    assert_accurate(run(problem, fused_impl), problem)
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
+def test_each_is_projected_once(build, loss_of, projected, fused_impl, index):
+    problem = compared(build, index)
+    loss_of(problem, problem.leaves(), fused_impl)
+    chunks = 2  # of at most half the rows; one teacher row may be in both
+    assert projected[1000, 24] == 12
+    assert len(set(index)) <= projected[1000, 16] <= len(set(index)) + chunks - 1
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+@pytest.mark.parametrize("index", [[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4], [3, 0, 4, 3, 1, 0, 3, 2, 0, 1, 4, 3]])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_unseen_indices_keep_all_teacher_rows_if_they_fit(
+    build, run, assert_accurate, smallest_workspace, projected, fused_impl, index, reduction
+):
+    problem = build(rows=12, teacher_rows=6, teacher_width=16, teacher_index=index, reduction=reduction)
+    assert_accurate(
+        run(replace(problem, asks=("student_hidden",)), fused_impl), replace(problem, asks=("student_hidden",))
+    )
+    assert projected[1000, 16] == (6 if reduction == "mean" else 12)  # "none" recomputes in the backward
+
+    projected.clear()
+    tight = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
+    assert_accurate(run(tight, fused_impl), tight)
+    assert projected[1000, 16] >= 12
+
+
+def test_rows_without_repetition_stay_in_order(build, loss_of, projected):
+    problem = build(rows=12, teacher_width=16, teacher_index=[11, 0, 5, 3, 2, 1, 4, 6, 7, 8, 9, 10])
+    loss_of(problem, problem.leaves(), "torch")
+    assert projected[1000, 16] == 12
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=80), st.integers(1, 80))
+def test_chunks_cover_all_rows_and_their_teachers(index, chunk_rows):
+    distinct, slot = torch.tensor(sorted(index)).unique(return_inverse=True)
+    rows = TeacherRows(len(distinct), distinct, slot, slot)
+    chunks = list(rows.chunks(len(index), chunk_rows))
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+    assert chunks[-1].stop == len(index)
+    for start, stop, first, last in chunks:
+        assert 0 < stop - start <= chunk_rows
+        assert (first, last) == (int(slot[start]), int(slot[stop - 1]) + 1)
+        assert last - first <= rows.teacher_chunk_rows(len(index), chunk_rows)
