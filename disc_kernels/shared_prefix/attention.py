@@ -1,116 +1,153 @@
-"""Attention of Hugging Face models over a packed sequence: which implementation a model needs, and the masks it takes.
+"""Attention of Hugging Face models over a packed sequence: which implementation a model runs with, and its masks.
 
-Nothing here imports transformers: a config is whatever has its attributes (`layer_types`, `sliding_window`, ...).
+Nothing here imports transformers before it has to register an attention function with it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from disc_kernels.shared_prefix.flex import flex_attention_forward
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import block_mask, dense_mask
+from disc_kernels.shared_prefix.masks import block_mask, check_rows, row_masks
+from disc_kernels.shared_prefix.model_config import (
+    attention_dropout,
+    attention_softcap,
+    can_share,
+    layer_windows,
+    model_name,
+)
+from disc_kernels.shared_prefix.varlen import VarlenMask, find_kernel, varlen_attention_forward, varlen_mask
 
-Mask = Tensor | BlockMask
+Mask = Tensor | BlockMask | VarlenMask
+
+# Under these names transformers finds our functions.
+FLEX = "shared_prefix_flex"
+VARLEN = "shared_prefix_varlen"
 
 
-def attention_implementation(config: Any, requested: str = "auto") -> str:
+def attention_implementation(config: Any, requested: str = "auto", device_type: str = "cpu") -> str:
     """The transformers `attn_implementation` that runs this model right on a packed sequence.
+
+    "sdpa" takes dense masks: any device, memory quadratic in a row's length. "flex" takes block masks: memory linear in
+    the sequence's length; it is compiled at the first calls and has no backward on the CPU. "varlen" is flash attention
+    on gathered keys: 16 bits, CUDA only. Neither of the last two can drop attention weights out.
+
+    "auto" is "flex" on CUDA: it alone skips what no query sees without copying keys, and does windows and softcaps
+    with nothing installed beside torch. That is an argument, not a result: it was not measured on a GPU. Elsewhere,
+    for models with attention dropout, and for models that cannot share a trunk, "auto" is "sdpa".
 
     Args:
         config: the model's config.
-        requested: "auto" (dense masks), "sdpa" (a dense mask) or "flex" (a block mask: memory linear in the sequence's
-            length, but FlexAttention has no backward on the CPU).
+        requested: "auto", "sdpa", "flex" or "varlen".
+        device_type: the type of the device that the model runs on.
 
     Returns:
-        "sdpa", "eager" or "flex_attention". "auto" gives "sdpa", or "eager" for models whose attention logits are
-        softcapped (Gemma 2), which `scaled_dot_product_attention` cannot do.
+        "sdpa"; "eager", which "auto" gives in its place where attention logits are softcapped (Gemma 2), since
+        `scaled_dot_product_attention` would leave that out; or the name of our own attention function, which has then
+        been registered with transformers.
 
     Raises:
-        ValueError: an unknown name, "varlen" (not implemented), or "sdpa" for a model with softcapped attention logits.
+        ValueError: an unknown name; what was asked for cannot do the model's softcap or attention dropout; "varlen"
+            without a CUDA device.
     """
-    text_config = _text_config(config)
-    softcap = getattr(text_config, "attn_logit_softcapping", None)
-    if requested == "auto":
-        return "sdpa" if softcap is None else "eager"
-    if requested == "flex":
-        return "flex_attention"
-    if requested == "varlen":
-        raise ValueError("attention: 'varlen' is not implemented yet; expected 'auto', 'sdpa' or 'flex'")
-    if requested != "sdpa":
+    if requested not in ("auto", "sdpa", "flex", "varlen"):
         raise ValueError(f"attention: expected 'auto', 'sdpa', 'flex' or 'varlen', got {requested!r}")
-    if softcap is not None:
+    if requested in ("flex", "varlen") and attention_dropout(config):
         raise ValueError(
-            f"attention: 'sdpa' leaves out the softcap of attention logits of {_name(text_config)} models"
-            f" (attn_logit_softcapping={softcap}); expected 'auto' or 'flex'"
+            f"attention: {requested!r} cannot drop out attention weights, expected a {model_name(config)} config"
+            f" with an attention dropout of 0, got {attention_dropout(config)}; set it to 0, or use 'sdpa'"
         )
-    return "sdpa"
+    if requested == "varlen":
+        find_kernel(attention_softcap(config), device_type)
+        return _register(VARLEN, varlen_attention_forward)
+    if requested == "flex" or (
+        requested == "auto" and device_type == "cuda" and can_share(config) and not attention_dropout(config)
+    ):
+        return _register(FLEX, flex_attention_forward)
+    if attention_softcap(config) is None:
+        return "sdpa"
+    if requested == "auto":
+        return "eager"
+    raise ValueError(
+        f"attention: 'sdpa' leaves out the softcap of attention logits of {model_name(config)} models"
+        f" (attn_logit_softcapping={attention_softcap(config)}); expected 'auto' or 'flex'"
+    )
 
 
 def attention_mask(
-    config: Any, layout: SharedPrefixLayout, implementation: str, dtype: torch.dtype = torch.float32
-) -> Mask | dict[str, Mask]:
-    """What to pass as `attention_mask` to a Hugging Face model, beside `position_ids=layout.position_ids[None]`.
+    config: Any,
+    layout: SharedPrefixLayout,
+    implementation: str,
+    dtype: torch.dtype = torch.float32,
+    rows: int = 1,
+) -> Mask | dict[str, Mask] | None:
+    """What a Hugging Face model takes as `attention_mask`, beside `position_ids=layout.position_ids.view(rows, N)`.
 
     Args:
         config: the model's config. Sliding windows are taken from it: a branch's token sees as far back as it would if
             its trunk's first part and the branch were a sequence of their own.
-        layout: L packed tokens, on the model's device.
+        layout: the tokens of all rows, one row after another, N each, on the model's device.
         implementation: the model's `attn_implementation`, from `attention_implementation`.
         dtype: of the additive mask, the model's own; only "eager" uses it.
+        rows: of the batch. More than one for "sdpa" and "eager" only, whose masks grow with N^2.
 
     Returns:
-        One mask of shape [1, 1, L, L]: for "sdpa" a bool tensor, True where a query sees a key; for "eager" a tensor of
-        `dtype`, 0 where it does and -inf elsewhere; for "flex_attention" a `BlockMask`. If the model's layers are of
-        several types: a dict of masks by layer type, which its `forward` takes instead of one.
+        For "sdpa" a bool tensor [rows, 1, N, N], True where a query sees a key; for "eager" a tensor of that shape and
+        `dtype`, 0 where it does and -inf elsewhere; for "flex" a `BlockMask`, for "varlen" a `VarlenMask`. If the
+        model's layers are of several types: a dict of masks by layer type, which its `forward` takes instead of one.
+        None for a model that cannot share a trunk: its rows hold one sequence each, padding to the right, which no
+        token before it sees; such a model is called without `position_ids` as well.
 
     Raises:
-        ValueError: an unknown implementation, a layer type that no mask can confine to its branch (linear attention,
-            state space, ...), or a sliding layer type in a config without `sliding_window`.
+        ValueError: an unknown implementation; a tree in two rows; several rows with "flex" or "varlen"; a tree with
+            branches, or more than a sequence and its padding in a row, for a model that cannot share a trunk; a sliding
+            layer type in a config without `sliding_window`.
     """
-    windows = _layer_windows(_text_config(config))
-    masks = {layer_type: _mask(layout, implementation, window, dtype) for layer_type, window in windows.items()}
+    if not can_share(config):
+        _check_one_sequence_a_row(config, layout, rows)
+        return None
+    windows = layer_windows(config)
+    masks = {layer_type: _mask(layout, implementation, window, dtype, rows) for layer_type, window in windows.items()}
     return masks if len(masks) > 1 else masks.popitem()[1]
 
 
-def _mask(layout: SharedPrefixLayout, implementation: str, window: int | None, dtype: torch.dtype) -> Mask:
-    if implementation == "flex_attention":
-        return block_mask(layout, window=window)
+def _mask(layout: SharedPrefixLayout, implementation: str, window: int | None, dtype: torch.dtype, rows: int) -> Mask:
+    if implementation in (FLEX, VARLEN):
+        if rows != 1:
+            raise ValueError(f"rows: expected 1 with attention {implementation!r}, got {rows}")
+        return block_mask(layout, window=window) if implementation == FLEX else varlen_mask(layout, window=window)
     if implementation not in ("sdpa", "eager"):
-        raise ValueError(f"implementation: expected 'sdpa', 'eager' or 'flex_attention', got {implementation!r}")
-    visible = dense_mask(layout, window=window)[None, None]
+        raise ValueError(f"implementation: expected 'sdpa', 'eager', {FLEX!r} or {VARLEN!r}, got {implementation!r}")
+    visible = row_masks(layout, rows, window=window)[:, None]
     if implementation == "sdpa":
         return visible
     # Every query sees itself, so that -inf never fills a row.
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
-def _layer_windows(config: Any) -> dict[str, int | None]:
-    """The window of each type of layer that the model has; None: no limit."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        if getattr(config, "num_attention_heads", None) is None:
-            raise ValueError(f"{_name(config)} models have no attention that a mask could confine to a branch")
-        # Without layer types a window holds for all layers (Mistral).
-        return {"full_attention": window} if window is None else {"sliding_attention": window}
-
-    for layer_type in layer_types:
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise ValueError(
-                f"{_name(config)} models have layers of type {layer_type!r}, which no mask can confine to a branch;"
-                " expected 'full_attention' or 'sliding_attention'"
-            )
-    if window is None and "sliding_attention" in layer_types:
-        raise ValueError(f"sliding_window: expected the window of {_name(config)}'s sliding layers, got None")
-    return {layer_type: window if layer_type == "sliding_attention" else None for layer_type in set(layer_types)}
+def _check_one_sequence_a_row(config: Any, layout: SharedPrefixLayout, rows: int) -> None:
+    check_rows(layout, rows)
+    segments = layout.segments
+    first, tree = segments[:, 0], segments[:, 2]
+    trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
+    problem = None
+    if (first != tree).any():
+        problem = f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
+    elif (trees_in_row > 2).any():
+        problem = f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
+    if problem is not None:
+        raise ValueError(
+            f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its"
+            f" padding, got {problem}"
+        )
 
 
-def _text_config(config: Any) -> Any:
-    """The language model's part of a composite config (transformers' own accessor), or the config itself."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+def _register(implementation: str, function: Callable[..., tuple[Tensor, None]]) -> str:
+    from transformers import AttentionInterface
 
-
-def _name(config: Any) -> str:
-    return getattr(config, "model_type", type(config).__name__)
+    AttentionInterface.register(implementation, function)
+    return implementation

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -80,12 +81,23 @@ class SharedPrefixLayout:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SharedPrefixLayout":
-        """The same layout on another device; it was checked when it was made and is not checked again."""
+        """The same layout on another device, `segments` excepted; it was checked when made and is not checked again."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SharedPrefixLayout":
         """The same layout in page-locked memory; the name is the one that torch's DataLoader looks for."""
         return self._map(Tensor.pin_memory)
+
+    @cached_property
+    def segments(self) -> Tensor:
+        """[S, 4] int64 on the CPU, wherever the layout is: the trunks and branches that have tokens, in order.
+
+        Columns: first token, number of tokens, first token of the tree, attach (0 for a trunk). What needs numbers on
+        the host (grid sizes, checks) takes them from here, so that nothing waits for an accelerator: a layout made on
+        the CPU takes its segments along to other devices, and into pickles once it has been moved.
+        """
+        start, length = self.segment_start().unique_consecutive(return_counts=True)
+        return torch.stack([start, length, self.tree_start()[start], self.attach[start]], dim=1).cpu()
 
     def tree_start(self) -> Tensor:
         """[L] int64: the index of the first token of each token's tree."""
@@ -97,7 +109,8 @@ class SharedPrefixLayout:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedPrefixLayout":
         mapped = copy(self)  # without __init__, so without its checks
-        vars(mapped).update({field.name: function(getattr(self, field.name)) for field in fields(self)})
+        tensors = {field.name: function(getattr(self, field.name)) for field in fields(self)}
+        vars(mapped).update(tensors, segments=self.segments)
         return mapped
 
     def _check_tensors(self) -> None:

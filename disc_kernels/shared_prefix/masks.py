@@ -24,9 +24,38 @@ def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tens
     Raises:
         ValueError: window below 1.
     """
+    return row_masks(layout, 1, window=window)[0]
+
+
+def row_masks(layout: SharedPrefixLayout, rows: int, *, window: int | None = None) -> Tensor:
+    """The masks of a batch of rows, without what lies between two rows: bool [rows, N, N] (row, query, key).
+
+    Args:
+        layout: L packed tokens: the rows of the batch one after another, N = L / rows tokens each.
+        rows: how many there are.
+        window: as in `dense_mask`.
+
+    Raises:
+        ValueError: window below 1, L is no multiple of rows, or a tree crosses from one row into the next.
+    """
+    check_rows(layout, rows)
     runs = _visible_runs(layout, window)
-    key = torch.arange(len(layout), device=layout.device)
-    return runs.contain(key[:, None], key)
+    token = torch.arange(len(layout), device=layout.device).view(rows, len(layout) // rows)
+    return runs.contain(token[:, :, None], token[:, None, :])
+
+
+def check_rows(layout: SharedPrefixLayout, rows: int) -> None:
+    """Raise ValueError unless a layout can be cut into so many rows of one length, with no tree in two of them."""
+    if rows < 1 or len(layout) % rows:
+        raise ValueError(f"rows: expected a number that divides the layout's {len(layout)} tokens, got {rows}")
+    length = max(len(layout) // rows, 1)
+    first, tokens, tree, _ = layout.segments.unbind(1)
+    cut = (first + tokens - 1) // length != tree // length
+    if cut.any():
+        raise ValueError(
+            f"rows: expected no tree in two of {rows} rows of {length} tokens, got one that begins at token"
+            f" {int(tree[cut][0])}"
+        )
 
 
 def block_mask(layout: SharedPrefixLayout, block_size: int = 128, *, window: int | None = None) -> BlockMask:

@@ -19,12 +19,9 @@ def run_separately(model: Callable[[Tensor], Tensor], inputs: Tensor, layout: Sh
     Returns:
         [L, ...]: the outputs in packed order. A trunk token's output comes from the trunk's own run.
     """
-    tree_start = layout.tree_start()
-    starts, lengths = layout.segment_start().unique_consecutive(return_counts=True)
     packed = []
-    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
-        trunk = int(tree_start[start])
-        seen = inputs[trunk : trunk + int(layout.attach[start])]
+    for start, length, tree, attach in layout.segments.tolist():
+        seen = inputs[tree : tree + attach]
         own = inputs[start : start + length]
         packed.append(model(torch.cat([seen, own]))[len(seen) :])
     return torch.cat(packed)

@@ -1,8 +1,9 @@
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 
 @pytest.fixture
@@ -14,3 +15,36 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def all_double(monkeypatch):
+    """Double throughout: transformers' norms and softmax go through float32, whose rounding would hide small errors."""
+    to, softmax = Tensor.to, nn.functional.softmax
+
+    def to_double(self, *args, **kwargs):
+        widened = {torch.float32: torch.float64}
+        return to(
+            self,
+            *(widened.get(a, a) if isinstance(a, torch.dtype) else a for a in args),
+            **{name: widened.get(a, a) if isinstance(a, torch.dtype) else a for name, a in kwargs.items()},
+        )
+
+    monkeypatch.setattr(Tensor, "to", to_double)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    monkeypatch.setattr(nn.functional, "softmax", lambda logits, dim, dtype=None: softmax(logits, dim))
+
+
+@pytest.fixture
+def gradients() -> Callable[..., dict[str, Tensor]]:
+    """`gradients(model, run, ids, upstream)`: logits [L, V] of `run(embeddings [L, D])`, and what follows backwards for
+    the embeddings and for every parameter."""
+
+    def measure(model: nn.Module, run: Callable[[Tensor], Tensor], ids: Tensor, upstream: Tensor) -> dict[str, Tensor]:
+        parameters = dict(model.named_parameters())
+        embeddings = model.get_input_embeddings()(ids)
+        logits = run(embeddings)
+        grads = torch.autograd.grad(logits, [embeddings, *parameters.values()], upstream)
+        return {"logits": logits.detach(), "embeddings": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
+
+    return measure

@@ -46,11 +46,24 @@ def test_tree_ids_need_no_order():
     assert layout.tree_start().tolist() == [0, 0, 0, 0, 0, 0, 6, 6, 8, 8]
 
 
+def test_segments_are_the_trunks_and_branches_that_have_tokens():
+    assert build().segments.tolist() == [[0, 3, 0, 0], [3, 2, 0, 2], [5, 1, 0, 3], [6, 2, 6, 0], [8, 2, 8, 0]]
+
+
+@pytest.mark.parametrize("copied", [lambda layout: pickle.loads(pickle.dumps(layout)), lambda layout: layout])
+def test_segments_stay_on_the_host_and_are_known_before_a_layout_leaves_it(copied):
+    moved = copied(build()).to("meta")
+    assert moved.tree_id.device.type == "meta"
+    assert moved.segments.tolist() == build().segments.tolist()
+    assert copied(moved).segments.tolist() == build().segments.tolist()
+
+
 @pytest.mark.parametrize("trees", [[], [(0, [])]])
 def test_empty_layouts(trees):
     layout = SharedPrefixLayout.from_trees(trees)
     assert len(layout) == 0
     assert layout.tree_start().shape == (0,)
+    assert layout.segments.shape == (0, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""FlexAttention over a packed sequence: the attention function that Hugging Face models call."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from disc_kernels.shared_prefix.kernel_inputs import in_autocast_dtype, refuse_options
+
+
+def flex_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention, as transformers' `AttentionInterface` defines it.
+
+    Beside what transformers' own function does, it follows autocast on every torch version and compiles for few
+    shapes: see `_compiled`.
+
+    Args:
+        query: [1, H, L, D].
+        key: [1, H_kv, L, D], H a multiple of H_kv.
+        value: [1, H_kv, L, D_v].
+        attention_mask: of L tokens, from `disc_kernels.shared_prefix.attention_mask`; it holds the layer's window.
+        scaling: of the attention logits; None: 1 / sqrt(D).
+
+    Returns:
+        [1, L, H, D_v], and None in place of the attention weights.
+
+    Raises:
+        ValueError: no block mask, dropout, or an option that FlexAttention lacks.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        raise ValueError(
+            f"attention_mask: expected a BlockMask of a packed sequence, got {type(attention_mask).__name__};"
+            " for other calls of the model: model.set_attn_implementation('sdpa')"
+        )
+    refuse_options("flex", dropout, options)
+    query, key, value = in_autocast_dtype(query, key, value)
+    for tensor in (query, key, value):
+        # The student's heads and the teacher's may differ in number: two static sizes, not one symbolic size.
+        torch._dynamo.mark_static(tensor, [0, 1, 3])
+    output = _compiled()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcapping(softcap),
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    """FlexAttention, compiled when it is first called, and again when the second length shows that lengths vary.
+
+    From then on a new layout compiles nothing: its tensors' sizes are symbolic and its mask function is the same code.
+    Each of these stands for a graph of its own: with or without gradients, with or without softcap, one block or more,
+    another number of heads.
+    """
+    return torch.compile(flex_attention)
+
+
+@cache
+def _softcapping(softcap: float) -> Callable[..., Tensor]:
+    def softcapped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return softcapped

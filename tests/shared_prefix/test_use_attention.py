@@ -1,0 +1,145 @@
+"""`disc_train.causal_lm.use_attention`: what it picks, what it leaves for something else, and what it refuses."""
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout
+from disc_train import causal_lm
+from disc_train.causal_lm import hidden_states, use_attention
+
+TINY = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+}
+TOKENS = torch.arange(16)[None]
+WRONG = "wrong_attention_of_a_test"
+
+
+def make_model(config_class=transformers.LlamaConfig, **options):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config_class(**TINY | options))
+
+
+def test_it_says_what_it_picked():
+    assert use_attention(make_model(), "auto", TOKENS) == "sdpa"
+    assert use_attention(make_model(), "sdpa", TOKENS) == "sdpa"
+    assert use_attention(make_model(transformers.Gemma2Config, head_dim=8), "auto", TOKENS) == "eager"
+
+
+def test_several_rows_at_once():
+    model = make_model(transformers.MistralConfig, sliding_window=5)
+    use_attention(model, "auto", TOKENS)
+    rows = [[(6, [(4, 3), (6, 2)])], [(0, [(0, 8)]), (3, [])]]
+    ids = torch.randint(61, (2, 11))
+    layout = SharedPrefixLayout.from_trees([tree for row in rows for tree in row])
+    batch = hidden_states(model, ids, layout, "auto")
+    for row, trees in enumerate(rows):
+        alone = hidden_states(model, ids[row : row + 1], SharedPrefixLayout.from_trees(trees), "auto")
+        torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def first_choice_is_wrong(monkeypatch):
+    """As on a GPU where FlexAttention does not work: "auto" begins with an attention function that is given here."""
+
+    def set_up(function):
+        AttentionInterface.register(WRONG, function)
+        real = causal_lm.attention_implementation
+        # Only the call for the device that is there names the device's type.
+        monkeypatch.setattr(
+            causal_lm,
+            "attention_implementation",
+            lambda config, requested="auto", device_type=None: WRONG if device_type else real(config, requested),
+        )
+
+    real_mask = causal_lm.attention_mask
+    monkeypatch.setattr(
+        causal_lm,
+        "attention_mask",
+        lambda config, layout, implementation, *rest: real_mask(
+            config, layout, "sdpa" if implementation == WRONG else implementation, *rest
+        ),
+    )
+    return set_up
+
+
+def breaks(module, query, key, value, attention_mask, **options):
+    raise RuntimeError("out of registers")
+
+
+def sees_too_much(module, query, key, value, attention_mask, **options):
+    return sdpa_attention_forward(module, query, key, value, torch.ones_like(attention_mask), **options)
+
+
+def sees_the_past_whatever_the_mask(module, query, key, value, attention_mask, **options):
+    return sdpa_attention_forward(module, query, key, value, None, **options)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (breaks, "RuntimeError: out of registers"),
+        (sees_too_much, "packed behind another"),
+        (sees_the_past_whatever_the_mask, "packed behind another"),
+    ],
+)
+def test_auto_leaves_an_implementation_that_fails_its_check(function, message, first_choice_is_wrong):
+    first_choice_is_wrong(function)
+    model, other = make_model(), make_model()
+    with pytest.warns(UserWarning, match=f"attention '{WRONG}' is not used: LlamaForCausalLM: .*{message}"):
+        assert use_attention(model, "auto", TOKENS) == "sdpa"
+    layout = SharedPrefixLayout.from_trees([(6, [(4, 10)])])
+    other.set_attn_implementation("sdpa")
+    assert torch.equal(hidden_states(model, TOKENS, layout, "auto"), hidden_states(other, TOKENS, layout, "auto"))
+
+
+def test_what_was_asked_for_is_not_replaced(first_choice_is_wrong):
+    first_choice_is_wrong(breaks)
+    with pytest.raises(ValueError, match="out of registers"):
+        use_attention(make_model(), "sdpa", TOKENS)
+
+
+def test_an_implementation_that_leaves_something_out_differs_from_eager(first_choice_is_wrong):
+    """Packed and alone it leaves out the same, which only another implementation shows."""
+    first_choice_is_wrong(sdpa_attention_forward)
+    model = make_model(transformers.Gemma2Config, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.0)
+    model.set_attn_implementation(WRONG)
+    with pytest.warns(UserWarning, match=f"'{WRONG}' is not used"):
+        assert use_attention(model, "auto", TOKENS) == "eager"
+
+
+def test_models_without_sdpa_run_eagerly():
+    model = make_model(transformers.GptOssConfig, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.warns(UserWarning, match="attention 'sdpa' is not used"):
+        assert use_attention(model, "auto", TOKENS) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("flex", "'flex' cannot train on the CPU"),
+        ("varlen", "'varlen' has no kernel for device type 'cpu'"),
+        ("flash", "expected 'auto', 'sdpa', 'flex' or 'varlen', got 'flash'"),
+    ],
+)
+def test_what_the_device_cannot_run_is_refused(attention, message):
+    model = make_model().train()
+    with pytest.raises(ValueError, match=message):
+        use_attention(model, attention, TOKENS)
+    assert model.training
+
+
+def test_several_rows_need_dense_masks():
+    model = make_model()
+    model.set_attn_implementation(causal_lm.attention_implementation(model.config, "flex"))
+    with pytest.raises(ValueError, match=f"rows: expected 1 with attention '{FLEX}', got 2"):
+        hidden_states(model, TOKENS.view(2, 8), SharedPrefixLayout.from_trees([(8, []), (8, [])]), "flex")
