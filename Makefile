@@ -22,12 +22,12 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 bench: $(READY)
-	$(RUN) -m pytest benchmarks
+	$(RUN) -m pytest benchmarks --results benchmarks/results
 
 # On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing.
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/*/test_gpu.py
-	$(PYTHON) -m pytest benchmarks
+	$(PYTHON) -m pytest benchmarks --results benchmarks/results
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,56 +1,147 @@
-"""Every shape that is measured, once."""
+"""Every problem that is measured, once: what is compared, and by which systems of `peers.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# "products" is the limit every other system is divided by, so it comes first.
+CHUNKED_PEERS = ("liger_fused", "liger_chunked", "trl_chunked", "fla_fused")
+EVERYONE = ("products", "ours", "eager", "eager_compiled", *CHUNKED_PEERS)
+FEW = ("products", "ours", "eager")
 
 
 @dataclass(frozen=True)
 class Case:
     name: str
-    rows: int  # M
+    tokens: int  # N
     hidden: int  # D
     vocab: int  # V
     dtype: torch.dtype
-    frozen_head: bool = False
+    systems: tuple[str, ...] = FEW
+    frozen_head: bool = False  # no gradient of the weight
+    backward: bool = True
+    valid_percent: int = 100  # of the tokens, those that are compared
+    shared: int = 1  # student rows that are compared with one teacher row
+    summarised: bool = False  # the teacher is a summary that was made before
 
     @property
-    def unit_flops(self) -> int:
-        """One product of hidden states with a head."""
-        return 2 * self.rows * self.hidden * self.vocab
+    def rows(self) -> int:
+        """M."""
+        return self.tokens * self.valid_percent // 100
 
     @property
-    def products(self) -> int:
-        """Of this many units a forward and backward consist: two logits, the hidden and the weight gradient."""
-        return 3 if self.frozen_head else 4
+    def teacher_rows(self) -> int:
+        """The teacher rows that have to be projected."""
+        return 0 if self.summarised else self.rows // self.shared
 
-    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student hidden and weight, teacher hidden and weight; logits have a standard deviation of about 2."""
+    @property
+    def units(self) -> float:
+        """The products' operations over 2 M V D: both logits, and the gradients of hidden states and weight."""
+        return 1 + self.teacher_rows / self.rows + self.backward + (self.backward and not self.frozen_head)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients that are asked for."""
+        rows = self.backward * self.tokens + (self.backward and not self.frozen_head) * self.vocab
+        return rows * self.hidden * self.dtype.itemsize
+
+    def describe(self) -> dict[str, Any]:
+        """What a row of results says of the case."""
+        fields = asdict(self) | {"case": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
+        del fields["name"], fields["systems"]
+        return fields | {"rows": self.rows, "units": self.units, "gradient_bytes": self.gradient_bytes}
+
+    def inputs(self, device: str) -> Inputs:
+        """Random tensors, the same at every call; logits have a standard deviation of about 2."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, generator=generator, device=device) * scale).to(self.dtype)
 
+        student_index = teacher_index = None
+        if self.valid_percent < 100:
+            shuffled = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(0))
+            student_index = teacher_index = shuffled[: self.rows].sort().values
+        if self.shared > 1:  # one branch after the other, each over all teacher rows
+            teacher_index = torch.arange(self.rows) % (self.rows // self.shared)
         scale = 2 / self.hidden**0.5
-        return (
-            normal(self.rows, self.hidden).requires_grad_(),
+        return Inputs(
+            self,
+            normal(self.tokens, self.hidden).requires_grad_(),
             normal(self.vocab, self.hidden, scale=scale).requires_grad_(not self.frozen_head),
-            normal(self.rows, self.hidden),
+            normal(self.tokens // self.shared, self.hidden),
             normal(self.vocab, self.hidden, scale=scale),
+            student_index,
+            teacher_index,
         )
 
 
+@dataclass(frozen=True)
+class Inputs:
+    case: Case
+    student: Tensor  # [N, D]
+    student_weight: Tensor  # [V, D]
+    teacher: Tensor  # [N / shared, D]
+    teacher_weight: Tensor  # [V, D]
+    student_index: Tensor | None  # [M] int64, on the CPU, where a collator makes it; None: all rows
+    teacher_index: Tensor | None  # the same
+
+    def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Student rows [M, D] and weight, teacher rows [M, D] and weight, for those that take no indices."""
+        student = self.student if self.student_index is None else self.student[self.student_index]
+        teacher = self.teacher if self.teacher_index is None else self.teacher[self.teacher_index]
+        return student, self.student_weight, teacher, self.teacher_weight
+
+
+Changes = dict[str, dict[str, Any]]  # fields of a case that differ, by the suffix of its name
+
+
+def variants(case: Case, systems: tuple[str, ...], changes: Changes) -> tuple[Case, ...]:
+    return tuple(
+        replace(case, name=f"{case.name}-{suffix}", systems=systems, **fields) for suffix, fields in changes.items()
+    )
+
+
+def tokens(*counts: int) -> Changes:
+    return {f"n{count}": {"tokens": count} for count in counts}
+
+
+FROZEN: Changes = {"frozen": {"frozen_head": True}}
+FORWARD: Changes = {"forward": {"backward": False}}
+VALID: Changes = {"valid50": {"valid_percent": 50}, "valid10": {"valid_percent": 10}}
+SHARED: Changes = {"shared4": {"shared": 4}, "shared16": {"shared": 16}}
+EXPECTED: Changes = {"expected": {"frozen_head": True, "summarised": True}}
+SUMMARISED = ("products", "ours_expected_embedding")
+
+GPT2 = Case("gpt2-fp32", 512, 896, 50257, torch.float32, EVERYONE)
+SMALL = Case("small-fp32", 512, 256, 32000, torch.float32)
 CPU_CASES = (
-    Case("gpt2-fp32", 512, 896, 50257, torch.float32),
-    Case("gpt2-fp32-frozen", 512, 896, 50257, torch.float32, frozen_head=True),
+    GPT2,
+    *variants(GPT2, EVERYONE, FROZEN),
+    SMALL,
+    *variants(SMALL, FEW, tokens(128, 1024, 2048) | VALID | SHARED | FORWARD),
+    *variants(SMALL, SUMMARISED, EXPECTED),
+    Case("small-bf16", 256, 256, 32000, torch.bfloat16),
+    Case("gemma-vocabulary-fp32", 64, 128, 262144, torch.float32),
 )
+
+QWEN_7B = Case("A-bf16", 8192, 3584, 152064, torch.bfloat16, EVERYONE)
+LLAMA_8B = Case("B-bf16", 4096, 4096, 128256, torch.bfloat16, EVERYONE)
+QWEN_HALF_B = Case("qwen2.5-0.5b-bf16", 8192, 896, 151936, torch.bfloat16, EVERYONE)
 GPU_CASES = (
-    Case("A-bf16", 8192, 3584, 152064, torch.bfloat16),
-    Case("B-bf16", 4096, 4096, 128256, torch.bfloat16),
-    Case("A-bf16-frozen", 8192, 3584, 152064, torch.bfloat16, frozen_head=True),
-    Case("qwen2.5-0.5b-bf16", 8192, 896, 151936, torch.bfloat16),
-    Case("gemma-bf16", 4096, 2304, 262144, torch.bfloat16),
+    QWEN_7B,
+    *variants(QWEN_7B, EVERYONE, FROZEN),
+    *variants(QWEN_7B, FEW, VALID | SHARED | FORWARD),
+    *variants(QWEN_7B, SUMMARISED, EXPECTED),
+    LLAMA_8B,
+    *variants(LLAMA_8B, FEW, FROZEN | FORWARD),
+    *variants(LLAMA_8B, SUMMARISED, EXPECTED),
+    QWEN_HALF_B,
+    *variants(QWEN_HALF_B, (*FEW, *CHUNKED_PEERS), tokens(512, 2048, 32768, 65536)),
+    Case("gemma-bf16", 4096, 2304, 262144, torch.bfloat16, EVERYONE),
+    Case("qwen2.5-0.5b-fp32", 2048, 896, 151936, torch.float32),
 )

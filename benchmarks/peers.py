@@ -1,62 +1,151 @@
-"""Who is measured: each a function of the four tensors, mean forward KL over rows at temperature 1, in nats."""
+"""Who is measured. Each function makes ready what is not timed and returns the call that is: mean forward KL over the
+rows that are compared, at temperature 1, in nats.
+
+Peers run with their own defaults, as a user would call them. None but ours takes row indices, so they are given
+gathered rows (gathered within the timed call), which costs them less than the label masks some offer: a masked row is
+projected all the same.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.accuracy import Wrong
+from benchmarks.cases import Inputs
 from disc_kernels import fused_suffix_kl
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Call = Callable[[], Any]  # gives a Tensor []
+PRODUCT_ROWS = 8192  # rows of logits that the products alone write at once; more would not be faster, only larger
 
 
-def ours() -> Loss:
-    return fused_suffix_kl  # type: ignore[return-value]
+class NotAvailable(Exception):
+    """A system that is installed cannot run on this machine."""
 
 
-def eager() -> Loss:
-    """Full float32 logits and softmaxes, as a trainer without this library would write it."""
-
-    def loss(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        log_q = F.log_softmax((student @ student_weight.T).float(), dim=-1)
-        with torch.no_grad():
-            log_p = F.log_softmax((teacher @ teacher_weight.T).float(), dim=-1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="sum") / student.shape[0]
-
-    return loss
-
-
-def liger_chunked() -> Loss:
-    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
-
-    module = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False)
-
-    def loss(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        labels = torch.zeros(student.shape[0], dtype=torch.int64, device=student.device)
-        return module(student, student_weight, teacher, teacher_weight, labels)
-
-    return loss
+def reason(error: Exception) -> str:
+    """Why there is no measurement, in one line."""
+    if isinstance(error, ImportError):
+        return f"not installed: {error}"
+    if isinstance(error, NotAvailable):
+        return f"not available: {error}"
+    if isinstance(error, Wrong):
+        return f"wrong: {error}"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def liger_fused() -> Loss:
+def products(x: Inputs) -> Callable[[], None]:
+    """The limit: the matrix products of the case, each with operands and result in the inputs' dtype, nothing else."""
+    case = x.case
+    student, weight, teacher, teacher_weight = (
+        t.detach() for t in (x.student, x.student_weight, x.teacher, x.teacher_weight)
+    )
+    logits = student.new_empty(min(case.rows, PRODUCT_ROWS), case.vocab)
+    hidden_gradient, weight_gradient = torch.empty_like(student), torch.empty_like(weight)
+
+    def run() -> None:
+        for first in range(0, case.teacher_rows, PRODUCT_ROWS):
+            rows = teacher[first : min(first + PRODUCT_ROWS, case.teacher_rows)]
+            torch.mm(rows, teacher_weight.T, out=logits[: len(rows)])
+        for first in range(0, case.rows, PRODUCT_ROWS):
+            chunk = slice(first, min(first + PRODUCT_ROWS, case.rows))
+            z = logits[: chunk.stop - first]
+            torch.mm(student[chunk], weight.T, out=z)
+            if case.backward:
+                torch.mm(z, weight, out=hidden_gradient[chunk])
+            if case.backward and not case.frozen_head:
+                torch.mm(z.T, student[chunk], out=weight_gradient)
+
+    return run
+
+
+def ours(x: Inputs) -> Call:
+    tensors = x.student, x.student_weight, x.teacher, x.teacher_weight
+    return lambda: fused_suffix_kl(*tensors, student_index=x.student_index, teacher_index=x.teacher_index)
+
+
+def ours_expected_embedding(x: Inputs) -> Call:
+    from disc_kernels import expected_embedding_kl, teacher_summary
+
+    summary = teacher_summary(x.teacher, x.teacher_weight, x.student_weight, teacher_index=x.teacher_index)
+    return lambda: expected_embedding_kl(x.student, x.student_weight, summary, student_index=x.student_index)
+
+
+def full_logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    """As a trainer without any of these libraries writes it: the models' logits, widened to float32."""
+    log_q = F.log_softmax((student @ student_weight.T).float(), dim=-1)
+    with torch.no_grad():
+        log_p = F.log_softmax((teacher @ teacher_weight.T).float(), dim=-1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+def eager(x: Inputs) -> Call:
+    return lambda: full_logits(*x.gathered())
+
+
+def eager_compiled(x: Inputs) -> Call:
+    _require_compiler(x)
+    torch.compiler.reset()  # a shape seen before must not make this one dynamic
+    loss = torch.compile(full_logits)
+    return lambda: loss(*x.gathered())
+
+
+def liger_fused(x: Inputs) -> Call:
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
-    return LigerFusedLinearJSD(jsd_beta=0.0)
+    _require_cuda(x)
+    loss = LigerFusedLinearJSD(jsd_beta=0.0)
+    return lambda: loss(*x.gathered(), None)
 
 
-def trl_chunked() -> Loss:
+def liger_chunked(x: Inputs) -> Call:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    _require_compiler(x)
+    torch.compiler.reset()
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    labels = torch.zeros(x.case.rows, dtype=torch.int64, device=x.student.device)
+    return lambda: loss(*x.gathered(), labels)
+
+
+def trl_chunked(x: Inputs) -> Call:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    def loss(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-        return ChunkedDivergenceFunction.apply(student, student_weight, None, teacher, teacher_weight, None, 0.0)[
-            0
-        ].mean()
+    def loss() -> Tensor:
+        student, student_weight, teacher, teacher_weight = x.gathered()
+        each, _ = ChunkedDivergenceFunction.apply(student, student_weight, None, teacher, teacher_weight, None, 0.0)
+        return each.mean()
 
     return loss
 
 
-EVERYWHERE = (ours, eager, liger_chunked, trl_chunked)
-ON_CUDA_ONLY = (liger_fused,)
+def fla_fused(x: Inputs) -> Call:
+    _require_cuda(x)  # before the import, which warns of a missing GPU
+    from fla.modules import FusedKLDivLoss
+
+    loss = FusedKLDivLoss()
+
+    def call() -> Tensor:
+        student, student_weight, teacher, teacher_weight = x.gathered()
+        return loss(student, teacher, student_weight, teacher_weight)
+
+    return call
+
+
+def _require_cuda(x: Inputs) -> None:
+    if x.student.device.type != "cuda":
+        raise NotAvailable("needs CUDA")
+
+
+def _require_compiler(x: Inputs) -> None:
+    """torch.compile builds C++ on the CPU; on CUDA, Triton."""
+    if x.student.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise NotAvailable("no C++ compiler")

@@ -1,69 +1,224 @@
-"""A pytest-benchmark JSON file -> what is worth keeping of it, and a Markdown table.
+"""Rows of results -> Markdown tables and plots.
 
-    pytest benchmarks/ --benchmark-json=run.json
-    python benchmarks/report.py run.json benchmarks/results/cpu
+`pytest benchmarks/ --results benchmarks/results` writes `<table>.json`, `<table>.md` and `<table>-<plot>.png` itself.
+Where matplotlib is missing there are no plots; where it is not, this renders a folder's `*.json` again:
 
-Writes `linear_kl.json` and `linear_kl.md` in the folder.
+    python benchmarks/report.py benchmarks/results/cpu
 """
+
+from __future__ import annotations
 
 import json
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-linear-attention")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-
-def rows_of(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One a measurement: case and system, seconds, bytes, and the time over that of the matrix products alone."""
-    rows = []
-    for benchmark in benchmarks:
-        case, _, system = benchmark["param"].rpartition("-")
-        info = benchmark["extra_info"]
-        rows.append(
-            {
-                "case": case,
-                "system": system,
-                "seconds": benchmark["stats"]["median"],
-                "over_products": benchmark["stats"]["median"] / info["products_seconds"],
-                "bytes_above_gradients": info["peak_bytes"] - info["gradient_bytes"],
-                **info,
-            }
-        )
-    return sorted(rows, key=lambda row: (row["case"], row["seconds"]))
+Row = dict[str, Any]  # a measurement: `case`, `system` and `status`; with the status "measured", all its figures
+Run = dict[str, Any]  # "environment": what `environment.py` says; "rows"
+MEASURED = "measured"
 
 
-def markdown(rows: list[dict[str, Any]], versions: dict[str, str], commit: str) -> str:
-    lines = [
-        f"Forward + backward, {rows[0]['device']}, commit {commit}; "
-        + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        "",
-        "| case (rows x hidden x vocabulary) | system | seconds | over the products alone | MiB above the gradients |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['case']} ({row['rows']} x {row['hidden']} x {row['vocab']}) | {row['system']} | {row['seconds']:.3f} |"
-        f" {row['over_products']:.2f} | {row['bytes_above_gradients'] / 2**20:,.0f} |"
-        for row in rows
-    ]
+@dataclass(frozen=True)
+class Table:
+    title: str
+    explanation: str
+    limit: str  # the system whose time the others of a case are divided by
+    names: dict[str, Callable[[Row], str]]  # columns that every row has, by header
+    figures: dict[str, Callable[[Row], str]]  # columns that a measured row has; another says in the first why not
+    plots: dict[str, Callable[[Figure, list[Row]], str]]  # draw on the figure, return its title; "": nothing to draw
+
+
+# Columns
+
+
+def milliseconds(row: Row) -> str:
+    return "" if row["seconds"] is None else f"{1e3 * row['seconds']:,.4g}"
+
+
+def over_limit(row: Row) -> str:
+    return "" if row["over_limit"] is None else f"{row['over_limit']:.2f}"
+
+
+def mebibytes(row: Row) -> str:
+    return "" if row["bytes_above"] is None else f"{row['bytes_above'] / 2**20:,.0f}"
+
+
+def error(part: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        if part not in row["errors"]:
+            return ""
+        got, plain = row["errors"][part], row["float32_logits_errors"][part]
+        return f"{got:.1e} ({got / plain:.2f})" if plain else f"{got:.1e}"
+
+    return text
+
+
+# Plots
+
+
+def time_over_limit(figure: Figure, rows: list[Row]) -> str:
+    """A line a case, a marker a system."""
+    measured = [row for row in rows if row["status"] == MEASURED and row["over_limit"] and row["system"] != "products"]
+    if not measured:
+        return ""
+    cases = list(dict.fromkeys(row["case"] for row in measured))
+    figure.set_size_inches(9, 1.6 + 0.32 * len(cases))
+    axes = figure.subplots()
+    axes.axvline(1, color="black", linewidth=1, label="the products alone")
+    for system, style in styles(rows).items():
+        own = [row for row in measured if row["system"] == system]
+        if own:
+            x, y = [row["over_limit"] for row in own], [cases.index(row["case"]) for row in own]
+            axes.plot(x, y, linestyle="", **style)
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    largest = max(row["over_limit"] for row in measured)
+    ticks = [tick for tick in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if tick <= 1.2 * largest]
+    axes.set_xscale("log")
+    axes.set_xticks([], minor=True)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xlabel("time / time of the matrix products alone")
+    return "Mean forward KL: time over the limit"
+
+
+def memory_over_tokens(figure: Figure, rows: list[Row]) -> str:
+    """The cases that differ in nothing but N: of such groups, the one with the most N."""
+    same = ("hidden", "vocab", "dtype", "frozen_head", "backward", "valid_percent", "shared", "summarised")
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["system"] != "products":
+            groups.setdefault(tuple(row[field] for field in same), []).append(row)
+    group = max(groups.values(), key=lambda group: len({row["tokens"] for row in group}), default=[])
+    tokens = sorted({row["tokens"] for row in group})
+    if len(tokens) < 2:
+        return ""
+    figure.set_size_inches(8, 4.5)
+    axes = figure.subplots()
+    for system, style in styles(rows).items():
+        own = sorted((row for row in group if row["system"] == system), key=lambda row: row["tokens"])
+        held = {row["tokens"]: row["bytes_above"] / 2**20 for row in own if row["status"] == MEASURED}
+        if held:
+            axes.plot(list(held), list(held.values()), **style)
+        for row in own:
+            if row["status"] == "out of memory":
+                top = axes.get_xaxis_transform()  # x in tokens, y from 0 to 1
+                axes.plot(row["tokens"], 0.97, transform=top, **style | {"label": None})
+                note = f"{system}: out of memory  "
+                axes.text(row["tokens"], 0.95, note, transform=top, rotation=90, va="top", ha="center", fontsize=7)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    axes.set_xlabel("N, tokens")
+    axes.set_ylabel("peak above inputs and gradients, MiB")
+    first = group[0]
+    return f"Forward + backward: memory at D {first['hidden']}, V {first['vocab']}, {first['dtype']}"
+
+
+def styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
+    """A colour and a marker for every system, the same in every plot of a run."""
+    systems = dict.fromkeys(row["system"] for row in rows if row["system"] != "products")
+    return {
+        system: {"label": system, "color": f"C{i}", "marker": "oDs^vP*X<>"[i % 10], "markersize": 7, "alpha": 0.8}
+        for i, system in enumerate(systems)
+    }
+
+
+TABLES = {
+    "linear_kl": Table(
+        title="The linear KL: time, memory, accuracy",
+        explanation=(
+            "Mean forward KL over the rows; forward and backward, unless the case says `forward`. `products` is the"
+            " limit: the matrix products of the case alone, operands and results in its dtype (on CUDA by cuBLAS)."
+            " Times are medians between synchronisations, on CUDA with the L2 cache overwritten before each call."
+            " MiB is the peak above inputs and gradients. An error is the norm of the difference from float64 over the"
+            " norm; in brackets, that over the error of plain torch with float32 logits; beyond 0.1 (bfloat16) or 0.001"
+            " (float32) a result is wrong and has no time. Peers run with their defaults, on gathered rows: none takes"
+            " row indices."
+        ),
+        limit="products",
+        names={
+            "case": lambda row: row["case"],
+            "M x D x V": lambda row: f"{row['rows']} x {row['hidden']} x {row['vocab']}",
+            "system": lambda row: row["system"],
+        },
+        figures={
+            "ms": milliseconds,
+            "over the products": over_limit,
+            "MiB": mebibytes,
+            "error of the loss": error("loss"),
+            "of the hidden gradient": error("hidden"),
+            "of the weight gradient": error("weight"),
+        },
+        plots={"time": time_over_limit, "memory": memory_over_tokens},
+    )
+}
+
+
+def finished(name: str, rows: list[Row], environment: dict[str, str]) -> Run:
+    """A run of what was recorded: every measured row is told its time over the limit."""
+    limits = {row["case"]: row.get("seconds") for row in rows if row["system"] == TABLES[name].limit}
+    for row in rows:
+        if row["status"] == MEASURED:
+            limit = limits.get(row["case"])
+            row["over_limit"] = row["seconds"] / limit if row["seconds"] and limit else None
+    return {"environment": environment, "rows": rows}
+
+
+def markdown(name: str, run: Run) -> str:
+    table = TABLES[name]
+    headers = [*table.names, *table.figures]
+    lines = [f"# {table.title}", "", table.explanation, ""]
+    lines += [f"- {key}: {value}" for key, value in run["environment"].items()]
+    lines += ["", f"| {' | '.join(headers)} |", "|" + "---|" * len(headers)]
+    for row in run["rows"]:
+        if row["status"] == MEASURED:
+            figures = [text(row) for text in table.figures.values()]
+        else:
+            figures = [row["status"].replace("|", "\\|")] + [""] * (len(table.figures) - 1)
+        lines.append(f"| {' | '.join([*(text(row) for text in table.names.values()), *figures])} |")
     return "\n".join(lines) + "\n"
 
 
-def main(source: Path, folder: Path) -> None:
-    run = json.loads(source.read_text())
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    rows, commit = rows_of(run["benchmarks"]), run["commit_info"]["id"][:12]
+def write(folder: Path, name: str, run: Run) -> Iterator[str]:
+    """Writes a table's files; yields the path of each, or why it was not written."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {"command": "pytest benchmarks/", "commit": commit, "versions": versions, "rows": rows}
-    (folder / "linear_kl.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (folder / "linear_kl.md").write_text(markdown(rows, versions, commit))
+    (folder / f"{name}.json").write_text(json.dumps(run, indent=1) + "\n")
+    yield str(folder / f"{name}.json")
+    text = markdown(name, run)
+    for plot, draw in TABLES[name].plots.items():
+        path = folder / f"{name}-{plot}.png"
+        path.unlink(missing_ok=True)  # a plot of another run must not stand beside this one's table
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            yield f"{path} not drawn: matplotlib is not installed"
+            text += f"\n{path.name} not drawn: matplotlib is not installed\n"
+            continue
+        figure = Figure(layout="constrained", dpi=130)
+        title = draw(figure, run["rows"])
+        if title:
+            figure.suptitle(f"{title}\n{run['environment']['device']}", fontsize=10)
+            figure.axes[0].grid(alpha=0.3)
+            figure.legend(loc="outside right upper", fontsize=8)
+            figure.savefig(path)
+            yield str(path)
+            text += f"\n![{title}]({path.name})\n"
+    (folder / f"{name}.md").write_text(text)
+    yield str(folder / f"{name}.md")
+
+
+def main(folder: Path) -> None:
+    for name in TABLES:
+        source = folder / f"{name}.json"
+        if source.exists():
+            print(*write(folder, name, json.loads(source.read_text())), sep="\n")
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Time, memory and accuracy, ours and peers: `pytest benchmarks/`."""
