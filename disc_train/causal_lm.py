@@ -1,5 +1,8 @@
 """What the loss takes from a causal language model: hidden states of a packed sequence, and the output head."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
-from disc_kernels.shared_prefix import attention_implementation, attention_mask
+from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
 
 
 class Head(NamedTuple):
@@ -78,78 +81,147 @@ def common_vocabulary(student: Head, teacher: Head) -> int | None:
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout, attention: str) -> Tensor:
-    """The decoder's last hidden states [1, L, D] of a packed sequence; the head is not run.
+    """The decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
 
     Args:
-        model: a causal language model that `use_attention` has prepared.
-        input_ids: [1, L] int64.
-        layout: L tokens on the model's device.
+        model: a causal language model that `use_attention` has prepared; it runs with what that picked.
+        input_ids: [rows, L] int64. Several rows only with "sdpa", "eager" or a model that cannot share a trunk.
+        layout: rows * L tokens, one row after another, on the model's device.
         attention: the name given to `use_attention`.
+
+    Raises:
+        ValueError: the model cannot run such a layout, see `disc_kernels.shared_prefix.attention_mask`.
     """
-    return model.get_decoder()(**_inputs(model, input_ids, layout, attention)).last_hidden_state
+    return model.get_decoder()(**_inputs(model, input_ids, layout)).last_hidden_state
 
 
-def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout, attention: str) -> dict[str, Any]:
-    implementation = attention_implementation(model.config, attention)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask(model.config, layout, implementation, model.dtype),
-        "position_ids": layout.position_ids[None],
-        "use_cache": False,
-    }
+def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> dict[str, Any]:
+    # transformers has no public name for the implementation in use.
+    implementation = model.config._attn_implementation
+    rows = input_ids.shape[0]
+    mask = attention_mask(model.config, layout, implementation, model.dtype, rows)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
+    if can_share(model.config):
+        inputs["position_ids"] = layout.position_ids.view(input_ids.shape)
+    return inputs
 
 
 @torch.no_grad()
-def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> None:
+def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> str:
     """Switch a model to the attention that packed sequences need, and check that it computes what the loss expects.
+
+    With "auto", an implementation that fails the check is left for the next one with a warning: on CUDA for "sdpa",
+    at last for "eager". A model that cannot share a trunk keeps its own attention, whatever is asked for.
 
     Args:
         model: a causal language model; its mode (train or eval) is kept.
         attention: "auto", "sdpa", "flex" or "varlen", see `disc_kernels.shared_prefix.attention_implementation`.
         input_ids: [1, L] int64, a few tokens on the model's device to check the model with.
 
+    Returns:
+        transformers' name of the implementation in use.
+
     Raises:
-        ValueError: the model has no usable head, does something unknown to its logits, or runs a text packed behind
-            another differently from the text alone: training would minimise the wrong loss. Or it cannot run a packed
-            sequence at all. Or "flex" on the CPU.
+        ValueError: the model has no usable head, does something unknown to its logits, or runs the branches of a text
+            differently from the text alone: training would minimise the wrong loss. Or it cannot run a packed sequence
+            at all. Or the attention asked for lacks what the model or its device needs; "flex" on the CPU.
     """
-    if attention == "flex" and input_ids.device.type == "cpu":
+    device_type = input_ids.device.type
+    if attention == "flex" and device_type == "cpu":
         raise ValueError("attention: 'flex' cannot train on the CPU (FlexAttention has no backward there), use 'sdpa'")
-    head = head_of(model)
     training = model.training
     model.eval()
     try:
-        model.set_attn_implementation(attention_implementation(model.config, attention))
-        length = input_ids.shape[1]
-        alone = SharedPrefixLayout.from_trees([(length, [])]).to(input_ids.device)
-        packed = SharedPrefixLayout.from_trees([(0, [(0, length), (0, length)])]).to(input_ids.device)
-        logits = model(**_inputs(model, input_ids, alone, attention)).logits.float()
-        hidden = hidden_states(model, input_ids, alone, attention)
-        second = hidden_states(model, input_ids.repeat(1, 2), packed, attention)[:, length:]
-    except Exception as failure:  # of whatever kind the model's own code raises
-        raise ValueError(
-            f"{type(model).__name__}: expected a model that runs a packed sequence, by its attention_mask and"
-            f" position_ids, with attention {attention!r}, got {type(failure).__name__}: {failure}"
-        ) from failure
+        if not can_share(model.config):
+            _check_rows(model, input_ids, _plain_hidden_states(model, input_ids, attention))
+            return model.config._attn_implementation
+        candidates = [attention_implementation(model.config, attention, device_type)]
+        if attention == "auto":
+            candidates += [attention_implementation(model.config), "eager"]
+        # The reference of every implementation: it leaves out nothing of what a model's attention does.
+        model.set_attn_implementation("eager")
+        expected = _plain_hidden_states(model, input_ids, attention)
+        *candidates, last = dict.fromkeys(candidates)
+        for implementation in candidates:
+            try:
+                return _check_packed(model, implementation, input_ids, expected)
+            except ValueError as failure:
+                warnings.warn(f"attention {implementation!r} is not used: {failure}", stacklevel=3)
+        return _check_packed(model, last, input_ids, expected)
     finally:
         model.train(training)
 
+
+def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention: str) -> Tensor:
+    """The hidden states [1, L, D] of one text, once they are known to give the logits of a call without a layout."""
+    head = head_of(model)
+    alone = SharedPrefixLayout.from_trees([(input_ids.shape[1], [])]).to(input_ids.device)
+    with _explained(model, attention):
+        logits = model(input_ids=input_ids, use_cache=False).logits.float()
+        hidden = hidden_states(model, input_ids, alone, attention)
+
     # Values that are not finite pass: the first training step reports those, with its documents. The bounds leave room
     # for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real faults are further off.
-    low_precision = torch.finfo(model.dtype).bits < 32
     difference, largest = (_logits(head, hidden) - logits).abs().max(), logits.abs().max()
-    if difference > (0.1 if low_precision else 1e-3) * largest:
+    if difference > (0.1 if _low_precision(model) else 1e-3) * largest:
         raise ValueError(
             f"{type(model).__name__}: expected logits equal to its head's output on its hidden states with"
             f" {head.transform}, but they differ by up to {difference:.3g} (largest logit {largest:.3g}): the model"
             " does something else to its logits, and the loss would be wrong"
         )
-    error = (second - hidden).float().norm() / hidden.float().norm()
-    if error > (0.2 if low_precision else 0.01):
+    return hidden
+
+
+def _check_packed(model: PreTrainedModel, implementation: str, input_ids: Tensor, expected: Tensor) -> str:
+    """Switch to an implementation; compare a text, its second half and the whole again as branches, with `expected`.
+
+    Returns:
+        The implementation in use: a model with attention code of its own may not switch.
+    """
+    length = input_ids.shape[1]
+    half = length // 2
+    layout = SharedPrefixLayout.from_trees([(length, [(half, length - half), (0, length)])]).to(input_ids.device)
+    packed = torch.cat([input_ids, input_ids[:, half:], input_ids], dim=1)
+    with _explained(model, implementation):
+        model.set_attn_implementation(implementation)
+        hidden = hidden_states(model, packed, layout, implementation)
+    _check_equal(model, hidden, torch.cat([expected, expected[:, half:], expected], dim=1), "packed behind another")
+    return model.config._attn_implementation
+
+
+def _check_rows(model: PreTrainedModel, input_ids: Tensor, expected: Tensor) -> None:
+    """Compare a text in a padded row with `expected`, for models that take one sequence a row."""
+    length = input_ids.shape[1]
+    layout = SharedPrefixLayout.from_trees([(length, []), (length, [])]).to(input_ids.device)
+    with _explained(model, "auto"):
+        hidden = hidden_states(model, input_ids.repeat(1, 2), layout, "auto")[:, :length]
+    _check_equal(model, hidden, expected, "in a padded row")
+
+
+def _check_equal(model: PreTrainedModel, got: Tensor, expected: Tensor, where: str) -> None:
+    error = (got - expected).float().norm() / expected.float().norm()
+    if error > (0.2 if _low_precision(model) else 0.01):
         raise ValueError(
-            f"{type(model).__name__}: expected the same hidden states for a text packed behind another as for the text"
-            f" alone, but they differ by {error:.1%}: the model does not follow attention_mask or position_ids"
+            f"{type(model).__name__}: expected the same hidden states for a text {where} as for the text alone, but"
+            f" they differ by {error:.1%}: the model does not follow attention_mask or position_ids"
         )
+
+
+@contextmanager
+def _explained(model: PreTrainedModel, attention: str) -> Iterator[None]:
+    """Say of an error of whatever kind the model's own code raises what it was about."""
+    try:
+        yield
+    except Exception as failure:
+        raise ValueError(
+            f"{type(model).__name__}: expected a model that runs a packed sequence, by its attention_mask and"
+            f" position_ids, with attention {attention!r}, got {type(failure).__name__}: {failure}"
+        ) from failure
+
+
+def _low_precision(model: PreTrainedModel) -> bool:
+    # Variable-length attention rounds to 16 bits whatever the model's dtype.
+    return torch.finfo(model.dtype).bits < 32 or model.config._attn_implementation == VARLEN
 
 
 @torch.no_grad()

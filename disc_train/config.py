@@ -14,8 +14,19 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from disc_train.splits import check_language, check_split_options
 
-METHODS_AVAILABLE = ("disc",)
+METHODS_AVAILABLE = ("disc", "cd")
 TEACHERS_AVAILABLE = ("auto", "copy")
+DOCUMENT_FLAGS = (
+    "text_column",
+    "num_splits",
+    "split_strategy",
+    "suffix_tokens",
+    "sentence_tokenization",
+    "language",
+    "max_document_tokens",
+    "teacher_template",
+    "student_template",
+)
 
 
 def _flag(help: str, default: Any = None) -> Any:
@@ -37,10 +48,16 @@ class DiscArguments:
         " --bf16, which keeps float32 weights.",
         "float32",
     )
-    train_file: str | None = _flag("Documents: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them.")
-    dataset_name: str | None = _flag("Documents: a data set's name on the Hub, in place of --train_file.")
+    train_file: str | None = _flag(
+        "Documents, or records for cd: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them."
+    )
+    dataset_name: str | None = _flag("A data set's name on the Hub, in place of --train_file.")
     text_column: str = _flag("The column that holds a document's text.", "text")
-    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag("What is minimised.", "disc")
+    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag(
+        "disc: context distillation of documents, split into a prefix and a suffix. cd: of records with the fields"
+        " teacher_context, student_context and target, each a text or a list of chat messages.",
+        "disc",
+    )
     teacher: Literal["auto", "copy", "adapter", "cache"] = _flag(
         "copy: a frozen second model in memory. auto: the cheapest that gives the same result.", "auto"
     )
@@ -60,7 +77,16 @@ class DiscArguments:
         "document",
     )
     language: str = _flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
-    max_document_tokens: int | None = _flag("Longer documents are cut. Default: the model's context length.")
+    max_document_tokens: int | None = _flag(
+        "Longer documents are cut. Default: the model's context length, less the templates."
+    )
+    teacher_template: str | None = _flag(
+        "What the teacher reads before a suffix: Jinja, or a .jinja file, that writes {{ prefix }}, the document before"
+        " the split, once; {{ chat(prefix, system=None) }} is the model's chat template. Default: the prefix alone."
+    )
+    student_template: str | None = _flag(
+        "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing."
+    )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag("The attention implementation.", "auto")
     dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
 
@@ -68,13 +94,17 @@ class DiscArguments:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 self._check(name, getattr(self, name) in get_args(hint), f"one of {', '.join(get_args(hint))}")
-        self._check("method", self.method in METHODS_AVAILABLE, "disc (the others are not available yet)")
+        self._check("method", self.method in METHODS_AVAILABLE, "disc or cd (the others are not available yet)")
         self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto or copy (the others are not available yet)")
         self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
-        self._check("attention", self.attention != "varlen", "auto, sdpa or flex (varlen is not available yet)")
         self._check("num_splits", self.num_splits >= 1, "at least 1")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)
+        if self.method == "cd":
+            for item in fields(self):
+                given = getattr(self, item.name) != item.default
+                if item.name in DOCUMENT_FLAGS and given:
+                    raise ValueError(f"--{item.name} is for documents, --method cd takes records: leave it out")
         limit = self.max_document_tokens
         self._check("max_document_tokens", limit is None or limit >= 3, "at least 3")
         if (self.train_file is None) == (self.dataset_name is None):

@@ -1,19 +1,50 @@
-"""Tokenised documents as a training set: an item is a document with the splits of the current epoch."""
+"""Training sets: an item is an example, as it is in the current epoch."""
 
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from disc_train.packing import Sample
+from disc_train.example import Branch, Example, Place
 from disc_train.splits import Split, TokenizedDocument, check_split_options, choose_splits
+from disc_train.templates import NO_TEMPLATES, Templates
 
 DRAWS = 20  # how often splits are drawn for a document before it counts as too short
 
 
-class DocumentDataset(Dataset[Sample]):
+class ExampleDataset(Dataset[Example]):
+    """Examples that are the same in every epoch.
+
+    Attributes:
+        noun: what an example is called in messages.
+    """
+
+    noun = "record"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the examples of this epoch from now on."""
+
+    def few_tokens(self) -> Tensor:
+        """[1, at most 16] int64: the beginning of what the teacher reads first, to try a model on."""
+        example = self[0]
+        branch = example.branches[0]
+        trunk = example.teacher_trunk[: branch.teacher.attach]
+        return torch.from_numpy(np.concatenate([trunk, branch.teacher.lead, branch.target])[:16]).long()[None]
+
+
+class DocumentDataset(ExampleDataset):
     """The documents that can be split, each with splits drawn afresh every epoch.
 
     The splits depend on the seed, the epoch and the document's index alone: a run that is resumed draws those that it
@@ -21,6 +52,7 @@ class DocumentDataset(Dataset[Sample]):
 
     Args:
         documents: tokenised documents.
+        templates: what stands around them; nothing by default.
         split_strategy, num_splits, suffix_tokens: as for `disc_train.splits.choose_splits`.
         seed: of all draws.
 
@@ -32,16 +64,20 @@ class DocumentDataset(Dataset[Sample]):
         ValueError: options that do not go together, or no document that can be split.
     """
 
+    noun = "document"
+
     def __init__(
         self,
         documents: Sequence[TokenizedDocument],
         *,
+        templates: Templates = NO_TEMPLATES,
         split_strategy: str = "sentence_boundary",
         num_splits: int = 5,
         suffix_tokens: int = 0,
         seed: int = 0,
     ) -> None:
         check_split_options(split_strategy, num_splits, suffix_tokens)
+        self.templates = templates
         self.split_strategy = split_strategy
         self.num_splits = num_splits
         self.suffix_tokens = suffix_tokens
@@ -62,18 +98,30 @@ class DocumentDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: int) -> Sample:
-        document = self.documents[index]
-        splits = self._draw(document, index, int(self._epoch))
-        return Sample(document, splits or self._draw(document, index, epoch=0))
-
-    def few_tokens(self) -> Tensor:
-        """[1, at most 16] int64: the beginning of the first document, to try a model on."""
-        return torch.from_numpy(self.documents[0].input_ids[:16]).long()[None]
+    def __getitem__(self, index: int) -> Example:
+        document, around = self.documents[index], self.templates
+        header = len(around.teacher_header)
+        return Example(
+            document.name,
+            np.concatenate([around.teacher_header, document.input_ids]),
+            around.student_header,
+            [
+                Branch(
+                    document.input_ids[start:stop],
+                    teacher=Place(header + start, around.teacher_footer),
+                    student=Place(len(around.student_header)),
+                )
+                for start, stop in self.splits(index)
+            ],
+        )
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the splits of this epoch from now on."""
         self._epoch.fill_(epoch)
+
+    def splits(self, index: int) -> list[Split]:
+        """A document's splits in the current epoch, at least one."""
+        document = self.documents[index]
+        return self._draw(document, index, int(self._epoch)) or self._draw(document, index, epoch=0)
 
     def _draw(self, document: TokenizedDocument, index: int, epoch: int) -> list[Split]:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")

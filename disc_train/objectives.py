@@ -9,10 +9,10 @@ from disc_train.causal_lm import Head, common_vocabulary, head_of, hidden_states
 from disc_train.packing import PackedBatch
 
 
-def disc(
+def distill(
     student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, *, temperature: float, attention: str
 ) -> Tensor:
-    """Distillation via split contexts: KL(teacher that has read the text before || student that has not).
+    """Context distillation, of documents (disc) and of records (cd): KL(teacher behind its context || student).
 
     Args:
         student, teacher: causal language models on the batch's device; gradients flow to the student alone.
@@ -20,7 +20,7 @@ def disc(
         attention: the name that both models were prepared with, see `disc_train.causal_lm.use_attention`.
 
     Returns:
-        T^2 times the sum over the batch's documents of the mean over their suffixes of the mean KL in nats over their
+        T^2 times the sum over the batch's examples of the mean over their targets of the mean KL in nats over their
         tokens: a scalar. T^2 keeps the gradients as large as at T = 1 (Hinton et al., arXiv 1503.02531).
     """
     # The teacher gives what its own dtype gives, whatever mixed precision the student is trained in.
@@ -40,7 +40,7 @@ def suffix_kl(
     temperature: float,
     reduction: str,
 ) -> Tensor:
-    """`fused_suffix_kl` over a batch's M rows, from both models' hidden states [1, L, D] and heads."""
+    """`fused_suffix_kl` over a batch's M rows, from both models' hidden states [rows, L, D] and heads."""
     (student_hidden, student_head), (teacher_hidden, teacher_head) = student, teacher
     return fused_suffix_kl(  # type: ignore[return-value]
         student_hidden,

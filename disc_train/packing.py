@@ -1,81 +1,102 @@
-"""Documents and their splits -> one teacher sequence, one student sequence, and the rows of the two to compare."""
+"""Examples -> what the teacher reads, what the student reads, and the rows of the two to compare."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
-from disc_train.splits import Split, TokenizedDocument
+from disc_train.example import Example
+from disc_train.reading import read_branches
+from disc_train.rows import ONE_ROW, RowRule, arrange, row_rule
 
 
-class Sample(NamedTuple):
-    """A document and the suffixes of it, at least one, that the student is trained on."""
+@dataclass(frozen=True)
+class Usage:
+    """How well batches are packed, in tokens of both models together."""
 
-    document: TokenizedDocument
-    splits: Sequence[Split]
+    tokens: int = 0  # read
+    places: int = 0  # with padding
+    separate: int = 0  # that would be read with a sequence for every branch
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.tokens + other.tokens, self.places + other.places, self.separate + other.separate)
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(self.tokens - other.tokens, self.places - other.places, self.separate - other.separate)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of places that are no padding."""
+        return self.tokens / self.places
+
+    @property
+    def saving(self) -> float:
+        """How many times fewer tokens are read than with a sequence for every branch."""
+        return self.separate / self.tokens
 
 
 class PackedBatch(TypedDict):
     """A plain mapping, so that data loaders and trainers can move it; `input_ids` is the student's, as they expect.
 
-    Row `student_index[m]` of the student's hidden states and row `teacher_index[m]` of the teacher's predict the same
-    token, given the suffix so far and, for the teacher only, the text before it.
+    Row `student_index[m]` of the student's flattened hidden states and row `teacher_index[m]` of the teacher's predict
+    the same token, `targets[m]`. Indices may repeat: branches that attach to one token share the row before them.
     """
 
-    input_ids: Tensor  # [1, L_s] int64: every suffix, a branch of its own
-    layout: SharedPrefixLayout  # L_s tokens, a tree a document
-    teacher_input_ids: Tensor  # [1, L_t] int64: every document once, to the end of its last suffix
-    teacher_layout: SharedPrefixLayout  # L_t tokens, a tree (of a trunk only) a document
+    input_ids: Tensor  # [rows_s, L_s] int64
+    layout: SharedPrefixLayout  # rows_s * L_s tokens
+    teacher_input_ids: Tensor  # [rows_t, L_t] int64
+    teacher_layout: SharedPrefixLayout  # rows_t * L_t tokens
     student_index: Tensor  # [M] int64
     teacher_index: Tensor  # [M] int64
-    row_weight: Tensor  # [M] float32: 1 / (rows of the suffix * suffixes of the document), so 1 in all for a document
-    num_documents: int
-    names: list[str]  # of the documents, for messages
+    targets: Tensor  # [M] int64
+    row_weight: Tensor  # [M] float32: 1 / (rows of the branch * branches of the example), so 1 in all for an example
+    num_examples: int
+    names: list[str]  # of the examples, for messages
+    usage: Usage
 
 
-def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """Lay out a batch of documents; nothing is padded.
+def pack(examples: Sequence[Example], *, student: RowRule = ONE_ROW, teacher: RowRule = ONE_ROW) -> PackedBatch:
+    """Lay out a batch of examples for a teacher and a student whose rows are made by the rules given.
 
-    The last token of a suffix is only ever predicted, so neither model reads it: a suffix of n tokens makes n - 1 rows.
+    Trunks that are equal and contexts that begin alike are read once, whichever examples they belong to, up to the last
+    token that a branch needs.
     """
-    teacher_ids: list[np.ndarray] = []
-    student_ids: list[np.ndarray] = []
-    teacher_trees: list[tuple[int, list[tuple[int, int]]]] = []
-    student_trees: list[tuple[int, list[tuple[int, int]]]] = []
-    teacher_index: list[Tensor] = []
-    row_weight: list[Tensor] = []
-    teacher_start = 0
-    for document, splits in samples:
-        branches = []
-        for split in splits:
-            rows = split.stop - split.start - 1
-            student_ids.append(document.input_ids[split.start : split.stop - 1])
-            branches.append((0, rows))
-            teacher_index.append(teacher_start + torch.arange(split.start, split.stop - 1))
-            row_weight.append(torch.full((rows,), 1 / (rows * len(splits))))
-        student_trees.append((0, branches))
-        read = max(split.stop for split in splits) - 1
-        teacher_ids.append(document.input_ids[:read])
-        teacher_trees.append((read, []))
-        teacher_start += read
+    pairs = [(example, branch) for example in examples for branch in example.branches]
+    student_readings = read_branches([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
+    teacher_readings = read_branches([(e.teacher_trunk, b.teacher, b.target) for e, b in pairs], teacher.share)
+    student_rows, teacher_rows = arrange(student_readings, student), arrange(teacher_readings, teacher)
 
-    student_layout = SharedPrefixLayout.from_trees(student_trees)
+    def index(positions: Sequence[np.ndarray]) -> Tensor:
+        # A row predicts the next token, and the last token read predicts the target's last.
+        ends = [position[-branch.rows :] for position, (_, branch) in zip(positions, pairs, strict=True)]
+        return torch.from_numpy(np.concatenate(ends))
+
+    weights = [np.full(branch.rows, 1 / (branch.rows * len(example.branches))) for example, branch in pairs]
     return PackedBatch(
-        input_ids=_sequence(student_ids),
-        layout=student_layout,
-        teacher_input_ids=_sequence(teacher_ids),
-        teacher_layout=SharedPrefixLayout.from_trees(teacher_trees),
-        student_index=torch.arange(len(student_layout)),
-        teacher_index=torch.cat(teacher_index),
-        row_weight=torch.cat(row_weight),
-        num_documents=len(samples),
-        names=[document.name for document, _ in samples],
+        input_ids=student_rows.input_ids,
+        layout=student_rows.layout,
+        teacher_input_ids=teacher_rows.input_ids,
+        teacher_layout=teacher_rows.layout,
+        student_index=index(student_rows.positions),
+        teacher_index=index(teacher_rows.positions),
+        targets=torch.from_numpy(np.concatenate([branch.target[branch.first :] for _, branch in pairs])).long(),
+        row_weight=torch.from_numpy(np.concatenate(weights)).float(),
+        num_examples=len(examples),
+        names=[example.name for example in examples],
+        usage=Usage(
+            tokens=student_rows.tokens + teacher_rows.tokens,
+            places=student_rows.input_ids.numel() + teacher_rows.input_ids.numel(),
+            separate=sum(reading.length for reading in student_readings + teacher_readings),
+        ),
     )
 
 
-def _sequence(pieces: Sequence[np.ndarray]) -> Tensor:
-    """[1, L] int64."""
-    return torch.from_numpy(np.concatenate(pieces)).long()[None]
+def collator(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[Sequence[Example]], PackedBatch]:
+    """`pack` for two models that `disc_train.causal_lm.use_attention` has prepared."""
+    return partial(pack, student=row_rule(student), teacher=row_rule(teacher))

@@ -1,12 +1,12 @@
-"""How much there is to learn: what the text before a suffix tells the teacher about the suffix.
+"""How much there is to learn: what a context tells the teacher about its target (a prefix about its suffix).
 
 The divergence alone cannot say: whatever stands in front changes what a model predicts, for the worse too. So the
-teacher's log-probability of the text itself is compared with the student's, which reads no prefix, and with the
-teacher's behind another document. Only what its own document makes likelier than both is content that can be learned.
+teacher's log-probability of the target itself is compared with the student's, which does not read that context, and
+with the teacher's behind another example's. Only what its own context makes likelier than both is content to learn.
 """
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, median
 from typing import NamedTuple
 
@@ -16,61 +16,62 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from disc_kernels import SharedPrefixLayout
 from disc_train.causal_lm import head_of, hidden_states, log_probability
-from disc_train.dataset import DocumentDataset
+from disc_train.dataset import ExampleDataset
+from disc_train.example import Branch, Example
 from disc_train.objectives import suffix_kl
-from disc_train.packing import Sample, pack
+from disc_train.packing import collator
 
-MIN_GAIN = 0.02  # nats a token: half a nat over a suffix of 25 tokens, less than one choice between two
+MIN_GAIN = 0.02  # nats a token: half a nat over a target of 25 tokens, less than one choice between two
 
 
 class Signal(NamedTuple):
-    """A number a document, in nats a token: means over suffixes of means over tokens, as in the loss."""
+    """A number an example, in nats a token: means over targets of means over tokens, as in the loss."""
 
-    divergence: list[float]  # KL(teacher with prefix || student without), at the training temperature
-    over_none: list[float]  # what the prefix adds to the text's log-probability (T = 1) over the student's
-    over_other: list[float]  # the same over the teacher's behind another document
+    divergence: list[float]  # KL(teacher with its context || student with its own), at the training temperature
+    over_none: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
+    over_other: list[float]  # the same over the teacher's behind another example's context
 
-    def describe(self) -> list[tuple[str, str]]:
-        """Lines (label, text) for the summary."""
+    def describe(self, noun: str) -> list[tuple[str, str]]:
+        """Lines (label, text) for the summary; `noun` is what an example is called."""
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
         lines = [
             (
                 "signal",
-                f"{fmean(self.divergence):.4f} nats a token: mean KL from the teacher with its prefix to the initial"
-                f" student without; by document {low:.4f} to {high:.4f}, median {middle:.4f}"
+                f"{fmean(self.divergence):.4f} nats a token: mean KL from the teacher with its context to the initial"
+                f" student without; by {noun} {low:.4f} to {high:.4f}, median {middle:.4f}"
                 f" ({len(self.divergence):,} measured)",
             ),
             (
-                "prefixes",
+                "contexts",
                 f"add {fmean(self.over_none):+.4f} nats a token to the log-probability of what follows;"
-                f" {fmean(self.over_other):+.4f} compared with another document in their place",
+                f" {fmean(self.over_other):+.4f} compared with another {noun}'s in their place",
             ),
         ]
-        weakness = self.weakness()
+        weakness = self.weakness(noun)
         return lines if weakness is None else [*lines, ("WARNING", weakness)]
 
-    def weakness(self) -> str | None:
+    def weakness(self, noun: str) -> str | None:
         """What is wrong with the data if there is hardly any signal, else None."""
-        for gains, other in ((self.over_none, "without it"), (self.over_other, "behind another document")):
+        for gains, other in ((self.over_none, "without it"), (self.over_other, f"behind another {noun}'s")):
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
             if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
                 return (
-                    f"it is not certain that there is a signal: to the teacher, a suffix is {fmean(gains):+.4f} nats a"
-                    f" token likelier behind its prefix than {other}, but with a standard error of {noise:.4f}; more"
-                    " documents would tell."
+                    f"it is not certain that there is a signal: to the teacher, a target is {fmean(gains):+.4f} nats a"
+                    f" token likelier behind its context than {other}, but with a standard error of {noise:.4f}; more"
+                    f" {noun}s would tell."
                 )
             if not fmean(gains) > MIN_GAIN:
                 return (
-                    "there is hardly any signal: to the teacher, a suffix is no likelier behind its prefix than"
-                    f" {other}. Distillation teaches what a document restates or implies, not what it says once."
+                    "there is hardly any signal: to the teacher, a target is no likelier behind its context than"
+                    f" {other}. Distillation teaches only what the context tells about the target: what is restated or"
+                    " implied, not what is said once."
                 )
         return None
 
 
-def evenly_spaced(dataset: DocumentDataset, count: int = 100) -> list[Sample]:
-    """Up to `count` of the documents, evenly taken, with the splits of the current epoch."""
+def evenly_spaced(dataset: ExampleDataset, count: int = 100) -> list[Example]:
+    """Up to `count` of the examples, evenly taken, as they are in the current epoch."""
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count] for i in range(count)]
 
@@ -79,12 +80,12 @@ def evenly_spaced(dataset: DocumentDataset, count: int = 100) -> list[Sample]:
 def measure_signal(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    samples: Sequence[Sample],
+    examples: Sequence[Example],
     *,
     temperature: float,
     attention: str,
 ) -> Signal:
-    """Measure the signal of some documents, one at a time, forward only.
+    """Measure the signal of some examples, one at a time, forward only.
 
     Args:
         student, teacher: prepared by `disc_train.causal_lm.use_attention(model, attention, ...)`, on one device; the
@@ -93,10 +94,11 @@ def measure_signal(
     training = student.training
     student.eval()
     student_head, teacher_head = head_of(student), head_of(teacher)
+    collate = collator(student, teacher)
     signal = Signal([], [], [])
-    for number, sample in enumerate(samples):
-        batch = send_to_device(pack([sample]), student.device)
-        weight = batch["row_weight"]
+    for number, example in enumerate(examples):
+        batch = send_to_device(collate([example]), student.device)
+        weight, targets = batch["row_weight"], batch["targets"]
         student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], attention)
         teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
         divergence = suffix_kl(
@@ -104,42 +106,41 @@ def measure_signal(
         )
         signal.divergence.append(float(divergence @ weight))
 
-        targets = _targets(sample).to(student.device)
-        own = log_probability(teacher_head, teacher_hidden[0, batch["teacher_index"]], targets) @ weight
-        none = log_probability(student_head, student_hidden[0, batch["student_index"]], targets) @ weight
+        own = log_probability(teacher_head, _rows(teacher_hidden, batch["teacher_index"]), targets) @ weight
+        none = log_probability(student_head, _rows(student_hidden, batch["student_index"]), targets) @ weight
         signal.over_none.append(float(own - none))
 
-        other = _another(samples, number)
+        other = _another(examples, number)
         if other is not None:
-            input_ids, layout = send_to_device(_behind(other, sample), student.device)
-            hidden = hidden_states(teacher, input_ids, layout, attention)[0, -len(targets) :]
-            signal.over_other.append(float(own - log_probability(teacher_head, hidden, targets) @ weight))
+            batch = send_to_device(collate([_behind(other, example)]), student.device)
+            hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
+            behind = log_probability(teacher_head, _rows(hidden, batch["teacher_index"]), targets) @ weight
+            signal.over_other.append(float(own - behind))
         else:
             signal.over_other.append(signal.over_none[-1])
     student.train(training)
     return signal
 
 
-def _another(samples: Sequence[Sample], number: int) -> Sample | None:
-    """A sample of another text, from far off since neighbours may be on the same matter; None if there is none."""
-    for step in range(len(samples)):
-        other = samples[(number + len(samples) // 2 + step) % len(samples)]
-        if not np.array_equal(other.document.input_ids, samples[number].document.input_ids):
+def _rows(hidden: Tensor, index: Tensor) -> Tensor:
+    """[M, D]: rows of hidden states [rows, L, D]."""
+    return hidden.flatten(0, 1)[index]
+
+
+def _another(examples: Sequence[Example], number: int) -> Example | None:
+    """An example with another context, from far off as neighbours may be on the same matter; None if there is none."""
+    for step in range(len(examples)):
+        other = examples[(number + len(examples) // 2 + step) % len(examples)]
+        if not np.array_equal(other.teacher_trunk, examples[number].teacher_trunk):
             return other
     return None
 
 
-def _behind(other: Sample, sample: Sample) -> tuple[Tensor, SharedPrefixLayout]:
-    """A sample's suffixes, each behind about as much of another document as it has prefix, in whole sentences."""
-    trunk = other.document.input_ids.tolist()
-    ends = [*other.document.sentence_starts[1:], len(trunk)]
-    attach = [min(ends, key=lambda end: abs(end - split.start)) for split in sample.splits]
-    branches = [sample.document.input_ids[start : stop - 1].tolist() for start, stop in sample.splits]
-    layout = SharedPrefixLayout.from_trees([(len(trunk), list(zip(attach, map(len, branches), strict=True)))])
-    return torch.tensor([list(itertools.chain(trunk, *branches))]), layout
+def _behind(other: Example, example: Example) -> Example:
+    """An example whose targets the teacher reads behind contexts of another, each the one nearest in length."""
 
+    def behind(branch: Branch) -> Branch:
+        contexts = [candidate.teacher for candidate in other.branches]
+        return branch._replace(teacher=min(contexts, key=lambda place: abs(place.attach - branch.teacher.attach)))
 
-def _targets(sample: Sample) -> Tensor:
-    """[M] int64: the token that each row predicts."""
-    ids = torch.from_numpy(sample.document.input_ids).long()
-    return torch.cat([ids[start + 1 : stop] for start, stop in sample.splits])
+    return replace(example, teacher_trunk=other.teacher_trunk, branches=[behind(branch) for branch in example.branches])

@@ -1,28 +1,23 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback, TrainerState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
-from disc_kernels.shared_prefix import attention_implementation
 from disc_train.causal_lm import check_vocabulary, load_model, use_attention
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.dataset import DocumentDataset
-from disc_train.documents import load_documents
+from disc_train.packing import collator
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
-from disc_train.splits import TokenizedDocument, tokenize_document
-from disc_train.summary import count_steps, describe_data, describe_model, describe_steps, show
+from disc_train.summary import count_steps, describe_attention, describe_model, describe_packing, describe_steps, show
 from disc_train.teacher import load_teacher
 from disc_train.trainer import DiscTrainer
+from disc_train.training_data import distinct_tokens, load_training_data
 
 
 def run(disc: DiscArguments, loop: LoopArguments) -> None:
@@ -34,40 +29,35 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     checkpoint = None if disc.dry_run else find_checkpoint(loop)
     if loop.disable_tqdm:
         disable_progress_bar()
-    # Documents come before the models, which may take minutes: what is wrong with them shows at once.
-    documents = read_documents(disc, loop)
-    dataset = DocumentDataset(
-        documents,
-        split_strategy=disc.split_strategy,
-        num_splits=disc.num_splits,
-        suffix_tokens=disc.suffix_tokens,
-        seed=loop.seed,
-    )
+    # The data come before the models, which may take minutes: what is wrong with them shows at once.
+    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+    dataset, description = load_training_data(disc, loop, tokenizer)
     resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
-    tokens = np.unique(np.concatenate([document.input_ids for document in dataset.documents]))
-    check_teacher_tokenizer(disc, tokens)
+    tokens = distinct_tokens(dataset[i] for i in range(len(dataset)))
+    check_teacher_tokenizer(disc, tokenizer, tokens)
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype)).to(loop.device)  # type: ignore[arg-type]
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
-        check_vocabulary(model, int(tokens[-1]))
+        check_vocabulary(model, tokens[-1])
         use_attention(model, disc.attention, dataset.few_tokens().to(loop.device))
 
-    samples = evenly_spaced(dataset)
+    examples = evenly_spaced(dataset)
 
     def signal() -> Signal:
-        return measure_signal(student, teacher, samples, temperature=disc.temperature, attention=disc.attention)
+        return measure_signal(student, teacher, examples, temperature=disc.temperature, attention=disc.attention)
 
     before = signal()
     speaks = loop.process_index == 0
     if speaks:
         show(
             "What will run",
-            *describe_data(documents, dataset),
+            *description,
+            describe_packing(dataset, loop.train_batch_size, collator(student, teacher)),
             ("student", describe_model(student)),
             ("teacher", describe_model(teacher)),
-            ("attention", attention_implementation(student.config, disc.attention)),
-            ("steps", describe_steps(loop, len(dataset), resumed_step)),
-            *before.describe(),
+            ("attention", describe_attention(student, teacher)),
+            ("steps", describe_steps(loop, dataset, resumed_step)),
+            *before.describe(dataset.noun),
         )
     if disc.dry_run:
         return
@@ -79,7 +69,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         dataset,
         temperature=disc.temperature,
         attention=disc.attention,
-        processing_class=AutoTokenizer.from_pretrained(disc.model_name_or_path),
+        processing_class=tokenizer,
         callbacks=[_LogLastStep()],
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -151,16 +141,14 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(complete[max(complete)]) if complete else None
 
 
-def check_teacher_tokenizer(disc: DiscArguments, tokens: Iterable[int]) -> None:
-    """Raise ValueError if the documents' tokens are others to the teacher's tokenizer, where it comes with one."""
+def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """Raise ValueError if the data's tokens are others to the teacher's tokenizer, where it comes with one."""
     if disc.teacher_name_or_path is None:
         return
-    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
     try:
         other = AutoTokenizer.from_pretrained(disc.teacher_name_or_path)
     except (OSError, ValueError):  # weights alone
         return
-    ids = [int(token) for token in tokens]
     for token, ours, theirs in zip(
         ids, tokenizer.convert_ids_to_tokens(ids), other.convert_ids_to_tokens(ids), strict=True
     ):
@@ -171,28 +159,6 @@ def check_teacher_tokenizer(disc: DiscArguments, tokens: Iterable[int]) -> None:
             )
 
 
-def read_documents(disc: DiscArguments, loop: LoopArguments) -> list[TokenizedDocument]:
-    """Load and tokenise the documents, cut to what the model can read.
-
-    Raises:
-        ValueError: no documents in what was given, or --max_document_tokens beyond the model's context.
-    """
-    config = AutoConfig.from_pretrained(disc.model_name_or_path)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = disc.max_document_tokens or context
-    if context is not None and limit > context:
-        raise ValueError(
-            f"--max_document_tokens: expected at most the model's context of {context} tokens, got {limit}"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-    documents = load_documents(disc.train_file, disc.dataset_name, disc.text_column)
-    progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
-    return [
-        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
-        for document in progress
-    ]
-
-
 class _LogLastStep(TrainerCallback):
     """Logs the last step's loss, wherever it falls between the steps that are logged."""
 
@@ -201,13 +167,13 @@ class _LogLastStep(TrainerCallback):
 
 
 def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: Signal) -> list[tuple[str, str]]:
-    seconds = result.metrics["train_runtime"]
+    seconds, noun = result.metrics["train_runtime"], trainer.noun
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     lines = [
         (
             "steps",
-            f"{result.global_step:,}; {trainer.documents_read:,} documents in {seconds:.1f} s, a second"
-            f" {trainer.documents_read / seconds:.1f} documents and {trainer.tokens_read / seconds:,.0f} tokens",
+            f"{result.global_step:,}; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second"
+            f" {trainer.examples_read / seconds:.1f} {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens",
         )
     ]
     if losses:
@@ -216,6 +182,6 @@ def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: S
         )
     was, is_ = fmean(before.divergence), fmean(after.divergence)
     share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
-    lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same documents{share}"))
+    lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
     lines.append(("saved", f"model and tokenizer in {trainer.args.output_dir}"))
     return lines

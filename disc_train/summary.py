@@ -1,15 +1,18 @@
-"""What will run, in plain words: documents, tokens, models, steps."""
+"""What will run, in plain words: data, tokens, models, steps."""
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
-from disc_train.dataset import DocumentDataset
-from disc_train.packing import Sample
-from disc_train.splits import TokenizedDocument
+from disc_kernels.shared_prefix import can_share
+from disc_train.dataset import DocumentDataset, ExampleDataset
+from disc_train.example import Example, Ids
+from disc_train.packing import PackedBatch, Usage
+from disc_train.splits import Split, TokenizedDocument
 
 
 @dataclass
@@ -17,47 +20,44 @@ class TokenCounts:
     """Of one epoch. A token in a document is counted once, under the first of these that holds for it."""
 
     trained: int = 0  # predicted by the student
-    first: int = 0  # first of a suffix: the student has nothing before it to predict it from
+    first: int = 0  # first of a suffix, where the student has nothing before it to predict it from
     prefix: int = 0  # before the last suffix, read by the teacher only
     unread: int = 0  # after the last suffix
     suffixes: int = 0
     rows: int = 0  # predictions; more than `trained` where suffixes overlap
-    teacher: int = 0  # tokens the teacher reads
-    teacher_unpacked: int = 0  # tokens it would read in a forward pass for every suffix
 
     @property
     def total(self) -> int:
         return self.trained + self.first + self.prefix + self.unread
 
 
-def count_tokens(samples: Iterable[Sample]) -> TokenCounts:
-    """Count over documents and their splits."""
+def count_tokens(samples: Iterable[tuple[TokenizedDocument, Sequence[Split]]], first: int) -> TokenCounts:
+    """Count over documents and their splits; the first `first` tokens (0 or 1) of a suffix are not predicted."""
     counts = TokenCounts()
     for document, splits in samples:
         end = max(split.stop for split in splits)
         trained = np.zeros(end, dtype=bool)
         for split in splits:
-            trained[split.start + 1 : split.stop] = True
-        first = sum(not trained[start] for start in {split.start for split in splits})
+            trained[split.start + first : split.stop] = True
+        beginnings = sum(not trained[start] for start in {split.start for split in splits})
         counts.trained += int(trained.sum())
-        counts.first += first
-        counts.prefix += end - int(trained.sum()) - first
+        counts.first += beginnings
+        counts.prefix += end - int(trained.sum()) - beginnings
         counts.unread += len(document.input_ids) - end
         counts.suffixes += len(splits)
-        counts.rows += sum(split.stop - split.start - 1 for split in splits)
-        counts.teacher += end - 1
-        counts.teacher_unpacked += sum(split.stop - 1 for split in splits)
+        counts.rows += sum(split.stop - split.start - first for split in splits)
     return counts
 
 
-def describe_data(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
+def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
     """Lines (label, text) on the documents that were read and what an epoch makes of them."""
     empty = sum(len(document.input_ids) == 0 for document in dataset.too_short)
     cut = [document.input_ids for document in read if document.cut]
     dropped = sum(document.cut for document in read)
-    counts = count_tokens(dataset[i] for i in range(len(dataset)))
-    saved = counts.teacher_unpacked / counts.teacher
-    return [
+    samples = ((document, dataset.splits(index)) for index, document in enumerate(dataset.documents))
+    counts = count_tokens(samples, first=dataset[0].branches[0].first)
+    around = dataset.templates
+    lines = [
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {empty:,} empty,"
@@ -68,14 +68,56 @@ def describe_data(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -
         (
             "tokens",
             f"{counts.total:,} in these documents: {counts.trained:,} trained on; skipped: {counts.prefix:,} read as"
-            f" prefix only, {counts.first:,} that begin a suffix, {counts.unread:,} after the last suffix",
-        ),
-        (
-            "packing",
-            f"{counts.rows:,} predictions an epoch; the teacher reads {counts.teacher:,} tokens ({saved:.1f}x fewer"
-            f" than in a pass for every suffix), the student {counts.rows:,}; no padding",
+            f" prefix only, {counts.first:,} that begin a suffix, {counts.unread:,} after the last suffix;"
+            f" {counts.rows:,} predictions an epoch",
         ),
     ]
+    if around.longest:
+        text = (
+            f"teacher: {len(around.teacher_header):,} tokens before a document and {len(around.teacher_footer):,} after"
+            f" a prefix; student: {len(around.student_header):,} before a suffix"
+        )
+        lines.append(("templates", text))
+    return lines
+
+
+def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
+    """Lines (label, text) on records."""
+    targets = [branch for example in dataset.examples for branch in example.branches]
+
+    def contexts(role: str, trunks: list[Ids]) -> str:
+        different = len({trunk.tobytes() for trunk in trunks})
+        return f"{sum(map(len, trunks)):,} in contexts of the {role} ({different:,} different)"
+
+    teacher = contexts("teacher", [example.teacher_trunk for example in dataset.examples])
+    student = contexts("student", [example.student_trunk for example in dataset.examples])
+    return [
+        ("records", f"{len(dataset):,} read, all to train on"),
+        (
+            "tokens",
+            f"{sum(len(branch.target) for branch in targets):,} in targets,"
+            f" {sum(branch.rows for branch in targets):,} of them trained on; {teacher}; {student}",
+        ),
+    ]
+
+
+def describe_packing(
+    dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch], batches: int = 16
+) -> tuple[str, str]:
+    """A line on how well some batches of the data, drawn at random, are packed."""
+    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), batches * batch_size))
+    tried = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
+    packed = [collate([dataset[i] for i in batch]) for batch in tried]
+    usage = sum((batch["usage"] for batch in packed), Usage())
+    rows = [sum(len(batch[side]) for batch in packed) / len(packed) for side in ("teacher_input_ids", "input_ids")]
+    padding = 1 - usage.efficiency
+    return (
+        "packing",
+        f"both models read {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass"
+        f" for every target, in {rows[0]:.1f} rows of the teacher and {rows[1]:.1f} of the student; "
+        + (f"{padding:.1%} padding" if padding else "no padding")
+        + f" ({len(packed):,} tried)",
+    )
 
 
 def describe_model(model: PreTrainedModel) -> str:
@@ -86,19 +128,31 @@ def describe_model(model: PreTrainedModel) -> str:
     return f"{type(model).__name__}, {total:,} parameters, {trained:,} trained, {dtype}"
 
 
-def count_steps(args: TrainingArguments, documents: int) -> tuple[int, int]:
+def describe_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
+    """What both models run with, once `disc_train.causal_lm.use_attention` has prepared them."""
+
+    def describe(model: PreTrainedModel) -> str:
+        if can_share(model.config):
+            return model.config._attn_implementation  # transformers has no public name for it
+        return "the model's own: its layers do not let branches share a trunk, so every sequence has a padded row"
+
+    texts = describe(student), describe(teacher)
+    return texts[0] if texts[0] == texts[1] else f"student: {texts[0]}; teacher: {texts[1]}"
+
+
+def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:
     """The number of optimizer steps in all and in an epoch, as `transformers.Trainer` counts them."""
     per_batch = args.train_batch_size * args.world_size
-    batches = documents // per_batch if args.dataloader_drop_last else math.ceil(documents / per_batch)
+    batches = examples // per_batch if args.dataloader_drop_last else math.ceil(examples / per_batch)
     epoch = math.ceil(batches / args.gradient_accumulation_steps)
     return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)), epoch
 
 
-def describe_steps(args: TrainingArguments, documents: int, resumed_step: int) -> str:
-    total, epoch = count_steps(args, documents)
+def describe_steps(args: TrainingArguments, dataset: ExampleDataset, resumed_step: int) -> str:
+    total, epoch = count_steps(args, len(dataset))
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     done = f"; {resumed_step:,} are done, in {args.resume_from_checkpoint}" if resumed_step else ""
-    return f"{total:,} of up to {per_step:,} documents; {epoch:,} an epoch{done}"
+    return f"{total:,} of up to {per_step:,} {dataset.noun}s; {epoch:,} an epoch{done}"
 
 
 def show(title: str, *lines: tuple[str, str]) -> None:

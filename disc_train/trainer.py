@@ -1,6 +1,7 @@
 """`transformers.Trainer` with the loss of context distillation; all but the loss and its normalisation is theirs."""
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from typing import Any
 from unittest.mock import patch
 
@@ -10,16 +11,16 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from disc_train import objectives
 from disc_train.causal_lm import use_attention
-from disc_train.dataset import DocumentDataset
-from disc_train.packing import PackedBatch, pack
+from disc_train.dataset import ExampleDataset
+from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
 
 
 class DiscTrainer(Trainer):
-    """Train `model` to predict without a document's beginning what `teacher` predicts with it.
+    """Train `model` to predict in its context what `teacher` predicts in another, behind a document's beginning, say.
 
-    A batch is counted in documents. The loss of a step is the mean over all its documents, however they are spread over
-    micro-batches and processes::
+    A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
+    they are spread over micro-batches and processes::
 
         documents = [
             tokenize_document(document, tokenizer, "document", max_tokens=4096)
@@ -34,18 +35,20 @@ class DiscTrainer(Trainer):
         teacher: another model object, usually with the same weights; it is frozen and moved to the student's device.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
             training either way, and the filter waits for the device at every micro-batch.
-        train_dataset: the documents.
+        train_dataset: the examples.
         temperature: of both models' distributions; the loss is multiplied by its square.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
-        documents_read, tokens_read: so far by this object, on all processes; the tokens of both models.
+        examples_read, usage: so far by this object, on all processes. The logs have the packing since the last ones:
+            packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
+            read than with a sequence for every target.
 
     Raises:
         ValueError: `teacher` is `model`; a model fails the checks of `disc_train.causal_lm.use_attention`; one process
             would use several GPUs.
-        FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and documents;
+        FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """
 
@@ -54,7 +57,7 @@ class DiscTrainer(Trainer):
         model: PreTrainedModel,
         teacher: PreTrainedModel,
         args: TrainingArguments,
-        train_dataset: DocumentDataset,
+        train_dataset: ExampleDataset,
         *,
         temperature: float = 2.0,
         attention: str = "auto",
@@ -70,20 +73,21 @@ class DiscTrainer(Trainer):
         super().__init__(
             model,
             args,
-            data_collator=pack,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             **options,
         )
         self.add_callback(_EpochSetter(train_dataset))
-        # The loss is divided by the documents of the whole step here; the Trainer must not divide it again.
+        # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
         self.temperature = temperature
         self.attention = attention
-        self.documents_read = 0
-        self.tokens_read = 0
+        self.noun = train_dataset.noun
+        self.examples_read = 0
+        self.usage = self._logged_usage = Usage()
         for prepared in (model, self.teacher):
             use_attention(prepared, attention, train_dataset.few_tokens().to(args.device))
+        self.data_collator = collator(model, self.teacher)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
@@ -92,37 +96,33 @@ class DiscTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], int]:
-        """The micro-batches of one optimizer step, and the documents in them, on all processes together."""
+        """The micro-batches of one optimizer step, and the examples in them, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor(
-            [
-                sum(batch["num_documents"] for batch in batches),
-                sum(batch["input_ids"].numel() + batch["teacher_input_ids"].numel() for batch in batches),
-            ]
-        )
+        usage = sum((batch["usage"] for batch in batches), Usage())
+        counts = torch.tensor([sum(batch["num_examples"] for batch in batches), *astuple(usage)])
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        documents, tokens = counts.tolist()
-        self.documents_read += documents
-        self.tokens_read += tokens
-        return batches, documents
+        examples, *usage_of_all = counts.tolist()
+        self.examples_read += examples
+        self.usage += Usage(*usage_of_all)
+        return batches, examples
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """This batch's part of the step's loss: its documents' losses over the number of documents in the step."""
+        """This batch's part of the step's loss: its examples' losses over the number of examples in the step."""
         student = self.accelerator.unwrap_model(model)
 
         def loss_of(batch: PackedBatch) -> Tensor:
             with self.accelerator.autocast():
-                return objectives.disc(
+                return objectives.distill(
                     student, self.teacher, batch, temperature=self.temperature, attention=self.attention
                 )
 
         # Through the forward of whatever wraps the student, not around it: there DDP prepares to reduce gradients.
         with patch.object(student, "forward", loss_of):
             loss = model(inputs)
-        # DDP averages gradients over processes, but the loss is a sum over the documents of all of them.
+        # DDP averages gradients over processes, but the loss is a sum over the examples of all of them.
         return loss * (self.accelerator.num_processes / num_items_in_batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -131,10 +131,18 @@ class DiscTrainer(Trainer):
         # Read only now that the backward pass is queued, so the device has work while this waits for the loss.
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on the documents"
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on the {self.noun}s"
                 f" {', '.join(inputs['names'])}; stopped before the optimizer step, saved checkpoints are intact"
             )
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, with how well the batches were packed since the last time."""
+        since = self.usage - self._logged_usage
+        if since.tokens:
+            logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
+            self._logged_usage = self.usage
+        super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
@@ -150,7 +158,7 @@ class DiscTrainer(Trainer):
 class _EpochSetter(TrainerCallback):
     """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
-    def __init__(self, dataset: DocumentDataset) -> None:
+    def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

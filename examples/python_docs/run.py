@@ -18,8 +18,9 @@ from disc_train.cli import main as disc_train
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
 from disc_train.evaluate import kl_to_reference
+from disc_train.example import Example
 from disc_train.objectives import suffix_kl
-from disc_train.packing import Sample, pack
+from disc_train.packing import pack
 from disc_train.splits import tokenize_document
 
 
@@ -30,24 +31,22 @@ def load(folder: Path, tokens: torch.Tensor) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def compare(student: PreTrainedModel, teacher: PreTrainedModel, samples: Sequence[Sample]) -> torch.Tensor:
+def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
     """[3], nats a token: negative log-likelihood of the suffixes to student and teacher, and KL(teacher || student).
 
     The means over all tokens that both predict: not the first of a suffix, which the student cannot.
     """
     heads = head_of(student), head_of(teacher)
     columns = []
-    for sample in samples:
-        batch = pack([sample])
+    for example in examples:
+        batch = pack([example])
         student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], "sdpa")
         teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], "sdpa")
-        ids = torch.from_numpy(sample.document.input_ids).long()
-        targets = torch.cat([ids[start + 1 : stop] for start, stop in sample.splits])
         columns.append(
             torch.stack(
                 [
-                    -log_probability(heads[0], student_hidden[0, batch["student_index"]], targets),
-                    -log_probability(heads[1], teacher_hidden[0, batch["teacher_index"]], targets),
+                    -log_probability(heads[0], student_hidden[0, batch["student_index"]], batch["targets"]),
+                    -log_probability(heads[1], teacher_hidden[0, batch["teacher_index"]], batch["targets"]),
                     suffix_kl((student_hidden, heads[0]), (teacher_hidden, heads[1]), batch, 1.0, reduction="none"),
                 ]
             )
@@ -65,7 +64,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
     return math.exp(total / tokens)
 
 
-def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Every topic, cut to what the model reads, with every sentence but its first as a suffix."""
     documents = [tokenize_document(each, tokenizer, "document", CONTEXT) for each in load_documents(str(path), None)]
     # More splits than there are sentences, so each is one.
@@ -79,9 +78,9 @@ def report(folder: Path) -> dict[str, tuple[float, ...]]:
     before, after = (load(folder / name, torch.arange(16)[None]) for name in ("model", "taught"))
     rows: dict[str, tuple[float, ...]] = {}
     for part in ("new", "control"):
-        samples = read_samples(folder / f"{part}.jsonl", tokenizer)
+        examples = read_examples(folder / f"{part}.jsonl", tokenizer)
         (loss_before, loss_teacher, kl_before), (loss_after, _, kl_after) = (
-            compare(student, before, samples).tolist() for student in (before, after)
+            compare(student, before, examples).tolist() for student in (before, after)
         )
         rows[f"{part} topics: loss of a sentence, nats a token"] = (loss_before, loss_after, loss_teacher)
         rows[f"{part} topics: KL to the teacher, nats a token"] = (kl_before, kl_after)

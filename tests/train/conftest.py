@@ -101,6 +101,17 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=bpe)
 
 
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    """The same with a chat template that, as many do, strips what it is given: <user>Hello</>, and a line end."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    return chat
+
+
 @pytest.fixture(scope="session")
 def sentences():
     """Seven documents, as lists of 2 to 8 sentences."""

@@ -1,12 +1,13 @@
 """The command: what it prints and saves, its exit codes, and bad input in one clear line."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from disc_train.cli import main
 
@@ -82,6 +83,99 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
         model_folder
     ).encode("river")
     assert (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_a_run_with_templates(disc_train, capsys):
+    templates = ("--teacher_template", "News: {{ prefix }} Go on:", "--student_template", "News: ")
+    assert disc_train(*templates, "--max_steps", 1) == 0
+    out = capsys.readouterr().out
+    assert re.search(
+        r"templates +teacher: \d+ tokens before a document and \d+ after a prefix; student: \d+ before", out
+    )
+    assert " 0 that begin a suffix" in out
+
+
+def test_templates_that_are_wrong(fails, disc_train, capsys):
+    assert "--teacher_template: expected a template that writes" in fails("--teacher_template", "Read this.")
+    assert "--student_template: cannot render" in fails("--student_template", "{{ prefix }}")
+    assert "of 256 tokens, less 300 of the templates, got -44" in fails("--student_template", "~" * 300)
+    flags = ("--max_document_tokens", 256, "--student_template", "~~")
+    assert "of 256 tokens, less 2 of the templates, got 256" in fails(*flags)
+
+
+@pytest.fixture
+def records(tmp_path):
+    """records(number, **last): a file of records with one instruction for the teacher; `last` changes the last one."""
+
+    def write(number, **last):
+        answers = [f"The bridge number {i} opened in the spring." for i in range(number)]
+        lines = [
+            {"teacher_context": "Say when. " * 20, "student_context": "Well: ", "target": text} for text in answers
+        ]
+        lines[-1] |= last
+        path = tmp_path / "records.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_records_with_contexts(disc_train, records, capsys, model_folder, tmp_path):
+    path = records(9, teacher_context="Another context of the teacher: ")
+    assert disc_train("--method", "cd", "--train_file", path, "--per_device_train_batch_size", 9) == 0
+    out = capsys.readouterr().out
+    for expected in (
+        "records       9 read, all to train on",
+        "(2 different)",
+        "(1 different)",
+        "of up to 9 records; 1 an epoch",
+        "(9 measured)",
+        "18 records in",
+        "nats a token on the same records",
+    ):
+        assert expected in out
+    assert float(re.search(r"([\d.]+)x fewer than in a pass for every target", out)[1]) > 1.5
+    assert not torch.equal(_weights(tmp_path / "out"), _weights(model_folder))
+
+
+def test_bad_records_are_named(fails, records):
+    def message(**last):
+        return fails("--method", "cd", "--train_file", records(3, **last))
+
+    assert "records.jsonl:3: expected a target that is not empty" in message(target="")
+    assert "records.jsonl:3: expected a context and a target of at most 256 tokens together" in message(
+        target="~" * 300
+    )
+    assert "records.jsonl:3: 'target' must be a string, got int" in message(target=3)
+
+
+def test_a_model_that_cannot_share_a_trunk(disc_train, model_folder, capsys):
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        layer_types=["conv", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    Lfm2ForCausalLM(config).save_pretrained(model_folder)
+    assert disc_train("--max_steps", 1, "--teacher_template", "{{ prefix }} Go on:") == 0
+    out = capsys.readouterr().out
+    assert "its layers do not let branches share a trunk, so every sequence has a padded row" in out
+    rows = re.search(r"in (\S+) rows of the teacher and (\S+) of the student", out)
+    assert min(map(float, rows.groups())) > 8
+
+
+def test_the_logs_say_how_well_batches_are_packed(disc_train, tmp_path):
+    assert disc_train("--logging_steps", 1) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "loss" in entry]
+    assert len(logs) == 4
+    for entry in logs:
+        assert 0.5 < entry["packing_efficiency"] <= 1
+        assert entry["packing_saving"] > 1.2
 
 
 def test_a_dry_run_stops_after_the_summary(disc_train, capsys, tmp_path):

@@ -70,8 +70,9 @@ def test_flags_win_over_the_file(write_yaml):
         (["--max_document_tokens", "2"], "--max_document_tokens: expected at least 3, got 2"),
         (["--language", "english"], "language: expected an ISO 639 code"),
         (["--method", "talr"], "--method: .*not available yet.*got talr"),
+        (["--method", "cd", "--num_splits", "3"], "--num_splits is for documents, --method cd takes records"),
+        (["--method", "cd", "--teacher_template", "{{ prefix }}"], "--teacher_template is for documents"),
         (["--teacher", "cache"], "--teacher: .*not available yet.*got cache"),
-        (["--attention", "varlen"], "--attention: .*not available yet"),
         (["--dataset_name", "d"], "one of --train_file and --dataset_name, got both"),
     ],
 )

@@ -1,70 +1,184 @@
-"""Packing aligns a student row with the teacher row that has read the same token; its weights are means of means."""
+"""Packing: whatever is shared and however many rows, a token sees what it would in a sequence of its own."""
+
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
-from disc_train.packing import Sample, pack
-from disc_train.splits import Split, TokenizedDocument
+from disc_kernels import dense_mask
+from disc_train.example import Branch, Example, Place
+from disc_train.packing import Usage, pack
+from disc_train.rows import RowRule
 
 
-def _document(ids, name="doc"):
-    return TokenizedDocument(name=name, input_ids=np.array(ids, dtype=np.int32), sentence_starts=(0,))
+def _ids(*tokens):
+    return np.array(tokens, dtype=np.int32)
 
 
-def test_a_batch_by_hand():
+def _document(name, ids, splits, header=(), footer=(), student_header=()):
+    """A document with its splits, as a training set makes it."""
+    trunk = _ids(*header, *ids)
+    branches = [
+        Branch(_ids(*ids[start:stop]), Place(len(header) + start, _ids(*footer)), Place(len(student_header)))
+        for start, stop in splits
+    ]
+    return Example(name, trunk, _ids(*student_header), branches)
+
+
+def test_documents_by_hand():
     batch = pack(
         [
-            Sample(_document([10, 11, 12, 13, 14, 15], "a"), [Split(1, 3), Split(3, 6)]),
-            Sample(_document([20, 21, 22, 23], "b"), [Split(1, 3)]),
+            _document("a", [10, 11, 12, 13, 14, 15], [(1, 3), (3, 6)]),
+            _document("b", [20, 21, 22, 23], [(1, 3)]),
         ]
     )
     assert batch["teacher_input_ids"].tolist() == [[10, 11, 12, 13, 14, 20, 21]]
     assert batch["teacher_layout"].tree_id.tolist() == [0, 0, 0, 0, 0, 1, 1]
     assert batch["teacher_layout"].position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1]
     assert batch["input_ids"].tolist() == [[11, 13, 14, 21]]
-    assert batch["layout"].tree_id.tolist() == [0, 0, 0, 1]
-    assert batch["layout"].branch_id.tolist() == [1, 2, 2, 1]
+    assert batch["layout"].tree_id.tolist() == [0, 1, 1, 2]
     assert batch["layout"].position_ids.tolist() == [0, 0, 1, 0]
     assert batch["student_index"].tolist() == [0, 1, 2, 3]
     assert batch["teacher_index"].tolist() == [1, 3, 4, 6]
+    assert batch["targets"].tolist() == [12, 14, 15, 22]
     assert batch["row_weight"].tolist() == [1 / 2, 1 / 4, 1 / 4, 1]
-    assert batch["num_documents"] == 2
+    assert batch["num_examples"] == 2
     assert batch["names"] == ["a", "b"]
+    assert batch["usage"] == Usage(tokens=7 + 4, places=7 + 4, separate=(2 + 5 + 2) + 4)
+
+
+def test_headers_and_footers_by_hand():
+    """With a footer every split is a branch; with a header a suffix is predicted from its first token on."""
+    batch = pack([_document("a", [10, 11, 12, 13], [(1, 3), (3, 4)], header=[1], footer=[2, 3], student_header=[4, 5])])
+    assert batch["teacher_input_ids"].tolist() == [[1, 10, 11, 12, 2, 3, 11, 2, 3]]
+    assert batch["teacher_layout"].branch_id.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert batch["teacher_layout"].attach.tolist() == [0, 1, 2, 3, 2, 2, 2, 4, 4]
+    assert batch["input_ids"].tolist() == [[4, 5, 11]]  # of the second suffix, one token, nothing is read
+    assert batch["layout"].branch_id.tolist() == [0, 0, 1]
+    assert batch["targets"].tolist() == [11, 12, 13]
+    assert batch["student_index"].tolist() == [1, 2, 1]
+    assert batch["teacher_index"].tolist() == [5, 6, 8]
+    assert batch["row_weight"].tolist() == [1 / 4, 1 / 4, 1 / 2]
+
+
+def test_equal_contexts_are_read_once():
+    """Sixteen records with one instruction for the teacher, and a question each for both."""
+    instruction = _ids(*range(100, 200))
+    examples = [
+        Example(f"r{i}", instruction, _ids(i, 50), [Branch(_ids(i, 60, 61), Place(100), Place(2))]) for i in range(16)
+    ]
+    batch = pack(examples)
+    assert batch["teacher_input_ids"].shape == (1, 100 + 16 * 2)
+    assert batch["input_ids"].shape == (1, 16 * 4)
+    assert batch["usage"].saving == (16 * 102 + 16 * 4) / (132 + 64)
+    assert batch["teacher_index"][0] == batch["teacher_index"][3] == 99
+    assert len(batch["targets"]) == 48
+
+
+def test_a_branch_that_goes_on_as_its_trunk_needs_no_tokens():
+    trunk = _ids(1, 2, 3, 4, 5, 6)
+    branches = [
+        Branch(_ids(3, 4, 9), Place(2), Place(0)),  # the last token is only predicted
+        Branch(_ids(4, 5), Place(2, _ids(3)), Place(0)),  # with its lead
+        Branch(_ids(3, 9, 9), Place(2), Place(0)),
+    ]
+    batch = pack([Example("e", trunk, _ids(), branches)])
+    assert batch["teacher_input_ids"].tolist() == [[1, 2, 3, 4, 3, 9]]
+    assert batch["teacher_index"].tolist() == [2, 3, 3, 4, 5]
 
 
 @st.composite
-def samples(draw):
-    """A document of distinct tokens, and suffixes of it that may overlap."""
-    length = draw(st.integers(3, 20))
-    first_id = 100 * draw(st.integers(0, 100))
-    splits = []
-    for _ in range(draw(st.integers(1, 4))):
-        start = draw(st.integers(1, length - 2))
-        splits.append(Split(start, draw(st.integers(start + 2, length))))
-    return Sample(_document(range(first_id, first_id + length)), splits)
+def examples(draw):
+    """Of few different tokens, so that trunks are equal and branches go on as their trunks do, now and then."""
+
+    def ids(smallest, largest):
+        return _ids(*draw(st.lists(st.integers(1, 2), min_size=smallest, max_size=largest)))
+
+    teacher_trunk, student_trunk = ids(0, 6), ids(0, 4)
+    branches = []
+    for _ in range(draw(st.integers(1, 3))):
+        teacher = Place(draw(st.integers(0, len(teacher_trunk))), ids(0, 2))
+        student = Place(draw(st.integers(0, len(student_trunk))), ids(0, 2))
+        branches.append(Branch(ids(2, 5), teacher, student))
+    return Example("e", teacher_trunk, student_trunk, branches)
 
 
-@settings(deadline=None, max_examples=50)
-@given(st.lists(samples(), min_size=1, max_size=4))
-def test_rows_read_the_same_token_and_weigh_one_a_document(batch_samples):
-    batch = pack(batch_samples)
-    student_tokens = batch["input_ids"][0, batch["student_index"]]
-    teacher_tokens = batch["teacher_input_ids"][0, batch["teacher_index"]]
-    assert torch.equal(student_tokens, teacher_tokens)
+RULES = st.one_of(
+    st.just(RowRule()),
+    st.just(RowRule(share=False)),
+    st.sampled_from([1, 10, 10_000]).map(lambda size: RowRule(dense_hidden_size=size)),
+)
 
-    rows = iter(zip(teacher_tokens.tolist(), batch["row_weight"].tolist(), strict=True))
-    for document, splits in batch_samples:
-        for start, stop in splits:
-            for token in document.input_ids[start : stop - 1]:
-                got, weight = next(rows)
-                assert got == token
-                assert weight == pytest.approx(1 / ((stop - start - 1) * len(splits)))
-    assert next(rows, None) is None
-    assert batch["row_weight"].sum() == pytest.approx(len(batch_samples))
-    # A suffix begins at position 0 for the student; the teacher counts from its document's beginning.
-    teacher_positions = batch["teacher_layout"].position_ids[batch["teacher_index"]]
-    starts = torch.cat([torch.full((b - a - 1,), a) for _, splits in batch_samples for a, b in splits])
-    assert torch.equal(batch["layout"].position_ids, teacher_positions - starts)
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(examples(), min_size=1, max_size=5), RULES, RULES)
+def test_every_row_sees_its_branch_as_a_sequence_of_its_own(batch_examples, student, teacher):
+    batch = pack(batch_examples, student=student, teacher=teacher)
+    pairs = [(example, branch) for example in batch_examples for branch in example.branches]
+    for role, ids, layout in (
+        ("student", batch["input_ids"], batch["layout"]),
+        ("teacher", batch["teacher_input_ids"], batch["teacher_layout"]),
+    ):
+        mask = dense_mask(layout)
+        rows, length = ids.shape
+        assert not mask.view(rows, length, rows, length).any(dim=(1, 3)).fill_diagonal_(False).any()
+        index = iter(batch[f"{role}_index"].tolist())
+        for example, branch in pairs:
+            attach, lead = getattr(branch, role)
+            before = [*getattr(example, f"{role}_trunk")[:attach].tolist(), *lead.tolist()]
+            for predicted in range(branch.first, len(branch.target)):
+                seen = mask[next(index)]
+                assert ids.flatten()[seen].tolist() == before + branch.target[:predicted].tolist()
+                assert layout.position_ids[seen].tolist() == list(range(len(before) + predicted))
+        assert next(index, None) is None
+
+    assert batch["targets"].tolist() == [token for _, branch in pairs for token in branch.target[branch.first :]]
+    weights = iter(batch["row_weight"].tolist())
+    for example, branch in pairs:
+        for _ in range(branch.rows):
+            assert next(weights) == pytest.approx(1 / (branch.rows * len(example.branches)))
+    usage = batch["usage"]
+    assert usage.tokens <= usage.places
+    if student == teacher == RowRule():
+        assert usage.tokens == usage.places <= usage.separate
+
+
+def test_a_first_token_is_predicted_where_both_models_read_something_before_it():
+    target = _ids(1, 2, 3)
+    assert Branch(target, Place(1), Place(1)).rows == 3
+    assert Branch(target, Place(1), Place(0, _ids(9))).rows == 3
+    assert Branch(target, Place(1), Place(0)).rows == 2
+    assert Branch(target, Place(0), Place(1)).rows == 2
+
+
+@pytest.mark.parametrize(
+    ("branches", "message"),
+    [
+        ([], "r:7: expected at least one target"),
+        ([Branch(_ids(), Place(1), Place(1))], "r:7: target 1: expected at least 1 tokens, got 0"),
+        ([Branch(_ids(5), Place(1), Place(0))], "r:7: target 1: expected at least 2 tokens behind an empty context"),
+        (
+            [Branch(_ids(5), Place(1), Place(1)), Branch(_ids(5), Place(3), Place(1))],
+            "target 2: expected teacher.attach",
+        ),
+        ([Branch(_ids(5), Place(1), Place(-1))], "target 1: expected student.attach from 0 to 2.*got -1"),
+    ],
+)
+def test_examples_that_cannot_be_packed(branches, message):
+    with pytest.raises(ValueError, match=message):
+        Example("r:7", _ids(1, 2), _ids(1, 2), branches)
+
+
+def test_batches_are_made_in_data_loader_workers(make_dataset):
+    dataset = make_dataset(num_splits=3)
+    whole = pack([dataset[i] for i in range(4)])
+    loaded = next(iter(DataLoader(dataset, batch_size=4, num_workers=1, collate_fn=pack)))
+    for name in ("input_ids", "teacher_input_ids", "student_index", "teacher_index", "targets", "row_weight"):
+        assert torch.equal(loaded[name], whole[name])
+    assert loaded["usage"] == whole["usage"]
+    # Views of something larger would be sent in whole.
+    assert len(pickle.dumps(whole)) < 100 * len(whole["layout"]) + 100 * len(whole["teacher_layout"]) + 10_000

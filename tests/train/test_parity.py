@@ -40,7 +40,7 @@ def loop_loss(student, teacher, samples):
 def packed_step(student, teacher, dataset, batch, folder):
     """Loss and gradients (in `student`) of one step, by the trainer."""
     trainer = DiscTrainer(student, teacher, TrainingArguments(folder, use_cpu=True), dataset, temperature=TEMPERATURE)
-    return trainer.training_step(student, batch, num_items_in_batch=batch["num_documents"])
+    return trainer.training_step(student, batch, num_items_in_batch=batch["num_examples"])
 
 
 def gradient_error(student, expected):
@@ -60,10 +60,10 @@ def step(make_model, perturbed, make_dataset, tmp_path):
         student = perturbed(teacher)
         expected = copy.deepcopy(student)
         dataset = make_dataset(num_splits=3)
-        samples = [dataset[i] for i in range(len(dataset))]
-        loss = loop_loss(expected, teacher, [(document.input_ids.tolist(), splits) for document, splits in samples])
+        samples = [(document.input_ids.tolist(), dataset.splits(i)) for i, document in enumerate(dataset.documents)]
+        loss = loop_loss(expected, teacher, samples)
         loss.backward()
-        batch = pack(samples)
+        batch = pack([dataset[i] for i in range(len(dataset))])
         mutate(batch)
         got = packed_step(student, teacher, dataset, batch, tmp_path)
         return float(got), float(loss.detach()), gradient_error(student, expected)
@@ -88,7 +88,7 @@ def _shift_student(batch):
 
 
 def _equal_row_weights(batch):
-    batch["row_weight"][:] = batch["num_documents"] / len(batch["row_weight"])
+    batch["row_weight"][:] = batch["num_examples"] / len(batch["row_weight"])
 
 
 def _one_text(batch):

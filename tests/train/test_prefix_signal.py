@@ -5,14 +5,16 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from disc_train.causal_lm import use_attention
-from disc_train.dataset import DocumentDataset
+from disc_train.dataset import DocumentDataset, ExampleDataset
 from disc_train.documents import Document
+from disc_train.example import Branch, Example, Place
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.splits import sentence_spans, tokenize_document
 
@@ -27,20 +29,20 @@ def _log_probabilities(model, prefix, suffix, temperature=1.0):
 def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, make_dataset):
     teacher, student = make_model().eval(), perturbed(make_model()).train()
     dataset = make_dataset(4, num_splits=3)
-    samples = [dataset[i] for i in range(4)]
+    examples = [dataset[i] for i in range(4)]
     for model in (teacher, student):
         use_attention(model, "auto", dataset.few_tokens())
-    signal = measure_signal(student, teacher, samples, temperature=2.0, attention="auto")
+    signal = measure_signal(student, teacher, examples, temperature=2.0, attention="auto")
     assert student.training
 
-    for number, (document, splits) in enumerate(samples):
+    for number, document in enumerate(dataset.documents):
         ids = document.input_ids.tolist()
-        other = samples[(number + 2) % 4].document
-        ends = [*other.sentence_starts[1:], len(other.input_ids)]
+        other = dataset.documents[(number + 2) % 4].input_ids.tolist()
+        prefixes = [start for start, _ in dataset.splits((number + 2) % 4)]
         divergence, over_none, over_other = [], [], []
-        for start, stop in splits:
+        for start, stop in dataset.splits(number):
             suffix = ids[start:stop]
-            foreign = other.input_ids[: min(ends, key=lambda end: abs(end - start))].tolist()
+            foreign = other[: min(prefixes, key=lambda end: abs(end - start))]
             p, q = _log_probabilities(teacher, ids[:start], suffix, 2.0), _log_probabilities(student, [], suffix, 2.0)
             divergence.append(kl_div(q, p, log_target=True, reduction="sum") / len(p))
             own, none, behind = (
@@ -55,7 +57,7 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, m
 
 def test_documents_are_taken_evenly(make_dataset):
     dataset = make_dataset()
-    assert [sample.document.name for sample in evenly_spaced(dataset, 3)] == ["doc0", "doc2", "doc4"]
+    assert [example.name for example in evenly_spaced(dataset, 3)] == ["doc0", "doc2", "doc4"]
     assert len(evenly_spaced(dataset)) == 7
 
 
@@ -64,18 +66,18 @@ def test_documents_are_taken_evenly(make_dataset):
     [
         ([0.5, 0.7, 0.3], [1.0, 0.9, 1.1], None),
         ([-0.9, -1.1, -1.0], [0.5, 0.5, 0.5], "than without it"),
-        ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document"),
+        ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document's"),
         ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "not certain that there is a signal"),  # the mean of 0.1 is all noise
         ([float("nan")], [0.5], "than without it"),
     ],
 )
 def test_the_warning(over_none, over_other, message):
     signal = Signal([0.4] * len(over_none), over_none, over_other)
-    weakness = signal.weakness()
+    weakness = signal.weakness("document")
     assert (weakness is None) == (message is None)
     if message:
         assert message in weakness
-    assert [label for label, _ in signal.describe()][2:] == ([] if message is None else ["WARNING"])
+    assert [label for label, _ in signal.describe("document")][2:] == ([] if message is None else ["WARNING"])
 
 
 def test_one_document_is_compared_with_no_prefix(make_model, make_dataset):
@@ -95,6 +97,32 @@ def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
     plain = measure_signal(model, teacher, samples[:2], temperature=2.0, attention="auto")
     assert signal.over_other[:2] == pytest.approx(plain.over_other, abs=1e-5)
     assert max(map(abs, plain.over_other)) > 1e-3  # behind itself: 0
+
+
+@torch.no_grad()
+def test_records_are_compared_with_another_records_context(make_model, perturbed):
+    teacher, student = make_model().eval(), perturbed(make_model())
+    records = [
+        Example(
+            f"r{i}",
+            np.array(context, dtype=np.int32),
+            np.array([7, 8], dtype=np.int32),
+            [Branch(np.array([i, 60, 61], dtype=np.int32), Place(len(context)), Place(2))],
+        )
+        for i, context in enumerate(([1, 2, 3], [1, 2, 3], [4, 5]))
+    ]
+    for model in (teacher, student):
+        use_attention(model, "auto", ExampleDataset(records).few_tokens())
+    signal = measure_signal(student, teacher, records, temperature=2.0, attention="auto")
+    for number, other in enumerate(([4, 5], [4, 5], [1, 2, 3])):
+        record = records[number]
+        target = record.branches[0].target.tolist()
+        own, none, behind = (
+            model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1].log_softmax(-1)[range(3), target]
+            for model, context in ((teacher, record.teacher_trunk.tolist()), (student, [7, 8]), (teacher, other))
+        )
+        assert signal.over_none[number] == pytest.approx(float((own - none).mean()), abs=1e-5)
+        assert signal.over_other[number] == pytest.approx(float((own - behind).mean()), abs=1e-5)
 
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -122,10 +150,10 @@ def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
     """The same sentences, as they stand and shuffled among the documents."""
     with (TINY / "documents.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    assert tiny_signal(texts).weakness() is None
+    assert tiny_signal(texts).weakness("document") is None
     documents = [[text[start:stop] for start, stop in sentence_spans(text)] for text in texts]
     sentences = list(itertools.chain(*documents))
     random.Random(0).shuffle(sentences)
     remaining = iter(sentences)
     unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
-    assert "hardly any signal" in tiny_signal(unrelated).weakness()
+    assert "hardly any signal" in tiny_signal(unrelated).weakness("document")

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from transformers import TrainingArguments
 
-from disc_train.packing import Sample
 from disc_train.splits import Split, TokenizedDocument
 from disc_train.summary import count_steps, count_tokens
 from disc_train.trainer import DiscTrainer
@@ -15,18 +14,18 @@ def _document(length):
 
 
 def test_counts_by_hand():
-    counts = count_tokens(
-        [
-            Sample(_document(10), [Split(2, 5), Split(6, 8)]),
-            Sample(_document(6), [Split(2, 6), Split(4, 6)]),  # the second begins inside the first
-        ]
-    )
+    samples = [
+        (_document(10), [Split(2, 5), Split(6, 8)]),
+        (_document(6), [Split(2, 6), Split(4, 6)]),  # the second begins inside the first
+    ]
+    counts = count_tokens(samples, first=1)
     assert (counts.trained, counts.first, counts.prefix, counts.unread) == (2 + 1 + 3, 2 + 1, 3 + 2, 2)
     assert counts.total == 16
     assert counts.suffixes == 4
     assert counts.rows == 2 + 1 + 3 + 1
-    assert counts.teacher == 7 + 5
-    assert counts.teacher_unpacked == 4 + 7 + 5 + 5
+    with_header = count_tokens(samples, first=0)
+    assert (with_header.trained, with_header.first, with_header.prefix, with_header.unread) == (3 + 2 + 4, 0, 3 + 2, 2)
+    assert with_header.rows == counts.rows + 4
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_accumulated_documents_make_the_step_of_one_batch(make_trainer, make_mod
     assert whole.state.global_step == parts.state.global_step == 2
     assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-4)  # logged losses are rounded
     assert _distance(parts.model, whole.model) < 1e-6 < 1e-3 < _distance(whole.model, make_model())
-    assert whole.documents_read == parts.documents_read == 7
-    assert uneven.documents_read == 6
+    assert whole.examples_read == parts.examples_read == 7
+    assert uneven.examples_read == 6
 
 
 def test_the_loss_of_a_short_last_step_is_the_mean_over_its_documents(make_trainer, make_model, make_dataset):

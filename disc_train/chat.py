@@ -1,0 +1,33 @@
+"""Texts and chat messages -> text and tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from disc_train.example import Ids
+
+Message = dict[str, Any]
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = True) -> str:
+    """Messages as the model's own chat template writes them; by default up to where the assistant's next turn begins.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or its template does not take these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("expected a model with a chat template for chat messages, got a tokenizer without one")
+    from jinja2 import TemplateError  # what transformers renders with; templates raise it themselves, on purpose
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)  # type: ignore[return-value]
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the model's chat template does not take these messages: {error}") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """Token ids without those that a tokenizer adds of itself; special tokens that are written out become theirs."""
+    # verbose=False: a text longer than the model's context is reported elsewhere.
+    return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)

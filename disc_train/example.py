@@ -1,0 +1,76 @@
+"""What every method trains on: targets, each behind one context for the teacher and another for the student."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int32]  # token ids, [n]
+NO_IDS: Ids = np.zeros(0, dtype=np.int32)
+
+
+class Place(NamedTuple):
+    """What one model reads before a target: the first `attach` tokens of its trunk, then `lead`."""
+
+    attach: int
+    lead: Ids = NO_IDS
+
+
+class Branch(NamedTuple):
+    """A target, and what stands before it for either model."""
+
+    target: Ids
+    teacher: Place
+    student: Place
+
+    @property
+    def first(self) -> int:
+        """The first token of the target that is predicted: 0, or 1 where a model has nothing to predict it from."""
+        return 0 if all(place.attach or len(place.lead) for place in (self.teacher, self.student)) else 1
+
+    @property
+    def rows(self) -> int:
+        """How many tokens of the target are predicted."""
+        return len(self.target) - self.first
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What a batch is counted in: a document with its suffixes, or a record with its target.
+
+    Args:
+        name: for messages.
+        teacher_trunk, student_trunk: what the branches have in common before their targets, read once for all.
+        branches: at least one; all weigh the same.
+
+    Raises:
+        ValueError: naming the example: no branch, a target without a token that can be predicted, or a branch that
+            attaches beyond its trunk.
+    """
+
+    name: str
+    teacher_trunk: Ids
+    student_trunk: Ids
+    branches: Sequence[Branch]
+
+    def __post_init__(self) -> None:
+        if not self.branches:
+            raise ValueError(f"{self.name}: expected at least one target, got none")
+        for number, branch in enumerate(self.branches, start=1):
+            if branch.rows < 1:
+                nothing_before = " behind an empty context, where its first token is never predicted"
+                raise ValueError(
+                    f"{self.name}: target {number}: expected at least {branch.first + 1} tokens"
+                    f"{nothing_before if branch.first else ''}, got {len(branch.target)}"
+                )
+            for role, trunk, place in (
+                ("teacher", self.teacher_trunk, branch.teacher),
+                ("student", self.student_trunk, branch.student),
+            ):
+                if not 0 <= place.attach <= len(trunk):
+                    raise ValueError(
+                        f"{self.name}: target {number}: expected {role}.attach from 0 to {len(trunk)}, the length of"
+                        f" its trunk, got {place.attach}"
+                    )

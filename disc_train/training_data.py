@@ -1,0 +1,93 @@
+"""From the arguments to a training set, with what the summary says of it."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from disc_train.config import DiscArguments, LoopArguments
+from disc_train.contexts import load_records
+from disc_train.dataset import DocumentDataset, ExampleDataset
+from disc_train.documents import load_documents
+from disc_train.example import Example
+from disc_train.splits import TokenizedDocument, tokenize_document
+from disc_train.summary import describe_documents, describe_records
+from disc_train.templates import Templates, read_templates
+
+
+class TrainingData(NamedTuple):
+    dataset: ExampleDataset
+    description: list[tuple[str, str]]  # lines (label, text) for the summary
+
+
+def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Read, tokenise and check what the arguments name.
+
+    Raises:
+        ValueError: no data in what was given, a record or template that is wrong, or more tokens than the model's
+            context holds.
+    """
+    context = _context_length(disc)
+    if disc.method == "cd":
+        records = ExampleDataset(load_records(disc.train_file, disc.dataset_name, tokenizer, context))
+        return TrainingData(records, describe_records(records))
+
+    templates = read_templates(disc.teacher_template, disc.student_template, tokenizer)
+    documents = _read_documents(disc, loop, tokenizer, _document_limit(disc, context, templates))
+    dataset = DocumentDataset(
+        documents,
+        templates=templates,
+        split_strategy=disc.split_strategy,
+        num_splits=disc.num_splits,
+        suffix_tokens=disc.suffix_tokens,
+        seed=loop.seed,
+    )
+    return TrainingData(dataset, describe_documents(documents, dataset))
+
+
+def distinct_tokens(examples: Iterable[Example]) -> list[int]:
+    """Every token that either model reads or predicts, in order."""
+    tokens: set[int] = set()
+    for example in examples:
+        pieces = [example.teacher_trunk, example.student_trunk]
+        for branch in example.branches:
+            pieces += [branch.target, branch.teacher.lead, branch.student.lead]
+        tokens.update(np.unique(np.concatenate(pieces)).tolist())
+    return sorted(tokens)
+
+
+def _context_length(disc: DiscArguments) -> int | None:
+    config = AutoConfig.from_pretrained(disc.model_name_or_path)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _document_limit(disc: DiscArguments, context: int | None, templates: Templates) -> int | None:
+    """The tokens that a document is cut to: what the templates leave of the model's context, or fewer if asked."""
+    if context is None:
+        return disc.max_document_tokens
+    beside = f", less {templates.longest} of the templates" if templates.longest else ""
+    left = context - templates.longest
+    if left < 3:
+        raise ValueError(
+            f"--teacher_template, --student_template: expected at least 3 tokens left for a document of the model's"
+            f" context of {context} tokens{beside}, got {left}"
+        )
+    limit = disc.max_document_tokens or left
+    if limit > left:
+        raise ValueError(
+            f"--max_document_tokens: expected at most the model's context of {context} tokens{beside}, got {limit}"
+        )
+    return limit
+
+
+def _read_documents(
+    disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> list[TokenizedDocument]:
+    documents = load_documents(disc.train_file, disc.dataset_name, disc.text_column)
+    progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
+    return [
+        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
+        for document in progress
+    ]
