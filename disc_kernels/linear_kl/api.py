@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from typing import Any
 
 import torch
@@ -11,13 +9,12 @@ from torch import Tensor, nn
 
 from disc_kernels.linear_kl.function import Call, FusedSuffixKL, Result, fused_forward
 from disc_kernels.linear_kl.gradient_sums import Wanted
+from disc_kernels.linear_kl.implementations import choose_implementation, rows_backend
 from disc_kernels.linear_kl.problem import LogitTransform, Problem, SuffixKLStats
 from disc_kernels.linear_kl.reference import reference_suffix_kl
 from disc_kernels.linear_kl.teacher_rows import share_teacher_rows
-from disc_kernels.linear_kl.validation import build_problem, check_choice, check_count, check_skip_below
+from disc_kernels.linear_kl.validation import build_problem, check_count, check_skip_below
 from disc_kernels.linear_kl.workspace import most_kept_rows, plan
-
-IMPLEMENTATIONS = ("triton", "torch", "reference")
 
 
 def fused_suffix_kl(
@@ -54,6 +51,9 @@ def fused_suffix_kl(
         log_p = log_softmax(teacher_transform(z_t)[:, :vocab_size] / temperature, -1)
         d = (log_p.exp() * (log_p - log_q)).sum(-1)          # forward_kl: KL(teacher || student), nats
         loss = (row_weight * d).sum() / row_weight.sum()     # reduction="mean"
+
+    With a frozen head and forward KL, `expected_embedding_kl` gives the same loss from a teacher that was summarised
+    once, in 2 products a step.
 
     Args:
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
@@ -134,7 +134,7 @@ def fused_suffix_kl(
         max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
     if skip_below is not None:
         skip_below = check_skip_below(skip_below, reduction)
-    impl = _implementation(impl, problem)
+    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
     if impl == "reference":
         if skip_below is not None:
             raise ValueError('skip_below: expected None for impl="reference", which computes every column')
@@ -158,7 +158,7 @@ def _fused(
 ) -> Result:
     host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
     problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
-    rows = importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
+    rows = rows_backend(impl)
     how = plan(
         problem,
         teacher_rows,
@@ -174,21 +174,6 @@ def _fused(
     if any(wanted):
         return Result(*FusedSuffixKL.apply(*tensors, call, wanted))
     return fused_forward(call)
-
-
-def _implementation(impl: str | None, problem: Problem) -> str:
-    on_cuda = problem.device.type == "cuda"
-    if impl is None:
-        return "triton" if on_cuda and problem.accumulate_dtype == torch.float32 else "torch"
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    if impl == "triton":
-        if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f'impl: expected CUDA tensors (or TRITON_INTERPRET=1) for "triton", got {problem.device.type} tensors'
-            )
-        if problem.accumulate_dtype != torch.float32:
-            raise ValueError('impl: expected float32 or 16-bit inputs for "triton", got float64; use "torch"')
-    return impl
 
 
 class FusedSuffixKLLoss(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from disc_kernels.linear_kl.gradient_sums import GradientSums, Wanted
-from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
-from disc_kernels.linear_kl.products import multiply_into, to_product_dtype, weight_tiles
+from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
+from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 from disc_kernels.linear_kl.workspace import Plan
 
@@ -70,7 +70,7 @@ class FusedSuffixKL(torch.autograd.Function):
             row_scale, largest_weight = _row_scale(_normalised_weight(problem), problem)
             ctx.gradients = GradientSums(problem, call.plan, wanted, largest_weight, call.skip_below)
         stats = _run_chunks(call, row_scale, ctx.gradients)
-        _save_tensors(ctx, problem.tensors())
+        save_tensors(ctx, problem.tensors())
         ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
         ctx.set_materialize_grads(False)
         result = _result(call, stats, ctx.gradients)
@@ -85,7 +85,7 @@ class FusedSuffixKL(torch.autograd.Function):
         # Handed out once, not copied: a copy would double the memory of the weight's gradient.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(_saved_tensors(ctx)), statistics=False)
+            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(saved_tensors(ctx)), statistics=False)
             if upstream.dim():
                 weight = call.teacher_rows.in_sorted_order(upstream)
             else:
@@ -105,7 +105,7 @@ def _result(call: Call, stats: SuffixKLStats, gradients: GradientSums | None) ->
     return Result(loss, *stats, skipped=loss.new_zeros(()) if gradients is None else gradients.skipped_part())
 
 
-def _save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
+def save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     """Keep the inputs for a backward that has to recompute.
 
     Through autograd, which frees them after the backward and notices when one was changed in place before it. It does
@@ -115,7 +115,7 @@ def _save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     ctx.save_for_backward(*(x if kept is None else None for x, kept in zip(tensors, ctx.kept, strict=True)))
 
 
-def _saved_tensors(ctx: Any) -> list[Tensor | None]:
+def saved_tensors(ctx: Any) -> list[Tensor | None]:
     return [x if kept is None else kept for x, kept in zip(ctx.saved_tensors, ctx.kept, strict=True)]
 
 
@@ -142,17 +142,17 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
     projected = None
     for start, stop, first, last in chunks:
         rows = slice(start, stop)
-        student_hidden = to_product_dtype(_take_rows(problem.student, start, stop), problem.student)
+        student_hidden = to_product_dtype(take_rows(problem.student, start, stop), problem.student)
         student = student_buffer[: stop - start, entries]
         if problem.one_head:
-            teacher_hidden = to_product_dtype(_take_rows(problem.teacher, start, stop), problem.teacher)
-            _project(problem.student, student_hidden - teacher_hidden, plan.tile_rows, student)
+            teacher_hidden = to_product_dtype(take_rows(problem.teacher, start, stop), problem.teacher)
+            project(problem.student, student_hidden - teacher_hidden, plan.tile_rows, student)
         else:
-            _project(problem.student, student_hidden, plan.tile_rows, student)
+            project(problem.student, student_hidden, plan.tile_rows, student)
         teacher = teacher_buffer[: last - first, entries]
         if projected != (first, last):
-            teacher_hidden = to_product_dtype(_take_rows(projected_side, first, last), projected_side)
-            _project(projected_side, teacher_hidden, plan.tile_rows, teacher)
+            teacher_hidden = to_product_dtype(take_rows(projected_side, first, last), projected_side)
+            project(projected_side, teacher_hidden, plan.tile_rows, teacher)
             projected = first, last
         gradient = gradient_buffer[: stop - start, entries] if gradients is not None else None
         call.rows_backend.compare_rows(
@@ -169,34 +169,6 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
         if gradients is not None and gradient is not None:
             gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
     return stats
-
-
-def _project(side: Side, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
-    """Head outputs of hidden rows [R, D], without bias, into `logits` [R, V]."""
-    for tile, weight in weight_tiles(side, tile_rows):
-        multiply_into(logits[:, tile], hidden, weight.T)
-
-
-def _take_rows(side: Side, start: int, stop: int) -> Tensor:
-    """Rows start..stop of what the side compares; never a copy of more than those."""
-    shape = side.hidden.shape
-    try:
-        flat = side.hidden.view(-1, shape[-1])
-    except RuntimeError:  # strides that no view can flatten, such as hidden[:, :-1]
-        flat = None
-    if side.index is None and flat is not None:
-        return flat[start:stop]
-    if side.index is None:
-        rows = torch.arange(start, stop, device=side.hidden.device)
-    else:
-        rows = side.index[start:stop]
-    if flat is not None:
-        return flat.index_select(0, rows)
-    coordinates = []
-    for size in reversed(shape[:-1]):
-        coordinates.append(rows % size)
-        rows = rows // size
-    return side.hidden[tuple(reversed(coordinates))]
 
 
 def _normalised_weight(problem: Problem) -> Tensor:

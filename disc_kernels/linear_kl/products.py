@@ -52,3 +52,31 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def take_rows(side: Side, start: int, stop: int) -> Tensor:
+    """Rows start..stop of what the side compares; never a copy of more than those."""
+    shape = side.hidden.shape
+    try:
+        flat = side.hidden.view(-1, shape[-1])
+    except RuntimeError:  # strides that no view can flatten, such as hidden[:, :-1]
+        flat = None
+    if side.index is None and flat is not None:
+        return flat[start:stop]
+    if side.index is None:
+        rows = torch.arange(start, stop, device=side.hidden.device)
+    else:
+        rows = side.index[start:stop]
+    if flat is not None:
+        return flat.index_select(0, rows)
+    coordinates = []
+    for size in reversed(shape[:-1]):
+        coordinates.append(rows % size)
+        rows = rows // size
+    return side.hidden[tuple(reversed(coordinates))]
+
+
+def project(side: Side, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
+    """Head outputs of hidden rows [R, D], without bias, into `logits` [R, V]."""
+    for tile, weight in weight_tiles(side, tile_rows):
+        multiply_into(logits[:, tile], hidden, weight.T)

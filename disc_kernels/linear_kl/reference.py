@@ -16,18 +16,19 @@ from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     """The loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
-    student_logits = _logits(problem.student)
-    teacher_logits = _logits(problem.teacher).detach()
+    student_logits = reference_logits(problem.student)
+    teacher_logits = reference_logits(problem.teacher).detach()
     log_q = F.log_softmax(student_logits / problem.temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits / problem.temperature, dim=-1)
     divergence = _divergence(log_p, log_q, problem.divergence, problem.beta)
     with torch.no_grad():
         agreement = student_logits.argmax(-1) == teacher_logits.argmax(-1)
-        stats = SuffixKLStats(divergence.detach(), _entropy(log_q), _entropy(log_p), agreement.to(log_q.dtype))
+        entropies = reference_entropy(log_q), reference_entropy(log_p)
+        stats = SuffixKLStats(divergence.detach(), *entropies, agreement.to(log_q.dtype))
     return _reduce(divergence, problem), stats
 
 
-def _logits(side: Side) -> Tensor:
+def reference_logits(side: Side) -> Tensor:
     """[M, vocab_size], in the dtype everything accumulates in."""
     hidden = side.hidden.flatten(0, -2)
     if side.index is not None:
@@ -64,7 +65,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * gap).sum(-1)
 
 
-def _entropy(log_p: Tensor) -> Tensor:
+def reference_entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
 
 

@@ -53,17 +53,22 @@ def build_problem(
             'for the KL divergences use divergence="forward_kl" or "reverse_kl"'
         )
 
-    device = _tensor("student_hidden", student_hidden).device
-    student = _side("student", student_hidden, student_weight, student_bias, student_index, student_transform, device)
-    teacher = _side("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform, device)
+    device = check_tensor("student_hidden", student_hidden).device
+    student, teacher = (
+        check_side(*side, device)
+        for side in (
+            ("student", student_hidden, student_weight, student_bias, student_index, student_transform),
+            ("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform),
+        )
+    )
     rows = _paired_rows(student, teacher)
-    vocab_size = _vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0])
+    vocab_size = check_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0])
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
         teacher=replace(teacher, vocab_size=vocab_size, accumulate_dtype=wide),
         rows=rows,
-        row_weight=_row_weight(row_weight, rows, device),
+        row_weight=check_row_weight(row_weight, rows, device),
         temperature=temperature,
         divergence=divergence,
         beta=beta,
@@ -105,7 +110,7 @@ def check_skip_below(value: Any, reduction: str) -> float:
     return value
 
 
-def _side(
+def check_side(
     name: str,
     hidden: Tensor,
     weight: Tensor,
@@ -136,7 +141,9 @@ def _side(
     operand_dtype = _operand_dtype(name, hidden, weight)
     wide = torch.promote_types(operand_dtype, torch.float32)
     side = Side(hidden, weight, bias, None, transform, operand_dtype, wide, vocab_size=weight.shape[0])
-    return side if index is None else replace(side, index=_index(name, index, side))
+    if index is None:
+        return side
+    return replace(side, index=check_index(f"{name}_index", index, side.hidden_rows, f"{name}_hidden", device))
 
 
 def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -153,25 +160,23 @@ def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _index(name: str, index: Tensor, side: Side) -> Tensor:
-    argument = f"{name}_index"
-    index = _tensor(argument, index)
+def check_index(argument: str, index: Any, rows: int, of: str, device: torch.device) -> Tensor:
+    """[M] int64 on `device`, of the `rows` rows of the tensor `of`."""
+    index = check_tensor(argument, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{argument}: expected dtype torch.int64, got {index.dtype}")
     if index.dim() != 1:
         raise ValueError(f"{argument}: expected shape [M], got {list(index.shape)}")
-    if index.device not in (side.hidden.device, torch.device("cpu")):
-        raise ValueError(
-            f"{argument}: expected device {side.hidden.device}, as student_hidden, or cpu, got {index.device}"
-        )
-    rows, message = side.hidden_rows, f"{argument}: expected rows from 0 to {side.hidden_rows - 1} of {name}_hidden"
+    if index.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{argument}: expected device {device}, as the hidden states, or cpu, got {index.device}")
+    message = f"{argument}: expected rows from 0 to {rows - 1} of {of}"
     if index.device.type == "cpu":
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
             raise ValueError(f"{message}, got rows from {int(index.min())} to {int(index.max())}")
     elif index.device.type != "meta":
         # The device stops with this message; the host does not wait to learn that all is well.
         torch._assert_async(((index >= 0) & (index < rows)).all(), f"{message}, got a row outside")
-    return index.to(side.hidden.device, non_blocking=True)
+    return index.to(device, non_blocking=True)
 
 
 def _paired_rows(student: Side, teacher: Side) -> int:
@@ -188,7 +193,7 @@ def _paired_rows(student: Side, teacher: Side) -> int:
     return counts[0]
 
 
-def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
+def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
     if vocab_size is None:
         if student != teacher:
             raise ValueError(
@@ -205,7 +210,7 @@ def _vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
     return vocab_size
 
 
-def _row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+def check_row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
     if row_weight is None:
         return None
     row_weight = _float_tensor("row_weight", row_weight, device)
@@ -217,15 +222,15 @@ def _row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> T
 
 
 def _float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
-    value = _tensor(name, value)
+    value = check_tensor(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, as student_hidden, got {value.device}")
+        raise ValueError(f"{name}: expected device {device}, as the hidden states, got {value.device}")
     return value
 
 
-def _tensor(name: str, value: Any) -> Tensor:
+def check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     return value

@@ -28,13 +28,13 @@ def compared(build, index, **options):
 def projected(monkeypatch):
     """How many rows each head is multiplied with: {(vocabulary, hidden size): rows}."""
     counts: dict[tuple[int, int], int] = {}
-    project = function._project
+    project = function.project
 
     def counting(side, hidden, tile_rows, logits):
         counts[tuple(side.weight.shape)] = counts.get(tuple(side.weight.shape), 0) + len(hidden)
         project(side, hidden, tile_rows, logits)
 
-    monkeypatch.setattr(function, "_project", counting)
+    monkeypatch.setattr(function, "project", counting)
     return counts
 
 
