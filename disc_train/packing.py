@@ -52,8 +52,8 @@ class PackedBatch(TypedDict):
     layout: SharedPrefixLayout  # rows_s * L_s tokens
     teacher_input_ids: Tensor  # [rows_t, L_t] int64
     teacher_layout: SharedPrefixLayout  # rows_t * L_t tokens
-    student_index: Tensor  # [M] int64
-    teacher_index: Tensor  # [M] int64
+    student_index: np.ndarray  # [M] int64; no tensor, so that it stays on the CPU, where the loss can see which repeat
+    teacher_index: np.ndarray  # [M] int64
     targets: Tensor  # [M] int64
     row_weight: Tensor  # [M] float32: 1 / (rows of the branch * branches of the example), so 1 in all for an example
     num_examples: int
@@ -72,10 +72,10 @@ def pack(examples: Sequence[Example], *, student: RowRule = ONE_ROW, teacher: Ro
     teacher_readings = read_branches([(e.teacher_trunk, b.teacher, b.target) for e, b in pairs], teacher.share)
     student_rows, teacher_rows = arrange(student_readings, student), arrange(teacher_readings, teacher)
 
-    def index(positions: Sequence[np.ndarray]) -> Tensor:
+    def index(positions: Sequence[np.ndarray]) -> np.ndarray:
         # A row predicts the next token, and the last token read predicts the target's last.
         ends = [position[-branch.rows :] for position, (_, branch) in zip(positions, pairs, strict=True)]
-        return torch.from_numpy(np.concatenate(ends))
+        return np.concatenate(ends)
 
     weights = [np.full(branch.rows, 1 / (branch.rows * len(example.branches))) for example, branch in pairs]
     return PackedBatch(

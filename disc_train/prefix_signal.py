@@ -122,7 +122,7 @@ def measure_signal(
     return signal
 
 
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:
+def _rows(hidden: Tensor, index: np.ndarray) -> Tensor:
     """[M, D]: rows of hidden states [rows, L, D]."""
     return hidden.flatten(0, 1)[index]
 

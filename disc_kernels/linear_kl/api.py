@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from disc_kernels.linear_kl.function import Call, FusedSuffixKL, Result, fused_forward
-from disc_kernels.linear_kl.gradient_sums import Wanted
-from disc_kernels.linear_kl.implementations import choose_implementation, rows_backend
-from disc_kernels.linear_kl.problem import LogitTransform, Problem, SuffixKLStats
+from disc_kernels.linear_kl.function import Result, fused, prepare
+from disc_kernels.linear_kl.implementations import choose_implementation
+from disc_kernels.linear_kl.operator import traced_suffix_kl
+from disc_kernels.linear_kl.problem import LogitTransform, SuffixKLStats
 from disc_kernels.linear_kl.reference import reference_suffix_kl
-from disc_kernels.linear_kl.teacher_rows import share_teacher_rows
-from disc_kernels.linear_kl.validation import build_problem, check_count, check_skip_below
-from disc_kernels.linear_kl.workspace import most_kept_rows, plan
+from disc_kernels.linear_kl.validation import build_problem, check_options, is_traced
 
 
 def fused_suffix_kl(
@@ -102,78 +99,54 @@ def fused_suffix_kl(
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
         was retained, computes them again.
 
+        In `torch.compile` and `torch.export` the call is one operator, `disc_kernels::fused_suffix_kl`. Another number
+        of rows compiles nothing; another option does, a temperature for example. What depends on values, such as an
+        index out of range, is raised when the graph runs. `impl="reference"` is traced like any torch code.
+
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
             without a host synchronisation, where the index is on CUDA: there the device stops with the message.
         NotImplementedError: `vocab_group`.
-        RuntimeError: when the backward is differentiated; when an input was changed in place before a backward that
+        RuntimeError: in a backward with `create_graph=True`; when an input was changed in place before a backward that
             computes gradients again.
     """
     if vocab_group is not None:
         raise NotImplementedError("vocab_group: vocabulary-parallel heads are not available yet")
-    problem = build_problem(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        student_index=student_index,
-        teacher_index=teacher_index,
-        row_weight=row_weight,
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        reduction=reduction,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        student_transform=student_transform,
-        teacher_transform=teacher_transform,
-        vocab_size=vocab_size,
-    )
-    if max_workspace_bytes is not None:
-        max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
-    if skip_below is not None:
-        skip_below = check_skip_below(skip_below, reduction)
-    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
-    if impl == "reference":
-        if skip_below is not None:
-            raise ValueError('skip_below: expected None for impl="reference", which computes every column')
-        loss, stats = reference_suffix_kl(problem)
-        result = Result(loss, *stats, skipped=loss.new_zeros(()))
+    arguments: dict[str, Any] = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "student_index": student_index,
+        "teacher_index": teacher_index,
+        "row_weight": row_weight,
+        "temperature": temperature,
+        "divergence": divergence,
+        "beta": beta,
+        "reduction": reduction,
+        "student_bias": student_bias,
+        "teacher_bias": teacher_bias,
+        "student_transform": student_transform,
+        "teacher_transform": teacher_transform,
+        "vocab_size": vocab_size,
+    }
+    options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "skip_below": skip_below, "impl": impl}
+    if is_traced(student_hidden) and impl != "reference":
+        result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
     else:
-        result = _fused(problem, teacher_index, impl, max_workspace_bytes, return_stats, skip_below)
-    extra: list[SuffixKLStats | Tensor] = [result.stats] if return_stats else []
+        check_options(**options, reduction=reduction)
+        problem = build_problem(**arguments)
+        impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
+        if impl == "reference":
+            loss, stats = reference_suffix_kl(problem)
+            result = Result(loss, *stats, skipped=loss.new_zeros(()))
+        else:
+            result = fused(prepare(problem, teacher_index, impl, max_workspace_bytes, return_stats, skip_below))
+    extra: list[SuffixKLStats | Tensor] = [SuffixKLStats(*result[1:5])] if return_stats else []
     if skip_below is not None:
         extra.append(result.skipped)
     return (result.loss, *extra) if extra else result.loss
-
-
-def _fused(
-    problem: Problem,
-    teacher_index: Tensor | None,
-    impl: str,
-    max_bytes: int | None,
-    return_stats: bool,
-    skip_below: float | None,
-) -> Result:
-    host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
-    problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
-    rows = rows_backend(impl)
-    how = plan(
-        problem,
-        teacher_rows,
-        max_bytes,
-        rows.BLOCK_ENTRIES,
-        rows.BLOCK_TEMPORARIES,
-        skips_columns=skip_below is not None,
-    )
-    call = Call(problem, teacher_rows, how, rows, statistics=return_stats, skip_below=skip_below)
-    student = problem.student
-    tensors = (student.hidden, student.weight, student.bias)
-    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
-    if any(wanted):
-        return Result(*FusedSuffixKL.apply(*tensors, call, wanted))
-    return fused_forward(call)
 
 
 class FusedSuffixKLLoss(nn.Module):

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from disc_kernels.linear_kl.function import save_tensors, saved_tensors
+from disc_kernels.linear_kl.function import refuse_double_backward, save_tensors, saved_tensors
 from disc_kernels.linear_kl.problem import Side
 from disc_kernels.linear_kl.products import (
     multiply_into,
@@ -181,8 +180,8 @@ class _RowLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, None, None, None]:
+        refuse_double_backward()
         if upstream is None:
             return None, None, None, None
         rows, mantissa, index = saved_tensors(ctx)

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from disc_kernels.linear_kl.gradient_sums import GradientSums, Wanted
+from disc_kernels.linear_kl.implementations import rows_backend
 from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
 from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
-from disc_kernels.linear_kl.teacher_rows import TeacherRows
-from disc_kernels.linear_kl.workspace import Plan
+from disc_kernels.linear_kl.teacher_rows import TeacherRows, share_teacher_rows
+from disc_kernels.linear_kl.workspace import Plan, most_kept_rows, plan
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,29 @@ class Call:
     rows_backend: ModuleType
     statistics: bool
     skip_below: float | None
+
+
+def prepare(
+    problem: Problem,
+    teacher_index: Tensor | None,  # as the caller gave it, perhaps on the CPU
+    impl: str,  # "triton" or "torch"
+    max_bytes: int | None,
+    statistics: bool,
+    skip_below: float | None,
+) -> Call:
+    """Sort the rows, divide the workspace, choose the row functions."""
+    host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
+    problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
+    rows = rows_backend(impl)
+    how = plan(
+        problem,
+        teacher_rows,
+        max_bytes,
+        rows.BLOCK_ENTRIES,
+        rows.BLOCK_TEMPORARIES,
+        skips_columns=skip_below is not None,
+    )
+    return Call(problem, teacher_rows, how, rows, statistics=statistics, skip_below=skip_below)
 
 
 class Result(NamedTuple):
@@ -51,10 +74,26 @@ class Result(NamedTuple):
         return SuffixKLStats(*self[1:5])
 
 
+def fused(call: Call) -> Result:
+    """The result, with gradients for what of the student's requires them."""
+    student = call.problem.student
+    tensors = (student.hidden, student.weight, student.bias)
+    wanted = Wanted(*(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors))
+    return Result(*FusedSuffixKL.apply(*tensors, call, wanted)) if any(wanted) else fused_forward(call)
+
+
 def fused_forward(call: Call) -> Result:
     """The result where no gradient is asked for."""
     with torch.no_grad():
         return _result(call, _run_chunks(call, None, None), None)
+
+
+def forward_with_gradients(call: Call, wanted: Wanted) -> tuple[Result, GradientSums]:
+    """The result for a reduction to a scalar, and its gradients but for the upstream one."""
+    with torch.no_grad():
+        row_scale, largest_weight = _row_scale(_normalised_weight(call.problem), call.problem)
+        gradients = GradientSums(call.problem, call.plan, wanted, largest_weight, call.skip_below)
+        return _result(call, _run_chunks(call, row_scale, gradients), gradients), gradients
 
 
 class FusedSuffixKL(torch.autograd.Function):
@@ -65,36 +104,40 @@ class FusedSuffixKL(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, wanted: Wanted
     ) -> tuple[Tensor, ...]:
         problem = call.problem
-        row_scale = ctx.gradients = None
-        if problem.reduction != "none":
-            row_scale, largest_weight = _row_scale(_normalised_weight(problem), problem)
-            ctx.gradients = GradientSums(problem, call.plan, wanted, largest_weight, call.skip_below)
-        stats = _run_chunks(call, row_scale, ctx.gradients)
+        if problem.reduction == "none":
+            result, ctx.gradients = fused_forward(call), None
+        else:
+            result, ctx.gradients = forward_with_gradients(call, wanted)
         save_tensors(ctx, problem.tensors())
         ctx.call, ctx.wanted = replace(call, problem=problem.with_tensors((None,) * len(problem.tensors()))), wanted
         ctx.set_materialize_grads(False)
-        result = _result(call, stats, ctx.gradients)
         ctx.mark_non_differentiable(*result[1:])
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
         if upstream is None:
             return None, None, None, None, None
         # Handed out once, not copied: a copy would double the memory of the weight's gradient.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            call = replace(ctx.call, problem=ctx.call.problem.with_tensors(saved_tensors(ctx)), statistics=False)
-            if upstream.dim():
-                weight = call.teacher_rows.in_sorted_order(upstream)
-            else:
-                weight = upstream * _normalised_weight(call.problem)
-            row_scale, largest_weight = _row_scale(weight, call.problem)
-            gradients = GradientSums(call.problem, call.plan, ctx.wanted, largest_weight, call.skip_below)
-            _run_chunks(call, row_scale, gradients)
-            upstream = torch.ones_like(largest_weight)
+            problem = ctx.call.problem.with_tensors(saved_tensors(ctx))
+            if problem.reduction == "none":  # a sum, now that its weights are known
+                weight = ctx.call.teacher_rows.in_sorted_order(upstream)
+                problem, upstream = replace(problem, reduction="sum", row_weight=weight), upstream.new_ones(())
+            _, gradients = forward_with_gradients(replace(ctx.call, problem=problem, statistics=False), ctx.wanted)
         return *gradients.finish(upstream), None, None
+
+
+def refuse_double_backward() -> None:
+    """Raise where autograd records a backward, which it does for `create_graph=True` only.
+
+    Gradients made in the forward are no part of that record: differentiated again they would count as constants.
+    (`once_differentiable` refuses only where the upstream gradient requires one itself.)
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("The gradients of this loss cannot be differentiated: call backward without create_graph")
 
 
 def _result(call: Call, stats: SuffixKLStats, gradients: GradientSums | None) -> Result:

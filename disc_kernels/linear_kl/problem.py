@@ -34,9 +34,9 @@ class LogitTransform:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"LogitTransform: {name} must be a number, got {type(value).__name__}")
-        if not math.isfinite(self.scale) or self.scale == 0:
+        if not 0 < abs(self.scale) < math.inf:
             raise ValueError(f"LogitTransform: scale must be finite and not zero, got {self.scale}")
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"LogitTransform: softcap must be positive and finite, or None, got {self.softcap}")
 
 

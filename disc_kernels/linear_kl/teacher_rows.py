@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from disc_kernels.host import to_device
 from disc_kernels.linear_kl.problem import Problem
 
 
@@ -88,13 +89,10 @@ def share_teacher_rows(problem: Problem, host_index: Tensor | None, most_kept_ro
 
 
 def _sorted_by_slot(problem: Problem, distinct: Tensor, slot: Tensor) -> tuple[Problem, TeacherRows]:
-    def on_device(x: Tensor) -> Tensor:
-        return x.to(problem.device, non_blocking=True)
-
     order = None
     if bool((slot[1:] < slot[:-1]).any()):
         slot, host_order = slot.sort(stable=True)
-        order = on_device(host_order)
+        order = to_device(host_order, problem.device)
         student, teacher, weight = problem.student, problem.teacher, problem.row_weight
         assert teacher.index is not None
         problem = replace(
@@ -103,4 +101,5 @@ def _sorted_by_slot(problem: Problem, distinct: Tensor, slot: Tensor) -> tuple[P
             teacher=replace(teacher, index=teacher.index[order]),
             row_weight=None if weight is None else weight[order],
         )
-    return problem, TeacherRows(len(distinct), on_device(distinct), on_device(slot), slot, order)
+    on_device = (to_device(x, problem.device) for x in (distinct, slot))
+    return problem, TeacherRows(len(distinct), *on_device, host_slot=slot, order=order)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from disc_kernels.host import to_device
 from disc_kernels.linear_kl.problem import LogitTransform, Problem, Side
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -76,6 +78,11 @@ def build_problem(
     )
 
 
+def is_traced(x: Any) -> bool:
+    """Whether a call with this tensor is being recorded, or asked for its shapes, so that there are no values."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -88,7 +95,7 @@ def check_number(name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:  # unlike math.isfinite a compiler can trace this
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
 
@@ -101,12 +108,25 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_skip_below(value: Any, reduction: str) -> float:
-    value = check_number("skip_below", value)
-    if value <= 0:
-        raise ValueError(f"skip_below: expected a positive number, or None to skip nothing, got {value}")
+def check_options(max_workspace_bytes: Any, skip_below: Any, impl: Any, reduction: str) -> None:
+    """What says how to compute, as far as that needs no backend."""
+    if max_workspace_bytes is not None:
+        check_count("max_workspace_bytes", max_workspace_bytes)
+    if skip_below is None:
+        return
+    if check_number("skip_below", skip_below) <= 0:
+        raise ValueError(f"skip_below: expected a positive number, or None to skip nothing, got {skip_below}")
+    if impl == "reference":
+        raise ValueError('skip_below: expected None for impl="reference", which computes every column')
     if reduction == "none":
         raise ValueError('skip_below: expected reduction "mean" or "sum", whose gradient is known in the forward')
+
+
+def check_transform(name: str, value: Any) -> LogitTransform:
+    if value is None:
+        return LogitTransform()
+    if not isinstance(value, LogitTransform):
+        raise TypeError(f"{name}_transform: expected a LogitTransform, got {type(value).__name__}")
     return value
 
 
@@ -134,10 +154,7 @@ def check_side(
         bias = _float_tensor(f"{name}_bias", bias, device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}_bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    if transform is None:
-        transform = LogitTransform()
-    elif not isinstance(transform, LogitTransform):
-        raise TypeError(f"{name}_transform: expected a LogitTransform, got {type(transform).__name__}")
+    transform = check_transform(name, transform)
     operand_dtype = _operand_dtype(name, hidden, weight)
     wide = torch.promote_types(operand_dtype, torch.float32)
     side = Side(hidden, weight, bias, None, transform, operand_dtype, wide, vocab_size=weight.shape[0])
@@ -170,13 +187,15 @@ def check_index(argument: str, index: Any, rows: int, of: str, device: torch.dev
     if index.device not in (device, torch.device("cpu")):
         raise ValueError(f"{argument}: expected device {device}, as the hidden states, or cpu, got {index.device}")
     message = f"{argument}: expected rows from 0 to {rows - 1} of {of}"
+    if index.device.type == "meta" or is_traced(index):
+        return index.to(device)  # no values to look at; the operator looks when it runs
     if index.device.type == "cpu":
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
             raise ValueError(f"{message}, got rows from {int(index.min())} to {int(index.max())}")
-    elif index.device.type != "meta":
+    else:
         # The device stops with this message; the host does not wait to learn that all is well.
         torch._assert_async(((index >= 0) & (index < rows)).all(), f"{message}, got a row outside")
-    return index.to(device, non_blocking=True)
+    return to_device(index, device)
 
 
 def _paired_rows(student: Side, teacher: Side) -> int:

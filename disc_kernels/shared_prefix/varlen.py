@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from disc_kernels.host import to_device
 from disc_kernels.shared_prefix.kernel_inputs import in_autocast_dtype, refuse_options
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
 
@@ -59,12 +60,12 @@ def varlen_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Var
     runs = torch.stack([seen, length], dim=1).flatten()
     first = torch.stack([tree + attach - seen, start], dim=1).flatten()
     behind = runs.cumsum(0) - runs
-    runs, shift = _to_device(torch.stack([runs, first - behind]), layout.device)
+    runs, shift = to_device(torch.stack([runs, first - behind]), layout.device)
     index = torch.arange(total, device=layout.device) + shift.repeat_interleave(runs, output_size=total)
 
     mask = index[None, None, None].as_subclass(VarlenMask)
     mask.gathered = index
-    mask.query_ends, mask.key_ends = _to_device(ends, layout.device)
+    mask.query_ends, mask.key_ends = to_device(ends, layout.device)
     mask.most_queries, mask.most_keys, mask.window = most_queries, most_keys, window
     return mask
 
@@ -193,10 +194,3 @@ def _window_size(mask: VarlenMask) -> tuple[int, int]:
 
 def _in_16_bits(*tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.dtype == torch.float16 else tensor.to(torch.bfloat16) for tensor in tensors]
-
-
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    """A small table on a device, by way of page-locked memory for a GPU: a copy from there waits for nothing."""
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True)

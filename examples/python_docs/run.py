@@ -45,8 +45,8 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
         columns.append(
             torch.stack(
                 [
-                    -log_probability(heads[0], student_hidden[0, batch["student_index"]], batch["targets"]),
-                    -log_probability(heads[1], teacher_hidden[0, batch["teacher_index"]], batch["targets"]),
+                    -log_probability(heads[0], student_hidden.flatten(0, 1)[batch["student_index"]], batch["targets"]),
+                    -log_probability(heads[1], teacher_hidden.flatten(0, 1)[batch["teacher_index"]], batch["targets"]),
                     suffix_kl((student_hidden, heads[0]), (teacher_hidden, heads[1]), batch, 1.0, reduction="none"),
                 ]
             )

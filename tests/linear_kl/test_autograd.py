@@ -81,9 +81,8 @@ def test_double_backward_is_refused(build_everything, fused_impl, reduction, los
     problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     loss = loss_of(problem, leaves, fused_impl).sum()
-    with pytest.raises(RuntimeError):
-        (gradient,) = torch.autograd.grad(loss, [leaves["student_hidden"]], create_graph=True)
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(loss, [leaves["student_hidden"]], create_graph=True)
 
 
 def test_freed_graph_is_refused(call):

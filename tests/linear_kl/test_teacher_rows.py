@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disc_kernels.linear_kl import api, function
+from disc_kernels.linear_kl import function
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 
 INDICES = {
@@ -41,8 +41,8 @@ def projected(monkeypatch):
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """As if the values of an index could not be seen without waiting."""
-    share = api.share_teacher_rows
-    monkeypatch.setattr(api, "share_teacher_rows", lambda problem, _, most: share(problem, None, most))
+    share = function.share_teacher_rows
+    monkeypatch.setattr(function, "share_teacher_rows", lambda problem, _, most: share(problem, None, most))
 
 
 @pytest.mark.parametrize("workspace", ["default", "smallest"])
