@@ -12,6 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from disc_kernels.linear_kl.math_triton import (
+    expm1,
+    first_maximum,
+    generalised_kl_terms,
+    log1p,
+    online_logsumexp,
+    over_mixture,
+    zero_where,
+)
 from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
 
 # Nothing but registers: the plan need not reserve memory.
@@ -69,43 +78,6 @@ def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: t
 
 
 @triton.jit
-def _one_minus_exp(x):
-    """1 - exp(-x) for x >= 0, to full accuracy near 0."""
-    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
-    return tl.where(x < 0.5, x * series, 1 - tl.exp(-x))
-
-
-@triton.jit
-def _expm1(x):
-    shrink = _one_minus_exp(tl.abs(x))
-    return tl.where(x > 0, tl.exp(x) * shrink, -shrink)
-
-
-@triton.jit
-def _log1p(x):
-    """Rounding in 1 + x is undone by the ratio of x to what of it is left (Kahan; Goldberg 1991, theorem 4)."""
-    y = 1.0 + x
-    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
-
-
-@triton.jit
-def _online_logsumexp(u, maximum, total):
-    new = tl.maximum(maximum, tl.max(u, axis=0))
-    # While every entry seen is -inf (masked by a bias) there is nothing to rescale, and -inf - -inf would be NaN.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(maximum - base) + tl.sum(tl.exp(u - base), axis=0)
-    return new, total
-
-
-@triton.jit
-def _first_maximum(u, offsets, best, best_index):
-    """Index of the running maximum; the lowest of equals, as `torch.argmax` gives on the CPU."""
-    top = tl.max(u, axis=0)
-    index = tl.min(tl.where(u == top, offsets, 2147483647), axis=0)
-    return tl.where(top > best, index, best_index)
-
-
-@triton.jit
 def _normalisers(
     student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
 ):
@@ -124,19 +96,19 @@ def _normalisers(
         offsets = start + tl.arange(0, BLOCK_V)
         u_s, _, u_t, difference = _load_pair(student, teacher, offsets, offsets < V, inverse_temperature, ONE_HEAD)
         if STATISTICS:
-            best_s = _first_maximum(u_s, offsets, max_s, best_s)
-            best_t = _first_maximum(u_t, offsets, max_t, best_t)
-        max_s, sum_s = _online_logsumexp(u_s, max_s, sum_s)
+            best_s = first_maximum(u_s, offsets, max_s, best_s)
+            best_t = first_maximum(u_t, offsets, max_t, best_t)
+        max_s, sum_s = online_logsumexp(u_s, max_s, sum_s)
         old = max_t
-        max_t, sum_t = _online_logsumexp(u_t, max_t, sum_t)
+        max_t, sum_t = online_logsumexp(u_t, max_t, sum_t)
         if ONE_HEAD:
             base = tl.where(max_t == float("-inf"), 0.0, max_t)
-            excess = excess * tl.exp(old - base) + tl.sum(tl.exp(u_t - base) * _expm1(difference), axis=0)
+            excess = excess * tl.exp(old - base) + tl.sum(tl.exp(u_t - base) * expm1(difference), axis=0)
     log_ratio = 0.0
     if ONE_HEAD:
         small = excess / sum_t
         # Far from 0 it may have overflowed, and log1p would no longer gain anything.
-        log_ratio = tl.where(tl.abs(small) < 0.5, _log1p(small), max_s - max_t + (tl.log(sum_s) - tl.log(sum_t)))
+        log_ratio = tl.where(tl.abs(small) < 0.5, log1p(small), max_s - max_t + (tl.log(sum_s) - tl.log(sum_t)))
     return max_s, tl.log(sum_s), max_t, tl.log(sum_t), log_ratio, best_s == best_t
 
 
@@ -152,29 +124,6 @@ def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_tem
     else:
         gap = tl.where(lq == lp, 0.0, lq - lp)  # a bias may make both -inf
     return lq, lp, gap, slope
-
-
-@triton.jit
-def _generalised_kl_terms(la, lb, gap):
-    """(a (la - lb) + (b - a), b - a), where gap = lb - la"""
-    larger = tl.exp(tl.maximum(la, lb))
-    x = tl.abs(gap)
-    shrink = larger * _one_minus_exp(x)  # max(a, b) - min(a, b)
-    difference = _zero_where(larger, tl.where(gap > 0, shrink, -shrink))
-    a = tl.where(gap > 0, larger * tl.exp(-x), larger)
-    return tl.where(a == 0, difference, difference - a * gap), difference
-
-
-@triton.jit
-def _over_mixture(gap, beta):
-    """log m - max(lp, lq), m = beta p + (1 - beta) q, from gap = lq - lp: nothing cancels where p and q are close."""
-    return _log1p(-_one_minus_exp(tl.abs(gap)) * tl.where(gap > 0, beta, 1.0 - beta))
-
-
-@triton.jit
-def _zero_where(a, x):
-    """x, but 0 where a is 0: 0 log 0 = 0."""
-    return tl.where(a == 0, 0.0, x)
 
 
 @triton.jit
@@ -239,23 +188,23 @@ def _compare_rows_kernel(
         )
         q = tl.exp(lq)
         if KIND == FORWARD_KL:
-            terms, difference = _generalised_kl_terms(lp, lq, gap)
+            terms, difference = generalised_kl_terms(lp, lq, gap)
         elif KIND == REVERSE_KL:
-            terms, _ = _generalised_kl_terms(lq, lp, -gap)
-            mean_slope += tl.sum(_zero_where(q, q * gap), axis=0)
+            terms, _ = generalised_kl_terms(lq, lp, -gap)
+            mean_slope += tl.sum(zero_where(q, q * gap), axis=0)
         else:
-            over = _over_mixture(gap, beta)
+            over = over_mixture(gap, beta)
             lm = tl.maximum(lp, lq) + over
             h = tl.minimum(gap, 0.0) - over  # lq - lm
-            terms_t, _ = _generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
-            terms_s, _ = _generalised_kl_terms(lq, lm, -h)
+            terms_t, _ = generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
+            terms_s, _ = generalised_kl_terms(lq, lm, -h)
             terms = beta * terms_t + (1.0 - beta) * terms_s
-            mean_slope += tl.sum(_zero_where(q, q * (1.0 - beta) * h), axis=0)
+            mean_slope += tl.sum(zero_where(q, q * (1.0 - beta) * h), axis=0)
         divergence += tl.sum(tl.where(mask, terms, 0.0), axis=0)
         if STATISTICS:
-            entropy_s -= tl.sum(_zero_where(q, q * lq), axis=0)
+            entropy_s -= tl.sum(zero_where(q, q * lq), axis=0)
             p = tl.exp(lp)
-            entropy_t -= tl.sum(_zero_where(p, p * lp), axis=0)
+            entropy_t -= tl.sum(zero_where(p, p * lp), axis=0)
         if gradient_ptr is not None and KIND == FORWARD_KL:
             _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * row_scale, NARROW)
 
@@ -276,8 +225,8 @@ def _compare_rows_kernel(
             q = tl.exp(lq)
             h = gap
             if KIND == JSD:
-                h = (1.0 - beta) * (tl.minimum(gap, 0.0) - _over_mixture(gap, beta))
-            g = _zero_where(q, q * (h - mean_slope)) * slope * row_scale
+                h = (1.0 - beta) * (tl.minimum(gap, 0.0) - over_mixture(gap, beta))
+            g = zero_where(q, q * (h - mean_slope)) * slope * row_scale
             _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
 
 
@@ -355,7 +304,7 @@ def _normalise_rows_kernel(
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         u, _ = _load_logits(side, offsets, offsets < V, inverse_temperature)
-        maximum, normaliser = _online_logsumexp(u, maximum, normaliser)
+        maximum, normaliser = online_logsumexp(u, maximum, normaliser)
     log_sum = tl.log(normaliser)
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
@@ -370,10 +319,10 @@ def _normalise_rows_kernel(
             u, _ = _load_logits(side, offsets, mask, inverse_temperature)
             e = tl.exp(u - maximum)
             if entropy_ptr is not None:
-                spread += tl.sum(_zero_where(e, e * (u - maximum)), axis=0)
+                spread += tl.sum(zero_where(e, e * (u - maximum)), axis=0)
             if expected_bias_ptr is not None:
                 bias = tl.load(other_bias_ptr + offsets * stride_ob, mask=mask, other=0.0).to(e.dtype)
-                expected_bias += tl.sum(_zero_where(e, e * bias), axis=0)
+                expected_bias += tl.sum(zero_where(e, e * bias), axis=0)
             if weights_ptr is not None:
                 weight = (e * PEAK).to(weights_ptr.dtype.element_ty)
                 stored = weight.to(e.dtype)

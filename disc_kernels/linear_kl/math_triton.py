@@ -1,0 +1,66 @@
+"""What Triton kernels compute with, number by number: nothing here knows a model or a pointer."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(-x) for x >= 0, to full accuracy near 0."""
+    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
+    return tl.where(x < 0.5, x * series, 1 - tl.exp(-x))
+
+
+@triton.jit
+def expm1(x):
+    shrink = one_minus_exp(tl.abs(x))
+    return tl.where(x > 0, tl.exp(x) * shrink, -shrink)
+
+
+@triton.jit
+def log1p(x):
+    """Rounding in 1 + x is undone by the ratio of x to what of it is left (Kahan; Goldberg 1991, theorem 4)."""
+    y = 1.0 + x
+    return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
+
+
+@triton.jit
+def zero_where(a, x):
+    """x, but 0 where a is 0: 0 log 0 = 0."""
+    return tl.where(a == 0, 0.0, x)
+
+
+@triton.jit
+def online_logsumexp(u, maximum, total):
+    new = tl.maximum(maximum, tl.max(u, axis=0))
+    # While every entry seen is -inf (masked by a bias) there is nothing to rescale, and -inf - -inf would be NaN.
+    base = tl.where(new == float("-inf"), 0.0, new)
+    total = total * tl.exp(maximum - base) + tl.sum(tl.exp(u - base), axis=0)
+    return new, total
+
+
+@triton.jit
+def first_maximum(u, offsets, best, best_index):
+    """Index of the running maximum; the lowest of equals, as `torch.argmax` gives on the CPU."""
+    top = tl.max(u, axis=0)
+    index = tl.min(tl.where(u == top, offsets, 2147483647), axis=0)
+    return tl.where(top > best, index, best_index)
+
+
+@triton.jit
+def generalised_kl_terms(la, lb, gap):
+    """(a (la - lb) + (b - a), b - a), where gap = lb - la"""
+    larger = tl.exp(tl.maximum(la, lb))
+    x = tl.abs(gap)
+    shrink = larger * one_minus_exp(x)  # max(a, b) - min(a, b)
+    difference = zero_where(larger, tl.where(gap > 0, shrink, -shrink))
+    a = tl.where(gap > 0, larger * tl.exp(-x), larger)
+    return tl.where(a == 0, difference, difference - a * gap), difference
+
+
+@triton.jit
+def over_mixture(gap, beta):
+    """log m - max(lp, lq), m = beta p + (1 - beta) q, from gap = lq - lp: nothing cancels where p and q are close."""
+    return log1p(-one_minus_exp(tl.abs(gap)) * tl.where(gap > 0, beta, 1.0 - beta))
