@@ -116,6 +116,7 @@ VALID: Changes = {"valid50": {"valid_percent": 50}, "valid10": {"valid_percent":
 SHARED: Changes = {"shared4": {"shared": 4}, "shared16": {"shared": 16}}
 EXPECTED: Changes = {"expected": {"frozen_head": True, "summarised": True}}
 SUMMARISED = ("products", "ours_expected_embedding")
+FORWARD_ONLY = ("products", "ours", "ours_streamed", "eager")
 
 GPT2 = Case("gpt2-fp32", 512, 896, 50257, torch.float32, EVERYONE)
 SMALL = Case("small-fp32", 512, 256, 32000, torch.float32)
@@ -135,10 +136,12 @@ QWEN_HALF_B = Case("qwen2.5-0.5b-bf16", 8192, 896, 151936, torch.bfloat16, EVERY
 GPU_CASES = (
     QWEN_7B,
     *variants(QWEN_7B, EVERYONE, FROZEN),
-    *variants(QWEN_7B, FEW, VALID | SHARED | FORWARD),
+    *variants(QWEN_7B, FEW, VALID | SHARED),
+    *variants(QWEN_7B, FORWARD_ONLY, FORWARD),
     *variants(QWEN_7B, SUMMARISED, EXPECTED),
     LLAMA_8B,
-    *variants(LLAMA_8B, FEW, FROZEN | FORWARD),
+    *variants(LLAMA_8B, FEW, FROZEN),
+    *variants(LLAMA_8B, FORWARD_ONLY, FORWARD),
     *variants(LLAMA_8B, SUMMARISED, EXPECTED),
     QWEN_HALF_B,
     *variants(QWEN_HALF_B, (*FEW, *CHUNKED_PEERS), tokens(512, 2048, 32768, 65536)),

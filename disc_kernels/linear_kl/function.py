@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from disc_kernels.linear_kl.gradient_sums import GradientSums, Wanted
-from disc_kernels.linear_kl.implementations import rows_backend
+from disc_kernels.linear_kl.implementations import rows_backend, streaming_is_faster
 from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
 from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
 from disc_kernels.linear_kl.teacher_rows import TeacherRows, share_teacher_rows
@@ -34,6 +34,7 @@ class Call:
     rows_backend: ModuleType
     statistics: bool
     skip_below: float | None
+    streams: bool  # if no gradient is asked for, no logits are written
 
 
 def prepare(
@@ -56,7 +57,8 @@ def prepare(
         rows.BLOCK_TEMPORARIES,
         skips_columns=skip_below is not None,
     )
-    return Call(problem, teacher_rows, how, rows, statistics=statistics, skip_below=skip_below)
+    streams = impl == "triton" and streaming_is_faster(problem, teacher_rows, statistics, max_bytes)
+    return Call(problem, teacher_rows, how, rows, statistics=statistics, skip_below=skip_below, streams=streams)
 
 
 class Result(NamedTuple):
@@ -85,7 +87,12 @@ def fused(call: Call) -> Result:
 def fused_forward(call: Call) -> Result:
     """The result where no gradient is asked for."""
     with torch.no_grad():
-        return _result(call, _run_chunks(call, None, None), None)
+        if not call.streams:
+            return _result(call, _run_chunks(call, None, None), None)
+        from disc_kernels.linear_kl.stream_triton import stream_rows
+
+        with torch.autocast(call.problem.device.type, enabled=False):
+            return _result(call, stream_rows(call.problem, call.statistics), None)
 
 
 def forward_with_gradients(call: Call, wanted: Wanted) -> tuple[Result, GradientSums]:

@@ -8,9 +8,15 @@ from types import ModuleType
 
 import torch
 
+from disc_kernels.linear_kl.problem import Problem
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
 from disc_kernels.linear_kl.validation import check_choice
+from disc_kernels.linear_kl.workspace import workspace_bytes
 
 IMPLEMENTATIONS = ("triton", "torch", "reference")
+
+# Compute capabilities on which `stream_triton.py` was measured to be faster than chunks of products: none was measured.
+STREAMING_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 
 def choose_implementation(impl: str | None, device: torch.device, accumulate_dtype: torch.dtype) -> str:
@@ -36,3 +42,18 @@ def choose_implementation(impl: str | None, device: torch.device, accumulate_dty
 def rows_backend(impl: str) -> ModuleType:
     """The row functions of "triton" or "torch"; Triton is imported when it is first asked for."""
     return importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
+
+
+def streaming_is_faster(problem: Problem, teacher_rows: TeacherRows, statistics: bool, max_bytes: int | None) -> bool:
+    """Whether a call without gradients by Triton had better write no logits.
+
+    Chunks keep what streaming does not do: project a shared teacher row once, and the difference form of one head.
+    """
+    device = problem.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in STREAMING_FASTER:
+        return False
+    from disc_kernels.linear_kl.stream_triton import peak_bytes, refusal
+
+    if refusal(problem) is not None or teacher_rows.slot is not None or problem.one_head:
+        return False
+    return peak_bytes(problem, statistics) <= workspace_bytes(max_bytes, device.type)

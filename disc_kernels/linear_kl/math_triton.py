@@ -9,7 +9,9 @@ import triton.language as tl
 @triton.jit
 def one_minus_exp(x):
     """1 - exp(-x) for x >= 0, to full accuracy near 0."""
-    series = 1 - x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6 * (1 - x / 7 * (1 - x / 8))))))
+    # Reciprocals are constants of the compiler; it would divide by whole numbers.
+    series = 1 - x * (1 / 5) * (1 - x * (1 / 6) * (1 - x * (1 / 7) * (1 - x * (1 / 8))))
+    series = 1 - x * (1 / 2) * (1 - x * (1 / 3) * (1 - x * (1 / 4) * series))
     return tl.where(x < 0.5, x * series, 1 - tl.exp(-x))
 
 
@@ -64,3 +66,11 @@ def generalised_kl_terms(la, lb, gap):
 def over_mixture(gap, beta):
     """log m - max(lp, lq), m = beta p + (1 - beta) q, from gap = lq - lp: nothing cancels where p and q are close."""
     return log1p(-one_minus_exp(tl.abs(gap)) * tl.where(gap > 0, beta, 1.0 - beta))
+
+
+@triton.jit
+def tanh(x):
+    """sign(x) (1 - e) / (1 + e), e = exp(-2 |x|): no overflow, and -inf and +inf give -1 and 1."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)

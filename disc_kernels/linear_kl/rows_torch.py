@@ -168,9 +168,10 @@ def _divergence(lq: Tensor, lp: Tensor, gap: Tensor, problem: Problem, gradient:
 def _generalised_kl(la: Tensor, lb: Tensor, gap: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
     """sum a (la - lb) + (b - a), [R], and b - a, [R, V], where gap = lb - la; it is overwritten."""
     difference = torch.maximum(la, lb).exp_().mul_(torch.expm1(gap.abs().neg_())).copysign_(gap)
+    a = la.exp()
     if masked:
-        gap.masked_fill_(la == -torch.inf, 0.0)  # 0 log 0 = 0
-    value = torch.addcmul(difference, la.exp(), gap, value=-1).sum(-1)
+        gap.masked_fill_(a == 0, 0.0)  # 0 log 0 = 0
+    value = torch.addcmul(difference, a, gap, value=-1).sum(-1)
     return value.clamp_min_(0), difference
 
 

@@ -101,5 +101,5 @@ def _sorted_by_slot(problem: Problem, distinct: Tensor, slot: Tensor) -> tuple[P
             teacher=replace(teacher, index=teacher.index[order]),
             row_weight=None if weight is None else weight[order],
         )
-    on_device = (to_device(x, problem.device) for x in (distinct, slot))
-    return problem, TeacherRows(len(distinct), *on_device, host_slot=slot, order=order)
+    index, device_slot = to_device(distinct, problem.device), to_device(slot, problem.device)
+    return problem, TeacherRows(len(distinct), index, device_slot, host_slot=slot, order=order)

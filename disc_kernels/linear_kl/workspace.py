@@ -61,6 +61,11 @@ def row_stride(vocab_size: int) -> int:
     return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
+def workspace_bytes(max_bytes: int | None, device_type: str) -> int:
+    """What was asked for, or the device's default."""
+    return max_bytes or DEFAULT_BYTES.get(device_type, DEFAULT_BYTES["cpu"])
+
+
 def bytes_of_teacher_row(problem: Problem) -> int:
     """A projected row of the teacher's: its logits, and its hidden state gathered, rounded, widened."""
     return problem.accumulate_dtype.itemsize * (row_stride(problem.vocab_size) + 3 * problem.teacher.hidden_size)
@@ -68,7 +73,7 @@ def bytes_of_teacher_row(problem: Problem) -> int:
 
 def most_kept_rows(problem: Problem, max_bytes: int | None) -> int:
     """How many projected teacher rows may be kept through the call: half of the workspace."""
-    return (max_bytes or _default_bytes(problem.device.type)) // 2 // bytes_of_teacher_row(problem)
+    return workspace_bytes(max_bytes, problem.device.type) // 2 // bytes_of_teacher_row(problem)
 
 
 def plan(
@@ -139,7 +144,7 @@ def divide(demand: Demand, max_bytes: int | None) -> Plan:
     """
     needed = demand.fixed_bytes + demand.row_bytes + demand.tile_row_bytes + demand.block_row_bytes
     if max_bytes is None:
-        max_bytes = max(_default_bytes(demand.device_type), needed)
+        max_bytes = max(workspace_bytes(None, demand.device_type), needed)
     if max_bytes < needed:
         raise ValueError(
             f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {demand.rows} rows and "
@@ -160,7 +165,3 @@ def divide(demand: Demand, max_bytes: int | None) -> Plan:
     # Half the rows at most: however few there are and however large the workspace, no tensor is ever [M, V].
     chunk_rows = min(1 + spare // demand.row_bytes, -(-rows // 2))
     return Plan(chunk_rows, tile_rows, block_rows, row_stride(demand.vocab_size))
-
-
-def _default_bytes(device_type: str) -> int:
-    return DEFAULT_BYTES.get(device_type, DEFAULT_BYTES["cpu"])

@@ -90,3 +90,40 @@ def test_rendered_again_from_the_rows(run, tmp_path, capsys):
     report.main(tmp_path)
     assert (tmp_path / "linear_kl.md").read_text() == before
     assert "linear_kl.md" in capsys.readouterr().out
+
+
+@pytest.fixture
+def steps():
+    def step(system: str, documents: int, **fields):
+        case = {"case": f"tiny-sentence-d{documents}", "shape": "tiny", "precision": "float32", "suffixes": "sentence"}
+        return case | {"documents": documents, "system": system, "status": "measured"} | fields
+
+    held = {"bytes": 3 * 2**30, "bytes_above": 2**29}
+    errors = {"loss": 1e-8, "head": 2e-7, "first": 3e-7}
+    rows = [
+        step("per_split_loop", 4, seconds=2.0, errors={}, **held),
+        step("ours", 4, seconds=0.5, errors=errors, **held),
+        step("per_split_loop", 16, seconds=8.0, errors={}, **held),
+        step("ours", 16, status="out of memory"),
+    ]
+    return report.finished("step", rows, {"device": "some GPU"})
+
+
+def test_steps_are_compared_with_the_loop(steps):
+    text = report.markdown("step", steps)
+    errors = ["1.0e-08", "2.0e-07", "3.0e-07"]
+    assert line(text, "tiny-sentence-d4", "ours")[3:] == ["8", "4.00", "3", "0.5", *errors]
+    assert line(text, "tiny-sentence-d4", "per_split_loop")[3:] == ["2", "1.00", "3", "0.5", "", "", ""]
+    assert line(text, "tiny-sentence-d16", "ours")[3] == "out of memory"
+
+
+def test_plot_of_steps(steps, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = ["step.json", "step-speed.png", "step.md"]
+    assert list(report.write(tmp_path, "step", steps)) == [str(tmp_path / name) for name in names]
+
+
+def test_plot_without_a_measurement_of_ours(steps, tmp_path):
+    pytest.importorskip("matplotlib")
+    steps["rows"] = [row for row in steps["rows"] if row["system"] != "ours"]
+    assert list(report.write(tmp_path, "step", steps)) == [str(tmp_path / name) for name in ("step.json", "step.md")]

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from disc_kernels import fused_suffix_kl
+from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +35,71 @@ def test_many_small_chunks(build_everything, run, assert_accurate, smallest_work
     smallest = smallest_workspace(problem.on("cuda"), gpu_impl)
     problem = problem.with_options(max_workspace_bytes=2 * smallest)
     assert_accurate(run(problem, gpu_impl, device="cuda"), problem)
+
+
+def test_shared_teacher_rows(build, run, assert_accurate, gpu_impl, divergence):
+    """An index on the host shows which rows repeat; one on the device keeps all teacher rows, which fit."""
+    index = (torch.arange(48) * 5) % 6
+    problem = build(rows=48, width=64, vocab=3001, teacher_rows=6, dtype=torch.bfloat16, divergence=divergence)
+    problem = problem.with_options(teacher_index=index, reduction="sum")
+    got = run(problem, gpu_impl, device="cuda")
+    assert_accurate(got, problem)
+    leaves = problem.on("cuda").leaves()
+    loss = fused_suffix_kl(**leaves, teacher_index=index, divergence=divergence, reduction="sum", impl=gpu_impl)
+    assert isinstance(loss, torch.Tensor)
+    loss.backward(torch.full_like(loss, problem.upstream))
+    gradients = {name: leaves[name].grad.cpu() for name in got.gradients}
+    assert_accurate(replace(got, loss=loss.detach().cpu(), gradients=gradients), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_head(build, run, assert_accurate, gpu_impl, divergence, dtype):
+    problem = build(rows=33, width=64, vocab=3001, dtype=dtype, divergence=divergence).on("cuda")
+    problem = problem.with_tensors(teacher_weight=problem.tensors["student_weight"])
+    assert_accurate(run(problem, gpu_impl, device="cuda"), problem.on("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_expected_embedding(build_everything, plain, assert_accurate, gpu_impl, dtype, reduction):
+    problem = build_everything(dtype, reduction=reduction, student_transform=LogitTransform(scale=1.5))
+    problem = replace(problem, asks=("student_hidden",))
+    moved = problem.on("cuda")
+    t, o = moved.leaves(), moved.options
+    same = {"temperature": 2.0, "vocab_size": 995, "student_bias": t["student_bias"], "impl": gpu_impl}
+    teacher = {"teacher_bias": t["teacher_bias"], "teacher_transform": o["teacher_transform"]}
+    summary = teacher_summary(t["teacher_hidden"], t["teacher_weight"], t["student_weight"], **teacher, **same)
+    rows = {"student_index": o["student_index"], "summary_index": o["teacher_index"], "row_weight": o["row_weight"]}
+    loss = expected_embedding_kl(
+        t["student_hidden"], t["student_weight"], summary, reduction=reduction, student_scale=1.5, **rows, **same
+    )
+    upstream = torch.as_tensor(problem.upstream, device="cuda").expand_as(loss)
+    (gradient,) = torch.autograd.grad(loss, [t["student_hidden"]], upstream)
+    got = replace(plain(problem), loss=loss.detach().cpu(), gradients={"student_hidden": gradient.cpu()}, stats={})
+    assert_accurate(got, problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_streaming(build_everything, loss_of, monkeypatch, dtype, divergence):
+    """Whether or not it is this device's default, it gives what chunks give."""
+    problem = replace(build_everything(dtype, divergence=divergence, reduction="none").on("cuda"), asks=())
+    chunks = loss_of(problem, problem.leaves(), "triton", return_stats=True)[1]
+    monkeypatch.setattr("disc_kernels.linear_kl.function.streaming_is_faster", lambda *_: True)
+    streamed = loss_of(problem, problem.leaves(), "triton", return_stats=True)[1]
+    for name, expected in chunks._asdict().items():
+        torch.testing.assert_close(getattr(streamed, name), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_compiled(build, gpu_impl):
+    problem = build(rows=33, width=64, vocab=3001, dtype=torch.bfloat16).on("cuda")
+    compiled = torch.compile(fused_suffix_kl, fullgraph=True)
+    gradients = []
+    for call in (fused_suffix_kl, compiled):
+        leaves = problem.leaves()
+        call(**leaves, impl=gpu_impl).backward()
+        gradients.append(leaves["student_weight"].grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.fixture
@@ -74,8 +140,9 @@ def test_peak(large, gpu_impl, reduction):
     assert peak <= 4 * 4096 + gradients + accumulating + workspace + rounding
 
 
-def test_host_does_not_wait(large, gpu_impl):
-    rows, weight = torch.randint(4096, (1000,), device="cuda"), torch.rand(1000, device="cuda")
+@pytest.mark.parametrize("index_device", ["cpu", "cuda"])
+def test_host_does_not_wait(large, gpu_impl, index_device):
+    rows, weight = torch.randint(4096, (1000,), device=index_device), torch.rand(1000, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss = fused_suffix_kl(

@@ -1,0 +1,81 @@
+"""Who takes a training step. Each function makes ready what is not timed and returns the call that is: from a step's
+documents to the loss, with its gradients added to the student's. The optimizer's part is the same for all.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from benchmarks.step_cases import StepCase
+from disc_train.dataset import DocumentDataset
+from disc_train.example import Example
+from disc_train.trainer import DiscTrainer
+
+Backward = Callable[[Sequence[Example]], Tensor]  # gives the mean loss of the documents, []
+TEMPERATURE = 2.0
+
+
+def ours(case: StepCase, dataset: DocumentDataset, student: PreTrainedModel, teacher: PreTrainedModel) -> Backward:
+    """What `DiscTrainer.train` does with a step's documents: its collator, in this process, and its `training_step`.
+
+    Its logging and callbacks are left out, and data loader workers that would collate the next step meanwhile.
+    """
+    args = TrainingArguments(
+        tempfile.gettempdir(),  # nothing is saved
+        per_device_train_batch_size=case.documents,
+        bf16=case.shape.autocast,
+        use_cpu=student.device.type == "cpu",
+    )
+    trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE)
+
+    def backward(examples: Sequence[Example]) -> Tensor:
+        batch = trainer.data_collator(examples)  # type: ignore[arg-type]
+        return trainer.training_step(student, batch, num_items_in_batch=len(examples))
+
+    return backward
+
+
+def per_split_loop(
+    case: StepCase, dataset: DocumentDataset, student: PreTrainedModel, teacher: PreTrainedModel
+) -> Backward:
+    """The procedure of the method's authors (arXiv 2602.16093), for every split point: the teacher reads prefix and
+    suffix, the student the suffix, both give the logits of all they read, and the gradients are added up.
+
+    Softmaxes are float32 here, or the loss could not be held to ours. Documents are on the device beforehand.
+    """
+    for model in (student, teacher):
+        model.set_attn_implementation("sdpa")  # transformers' default; ours may have changed the teacher's
+    documents = {
+        example.name: torch.from_numpy(example.teacher_trunk).long().to(student.device)
+        for example in (dataset[i] for i in range(len(dataset)))
+    }
+
+    def split_loss(document: Tensor, start: int, stop: int) -> Tensor:
+        n = stop - start
+        with torch.no_grad():
+            teacher_logits = teacher(document[None, :stop], use_cache=False).logits[0, -n:-1]
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=case.shape.autocast):
+            student_logits = student(document[None, start:stop], use_cache=False).logits[0, :-1]
+        log_p = F.log_softmax(teacher_logits.float() / TEMPERATURE, dim=-1)
+        log_q = F.log_softmax(student_logits.float() / TEMPERATURE, dim=-1)
+        return TEMPERATURE**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    def backward(examples: Sequence[Example]) -> Tensor:
+        student.train()
+        total = torch.zeros((), device=student.device)
+        for example in examples:
+            for branch in example.branches:
+                start = branch.teacher.attach
+                loss = split_loss(documents[example.name], start, start + len(branch.target))
+                loss = loss / (len(example.branches) * len(examples))
+                loss.backward()
+                total += loss.detach()
+        return total
+
+    return backward

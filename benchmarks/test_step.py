@@ -1,0 +1,95 @@
+"""Documents a second and peak memory of whole training steps: ours, and the authors' loop over split points.
+
+    pytest benchmarks/test_step.py [--results DIR]
+
+A step is both models' forwards, loss, backward and AdamW, from a list of tokenised documents with their splits to new
+weights. Correctness comes first: in the first step, from the same weights, ours must give the loop's loss and
+gradients, or it has no time. A time is the median of the steps that fit `SECONDS`, at least one (the loop's steps of
+many documents are many equal parts anyway), each with other documents, between two synchronisations. What could not be
+measured is a row that says why.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks import peers
+from benchmarks.memory import peak_bytes
+from benchmarks.step_cases import CPU_CASES, GPU_CASES, Shape, StepCase
+from benchmarks.step_run import LOOP, Outcome, Problem, Run
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = GPU_CASES if DEVICE == "cuda" else CPU_CASES
+SECONDS, MOST_ROUNDS = 1.5, 10  # of one measurement; all of them are to take two minutes on a GPU
+MEASUREMENTS = [pytest.param(case, system, id=f"{case.name}-{system}") for case in CASES for system in (LOOP, "ours")]
+
+
+@lru_cache(maxsize=1)
+def teacher_of(shape: Shape) -> PreTrainedModel:
+    return shape.teacher(DEVICE)
+
+
+@lru_cache(maxsize=1)
+def problem_of(case: StepCase) -> Problem:
+    """The same for both systems, whose tests follow each other."""
+    return Problem(case, teacher_of(case.shape))
+
+
+@pytest.fixture(autouse=True)
+def freed_memory() -> Iterator[None]:
+    yield
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize(("case", "system"), MEASUREMENTS)
+def test_step(benchmark, record, case: StepCase, system: str) -> None:
+    row = record(system=system, **case.describe())
+    try:
+        row |= measure(benchmark, problem_of(case), system)
+    except Exception as error:
+        row["status"] = peers.reason(error)
+        if system == "ours" and row["status"] != "out of memory":
+            raise
+    # Outside the `except`: its traceback would keep the tensors of a system that ran out of memory.
+    if row["status"] != "measured":
+        pytest.skip(row["status"])
+    benchmark.extra_info |= row  # for --benchmark-json
+
+
+def measure(benchmark: Any, problem: Problem, system: str) -> dict[str, Any]:
+    if system != LOOP:
+        _ = problem.expected  # before this run's student takes its memory
+    run = Run(problem, system)
+    outcomes: list[Outcome] = []
+    # A step holds the most in its backward: AdamW works in place.
+    above = peak_bytes(lambda: outcomes.append(run.forward_backward()), DEVICE)
+    errors: dict[str, float] = {}
+    if system == LOOP:
+        problem.expected = outcomes.pop()
+    else:
+        errors = problem.errors(outcomes.pop())
+    run.update()
+    for _ in range(2):  # steps of other lengths, for which ours compiles its attention a second and last time
+        start = time.perf_counter()
+        run.step(documents=1)
+        seconds = problem.case.documents * (time.perf_counter() - start)
+    rounds = min(max(int(SECONDS / seconds), 1), MOST_ROUNDS)
+    benchmark.pedantic(run.step, rounds=rounds)
+    return {
+        "status": "measured",
+        "seconds": benchmark.stats.stats.median if benchmark.stats else None,  # None: --benchmark-disable
+        "rounds": rounds,
+        "bytes": run.held_bytes() + above,
+        "bytes_above": above,
+        "errors": errors,
+    }

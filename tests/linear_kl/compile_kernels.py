@@ -1,0 +1,185 @@
+"""Compiles every Triton kernel of the loss for GPUs that need not be there, and prints what each variant takes.
+
+A program of its own, because Triton's interpreter, which the tests run, replaces the compiler in a whole process.
+A line of JSON each: kernel, variant, architecture, and registers a thread and bytes a program.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
+
+from disc_kernels.linear_kl import rows_triton, stream_triton
+from disc_kernels.linear_kl.vocab_parallel import VocabPart
+
+ARCHITECTURES = (80, 90, 100)
+
+
+class Variant(NamedTuple):
+    """A kernel as one launch specialises it; `types` and `constants` by argument, or (argument, field of it)."""
+
+    kernel: JITFunction
+    name: str
+    types: dict[Any, str]
+    constants: dict[Any, Any]
+    options: dict[str, int]
+
+
+def compare_rows(
+    name: str, divergence: str, gradient: str | None, everything: bool = False, one_head: bool = False
+) -> Variant:
+    constants: dict[str, Any] = {
+        "KIND": rows_triton._KINDS[divergence],
+        "STATISTICS": everything,
+        "NARROW": gradient not in (None, "fp32"),
+        "ONE_HEAD": one_head,
+        "BLOCK_V": rows_triton.MAX_BLOCK_V,
+    }
+    if gradient is None:
+        constants["gradient_ptr"] = None
+    if not everything:
+        optional = ("student_bias_ptr", "teacher_bias_ptr", "row_scale_ptr", "student_softcap", "teacher_softcap")
+        constants |= dict.fromkeys((*optional, "teacher_slot_ptr"))
+    types = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
+    types |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16"}
+    kernel = rows_triton._compare_rows_kernel
+    return Variant(kernel, name, types, constants, {"num_warps": rows_triton.NUM_WARPS})
+
+
+def normalise_rows(name: str, weights: str | None, remainder: bool, everything: bool) -> Variant:
+    constants: dict[str, Any] = {"NARROW": weights not in (None, "fp32"), "BLOCK_V": rows_triton.MAX_BLOCK_V}
+    if weights is None:
+        constants["weights_ptr"] = None
+    if not remainder:
+        constants["remainder_ptr"] = None
+    if not everything:
+        constants |= dict.fromkeys(("bias_ptr", "other_bias_ptr", "entropy_ptr", "expected_bias_ptr", "softcap"))
+    types = {
+        "weights_ptr": f"*{weights}",
+        "remainder_ptr": f"*{weights}",
+        "bias_ptr": "*bf16",
+        "other_bias_ptr": "*bf16",
+    }
+    options = {"num_warps": rows_triton.NUM_WARPS, "maxnreg": rows_triton.MAX_REGISTERS}
+    return Variant(rows_triton._normalise_rows_kernel, name, types, constants, options)
+
+
+def stream(name: str, memory: str, operand: tl.dtype, forward: bool = True, everything: bool = False) -> Variant:
+    blocks = stream_triton.BLOCKS[4 if memory == "fp32" else 2]
+    constants: dict[Any, Any] = {
+        "STUDENT_DTYPES": (operand, operand),
+        "TEACHER_DTYPES": (operand, operand),
+        "FORWARD": forward,
+        "STATISTICS": everything,
+        "BLOCK_M": blocks.rows,
+        "BLOCK_V": blocks.entries,
+        "BLOCK_D": blocks.depth,
+    }
+    types: dict[Any, str] = {}
+    for side in ("student", "teacher"):
+        for field in stream_triton.Head._fields:
+            types[side, field] = "i32" if field == "D" or field.startswith("stride") else "fp32"
+        types |= {(side, "hidden_ptr"): f"*{memory}", (side, "weight_ptr"): f"*{memory}"}
+        types |= {(side, "index_ptr"): "*i64", (side, "bias_ptr"): "*bf16"}
+        constants |= {(side, "stride_hd"): 1, (side, "stride_wd"): 1}
+        if not everything:
+            constants |= {(side, field): None for field in ("index_ptr", "bias_ptr", "inner")}
+    for field in VocabPart._fields:
+        types["out", field] = "*fp32"
+        if field in VocabPart._field_defaults and not everything:
+            constants["out", field] = None
+    return Variant(
+        stream_triton._stream_kernel, name, types, constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    )
+
+
+VARIANTS = (
+    compare_rows("forward_kl", "forward_kl", "fp32"),
+    compare_rows("forward_kl, everything", "forward_kl", "bf16", everything=True),
+    compare_rows("reverse_kl, everything", "reverse_kl", "fp16", everything=True),
+    compare_rows("jsd, everything", "jsd", "bf16", everything=True),
+    compare_rows("jsd, value only", "jsd", None),
+    compare_rows("forward_kl, one head", "forward_kl", "fp32", everything=True, one_head=True),
+    compare_rows("jsd, one head", "jsd", "fp32", everything=True, one_head=True),
+    normalise_rows("value only", None, remainder=False, everything=False),
+    normalise_rows("bf16", "bf16", remainder=False, everything=False),
+    normalise_rows("fp32, everything", "fp32", remainder=False, everything=True),
+    normalise_rows("bf16 in two parts, everything", "bf16", remainder=True, everything=True),
+    stream("bf16", "bf16", tl.bfloat16),
+    stream("bf16, everything", "bf16", tl.bfloat16, everything=True),
+    stream("bf16, everything, reverse", "bf16", tl.bfloat16, forward=False, everything=True),
+    stream("fp32", "fp32", tl.float32),
+    stream("fp32, everything", "fp32", tl.float32, everything=True),
+    stream("fp32 rounded to bf16, everything", "fp32", tl.bfloat16, everything=True),
+)
+
+
+def source(variant: Variant) -> ASTSource:
+    names = variant.kernel.arg_names
+    fields = {"student": stream_triton.Head, "teacher": stream_triton.Head, "out": VocabPart}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+
+    def leaf(key: Any, path: tuple[int, ...]) -> str:
+        name = key if isinstance(key, str) else key[1]
+        if key in variant.constants:
+            constants[path] = variant.constants[key]
+            return "constexpr"
+        count = name.startswith("stride") or name in ("M", "V", "ranges")
+        kind = variant.types.get(key, "*fp32" if name.endswith("_ptr") else "i32" if count else "fp32")
+        # As hidden sizes and addresses of real models are; V and M are any number.
+        if kind.startswith("*") or name in ("stride_hn", "stride_wv", "D"):
+            aligned[path] = [["tt.divisibility", 16]]
+        return kind
+
+    for i, name in enumerate(names):
+        record = fields.get(name)
+        if record is None or variant.kernel is not stream_triton._stream_kernel:
+            signature[name] = leaf(name, (i,))
+        else:
+            signature[name] = record(*(leaf((name, field), (i, j)) for j, field in enumerate(record._fields)))
+    return ASTSource(variant.kernel, signature, constexprs=constants, attrs=aligned)
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", said)}
+    # What a launch asks for is not in the binary.
+    return found | {"shared": max(found["shared"], compiled.metadata.shared)}
+
+
+def kernels() -> Iterator[JITFunction]:
+    for module in (rows_triton, stream_triton):
+        for name, value in vars(module).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                yield value
+
+
+def main() -> None:
+    assert set(kernels()) == {variant.kernel for variant in VARIANTS}
+    for kernel in kernels():
+        # No shape among them: another batch or vocabulary must not compile again.
+        constants = sorted(parameter.name for parameter in kernel.params if parameter.is_constexpr)
+        print(json.dumps([kernel.__name__, constants]), flush=True)
+    for variant in VARIANTS:
+        for architecture in ARCHITECTURES:
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source(variant), target=target, options=variant.options)
+            print(json.dumps([variant.kernel.__name__, variant.name, architecture, usage(compiled)]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
