@@ -5,13 +5,17 @@ A table is named after its test file: `test_linear_kl.py` fills `linear_kl`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import environment, report
+from benchmarks.recording import recorded
 
 TABLES = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 
@@ -26,14 +30,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = {}
 
 
-@pytest.fixture
-def record(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
-    """Adds a row to the table of this test file and returns it; what it is given later is in the results too."""
+@pytest.fixture(autouse=True)
+def freed_memory() -> Iterator[None]:
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
-    def add(**known: Any) -> dict[str, Any]:
-        row = {"status": "failed: see the output of the test", **known}
-        request.config.stash[TABLES].setdefault(request.path.stem.removeprefix("test_"), []).append(row)
-        return row
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., AbstractContextManager[dict[str, Any]]]:
+    """`with record(system=..., ...) as row` adds a row to this test file's table; see `recorded`."""
+
+    def add(**known: Any) -> AbstractContextManager[dict[str, Any]]:
+        rows = request.config.stash[TABLES].setdefault(request.path.stem.removeprefix("test_"), [])
+        return recorded(rows, benchmark, **known)
 
     return add
 

@@ -9,9 +9,8 @@ has no time. What could not be measured is a row that says why.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -36,27 +35,10 @@ def problem_of(case: Case) -> Problem:
     return Problem(case, DEVICE)
 
 
-@pytest.fixture(autouse=True)
-def freed_memory() -> Iterator[None]:
-    yield
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-
-
 @pytest.mark.parametrize(("case", "system"), MEASUREMENTS)
 def test_linear_kl(benchmark, record, case: Case, system: str) -> None:
-    row = record(system=system, **case.describe())
-    try:
+    with record(system=system, **case.describe()) as row:
         row |= measure(benchmark, problem_of(case), getattr(peers, system))
-    except Exception as error:
-        row["status"] = peers.reason(error)
-        if system.startswith("ours") and row["status"] != "out of memory":
-            raise
-    # Outside the `except`: its traceback would keep the tensors of a system that ran out of memory.
-    if row["status"] != "measured":
-        pytest.skip(row["status"])
-    benchmark.extra_info |= row  # for --benchmark-json
 
 
 def measure(benchmark: Any, problem: Problem, system: Callable[[Inputs], Callable[[], Tensor]]) -> dict[str, Any]:

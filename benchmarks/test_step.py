@@ -11,9 +11,7 @@ measured is a row that says why.
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +19,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks import peers
 from benchmarks.memory import peak_bytes
 from benchmarks.step_cases import CPU_CASES, GPU_CASES, Shape, StepCase
 from benchmarks.step_run import LOOP, Outcome, Problem, Run
@@ -43,27 +40,10 @@ def problem_of(case: StepCase) -> Problem:
     return Problem(case, teacher_of(case.shape))
 
 
-@pytest.fixture(autouse=True)
-def freed_memory() -> Iterator[None]:
-    yield
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-
-
 @pytest.mark.parametrize(("case", "system"), MEASUREMENTS)
 def test_step(benchmark, record, case: StepCase, system: str) -> None:
-    row = record(system=system, **case.describe())
-    try:
+    with record(system=system, **case.describe()) as row:
         row |= measure(benchmark, problem_of(case), system)
-    except Exception as error:
-        row["status"] = peers.reason(error)
-        if system == "ours" and row["status"] != "out of memory":
-            raise
-    # Outside the `except`: its traceback would keep the tensors of a system that ran out of memory.
-    if row["status"] != "measured":
-        pytest.skip(row["status"])
-    benchmark.extra_info |= row  # for --benchmark-json
 
 
 def measure(benchmark: Any, problem: Problem, system: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from benchmarks import peers
 from benchmarks import test_linear_kl as suite
 from benchmarks.accuracy import Problem, Wrong
 from benchmarks.cases import Case, Inputs
+from benchmarks.recording import recorded
 
 TINY = Case("tiny", 48, 32, 700, torch.float32)
 VARIANTS = {
@@ -135,9 +137,7 @@ def run_system(monkeypatch, name: str, error: Exception, expected: type[BaseExce
     """The row that is left of a system that raises when it is called."""
     rows = []
 
-    def record(**known):
-        rows.append(known)
-        return known
+    benchmark = SimpleNamespace(extra_info={})
 
     def system(x):
         raise error
@@ -145,7 +145,7 @@ def run_system(monkeypatch, name: str, error: Exception, expected: type[BaseExce
     monkeypatch.setattr(peers, name, system)
     monkeypatch.setattr(suite, "problem_of", lambda case: Problem(case, "cpu"))
     with pytest.raises(expected):
-        suite.test_linear_kl(SimpleNamespace(extra_info={}), record, TINY, name)
+        suite.test_linear_kl(benchmark, partial(recorded, rows, benchmark), TINY, name)
     return rows[0]
 
 

@@ -1,6 +1,7 @@
 """Training steps: what is measured is what a case says, and only where ours gives the loop's loss and gradients."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from benchmarks import step_peers
 from benchmarks import test_step as suite
 from benchmarks.accuracy import Wrong
+from benchmarks.recording import recorded
 from benchmarks.step_cases import CPU_CASES, GPU_CASES, LEAST, MOST, TINY, StepCase
 from benchmarks.step_run import LOOP, Problem, Run
 
@@ -194,9 +196,7 @@ def test_wrong_steps_have_no_time(measure, monkeypatch, mutation, shape):
 def test_what_cannot_be_measured_is_a_row(monkeypatch, system, error, raised, status):
     rows = []
 
-    def record(**known):
-        rows.append(known)
-        return known
+    benchmark = SimpleNamespace(extra_info={})
 
     def broken(*_):
         raise error
@@ -205,5 +205,5 @@ def test_what_cannot_be_measured_is_a_row(monkeypatch, system, error, raised, st
     monkeypatch.setattr(suite, "measure", broken)
     monkeypatch.setattr(suite, "DEVICE", "cpu")
     with pytest.raises(raised):
-        suite.test_step(SimpleNamespace(extra_info={}), record, case, system)
+        suite.test_step(benchmark, partial(recorded, rows, benchmark), case, system)
     assert rows == [{"system": system, "status": status, **case.describe()}]

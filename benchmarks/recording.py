@@ -1,0 +1,31 @@
+"""A row of results for every measurement, and for every one that could not be made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from benchmarks.peers import reason
+
+
+@contextmanager
+def recorded(rows: list[dict[str, Any]], benchmark: Any, /, system: str, **known: Any) -> Iterator[dict[str, Any]]:
+    """Add a row that is filled in the block; its last word is `status`.
+
+    What could not be measured says why and is skipped. Ours may run out of memory, but other errors are failures.
+    """
+    row = {"status": "failed: see the output of the test", "system": system, **known}
+    rows.append(row)
+    try:
+        yield row
+    except Exception as error:
+        row["status"] = reason(error)
+        if system.startswith("ours") and row["status"] != "out of memory":
+            raise
+    # Outside the `except`: its traceback would keep the tensors of a system that ran out of memory.
+    if row["status"] != "measured":
+        pytest.skip(row["status"])
+    benchmark.extra_info |= row  # for --benchmark-json
