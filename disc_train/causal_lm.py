@@ -101,7 +101,7 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayou
     rows = input_ids.shape[0]
     mask = attention_mask(model.config, layout, implementation, model.dtype, rows)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "use_cache": False}
-    if can_share(model.config):
+    if mask is not None:
         inputs["position_ids"] = layout.position_ids.view(input_ids.shape)
     return inputs
 

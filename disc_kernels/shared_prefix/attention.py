@@ -99,8 +99,9 @@ def attention_mask(
         For "sdpa" a bool tensor [rows, 1, N, N], True where a query sees a key; for "eager" a tensor of that shape and
         `dtype`, 0 where it does and -inf elsewhere; for "flex" a `BlockMask`, for "varlen" a `VarlenMask`. If the
         model's layers are of several types: a dict of masks by layer type, which its `forward` takes instead of one.
-        None for a model that cannot share a trunk: its rows hold one sequence each, padding to the right, which no
-        token before it sees; such a model is called without `position_ids` as well.
+        None, with which a model is called without `position_ids` as well, where causal attention is all it takes: for
+        "sdpa" and "eager" where every row is one sequence, and for a model that cannot share a trunk, whose rows hold
+        one sequence each and padding to the right, which no token before it sees.
 
     Raises:
         ValueError: an unknown implementation; a tree in two rows; several rows with "flex" or "varlen"; a tree with
@@ -108,7 +109,14 @@ def attention_mask(
             layer type in a config without `sliding_window`.
     """
     if not can_share(config):
-        _check_one_sequence_a_row(config, layout, rows)
+        problem = _beside_sequences(layout, rows, most=2)
+        if problem is not None:
+            raise ValueError(
+                f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its"
+                f" padding, got {problem}"
+            )
+        return None
+    if implementation in ("sdpa", "eager") and _beside_sequences(layout, rows, most=1) is None:
         return None
     windows = layer_windows(config)
     masks = {layer_type: _mask(layout, implementation, window, dtype, rows) for layer_type, window in windows.items()}
@@ -129,21 +137,17 @@ def _mask(layout: SharedPrefixLayout, implementation: str, window: int | None, d
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
-def _check_one_sequence_a_row(config: Any, layout: SharedPrefixLayout, rows: int) -> None:
+def _beside_sequences(layout: SharedPrefixLayout, rows: int, most: int) -> str | None:
+    """What a row holds that is not one of at most `most` sequences; None: nothing."""
     check_rows(layout, rows)
     segments = layout.segments
     first, tree = segments[:, 0], segments[:, 2]
     trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
-    problem = None
     if (first != tree).any():
-        problem = f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
-    elif (trees_in_row > 2).any():
-        problem = f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
-    if problem is not None:
-        raise ValueError(
-            f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its"
-            f" padding, got {problem}"
-        )
+        return f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
+    if (trees_in_row > most).any():
+        return f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
+    return None
 
 
 def _register(implementation: str, function: Callable[..., tuple[Tensor, None]]) -> str:

@@ -140,3 +140,14 @@ def test_an_unknown_implementation_is_refused():
 def test_importing_needs_torch_only():
     code = "import disc_kernels.shared_prefix, sys; assert not {'transformers', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_one_sequence_a_row_needs_no_mask(implementation):
+    """The model's own causal attention is faster; a second sequence in a row would see the first."""
+    alone = SharedPrefixLayout.from_trees([(5, []), (5, [])])
+    assert attention_mask(LLAMA, alone, implementation, rows=2) is None
+    two = SharedPrefixLayout.from_trees([(3, []), (2, []), (5, [])])
+    assert attention_mask(LLAMA, two, implementation, rows=2) is not None
+    branch = SharedPrefixLayout.from_trees([(3, [(3, 2)])])
+    assert attention_mask(LLAMA, branch, implementation) is not None
