@@ -176,7 +176,8 @@ def expected_embedding_kl(
         empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         The gradient goes to `student_hidden` only. Its rows are computed in the forward, whatever the reduction; every
-        backward multiplies them by what it is given.
+        backward multiplies them by what it is given. Unlike `fused_suffix_kl` this is no operator of `torch.compile`:
+        call it outside compiled functions.
 
     Raises:
         ValueError: the head requires a gradient while gradients are recorded: train it with `fused_suffix_kl`.

@@ -41,12 +41,16 @@ class LogitTransform:
 
 
 class SuffixKLStats(NamedTuple):
-    """Per-row statistics, each `[M]`, float32 (float64 for float64 inputs), detached."""
+    """Per-row statistics, each `[M]`, float32 (float64 for float64 inputs), detached.
 
-    divergence: Tensor  # nats, at temperature T, not multiplied by the row's weight
-    student_entropy: Tensor  # nats, of softmax(student logits / T)
-    teacher_entropy: Tensor  # nats, of softmax(teacher logits / T)
-    agreement: Tensor  # 1.0 where teacher and student put their largest logit on the same entry, else 0.0
+    `divergence` in nats, at temperature T, not multiplied by the row's weight; `student_entropy` and `teacher_entropy`
+    in nats, of softmax(logits / T); `agreement` 1.0 where both put their largest logit on the same entry, else 0.0.
+    """
+
+    divergence: Tensor
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+    agreement: Tensor
 
 
 @dataclass(frozen=True)
