@@ -183,8 +183,7 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
     wide, device, entries = problem.accumulate_dtype, problem.device, slice(problem.vocab_size)
     projected_side = replace(problem.teacher, index=teacher_rows.index)
     chunks = list(teacher_rows.chunks(problem.rows, plan.chunk_rows))
-    numbers = torch.empty(4, problem.rows, dtype=wide, device=device)
-    stats = SuffixKLStats(*numbers)
+    stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
     student_buffer, teacher_buffer = (
         torch.empty(rows, plan.row_stride, dtype=wide, device=device)
         for rows in (
@@ -224,7 +223,7 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
         if gradients is not None and gradient is not None:
             gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
     if call.group is not None and problem.rows > 0:
-        call.group.add(numbers[: 3 if call.statistics else 1])  # the rest is no sum over the vocabulary
+        call.group.add_shares(stats, call.statistics)
     return stats
 
 

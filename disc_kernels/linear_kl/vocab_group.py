@@ -53,6 +53,14 @@ class VocabGroup:
         """Sum over the ranks, in place."""
         dist.all_reduce(x, group=self.group)
 
+    def add_shares(self, stats: SuffixKLStats, statistics: bool) -> None:
+        """The same for what `ShardedRows` says of all rows; only where `statistics` for more than the divergence."""
+        summed = stats[:3] if statistics else stats[:1]
+        total = torch.stack(summed)
+        self.add(total)
+        for x, of_all in zip(summed, total, strict=True):
+            x.copy_(of_all)
+
     def start_adding(self, x: Tensor) -> dist.Work:
         """The same while other work goes on; `x` may be used after the `wait()` of what is returned."""
         work = dist.all_reduce(x, group=self.group, async_op=True)

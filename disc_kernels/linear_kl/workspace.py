@@ -36,6 +36,7 @@ _SHARED_ROW_VECTORS = 15
 
 # What a rank with a shard sends and receives of a row: both models' maximum and sum.
 _SHARD_NUMBERS = 4
+_SHARED_STATISTICS = 3  # that ranks add up after the last chunk
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def plan(
     fixed_bytes, row_bytes = _fixed_and_row_bytes(problem, teacher_rows)
     if problem.sharded:
         row_bytes += size * _SHARD_NUMBERS * (3 * ranks + 4)  # gathered, and what merges them
+        fixed_bytes += size * _SHARED_STATISTICS * problem.rows
     sides = (problem.student, problem.teacher)
     # A tile exists as rounded copy and as widened copy.
     tile_row_bytes = 2 * size * max((side.hidden_size for side in sides if needs_tiles(side)), default=0)
