@@ -109,6 +109,15 @@ def tied(**options: Any) -> Any:
     )
 
 
+def apart(**options: Any) -> Any:
+    """Both models' largest logit of the first shard is one entry, but the teacher's of all is in another shard."""
+    problem = helpers._build(vocab=40, bias=True, **options)
+    bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
+    bias["student_bias"][5] += 10
+    bias["teacher_bias"][[5, 35]] += torch.tensor([10.0, 20.0])
+    return problem.with_tensors(**bias)
+
+
 SHARED = {"teacher_index": [0, 0, 1, 1, 2, 2], "teacher_rows": 3}
 CASES: dict[str, Case] = {}
 for impl in ("torch", "triton"):
@@ -138,6 +147,7 @@ for divergence in ("forward_kl", "reverse_kl", "jsd"):
     CASES[f"float64 {divergence}"] = Case(helpers._everything, {"divergence": divergence, "dtype": torch.float64})
     CASES[f"far from zero {divergence}"] = Case(far_from_zero, {"divergence": divergence}, division="ragged")
     CASES[f"tied {divergence}"] = Case(tied, {"divergence": divergence})
+    CASES[f"apart {divergence}"] = Case(apart, {"divergence": divergence})
 CASES |= {
     "float16": Case(helpers._everything, {"dtype": torch.float16, "reduction": "sum"}),
     "shared": Case(helpers._build, SHARED),
