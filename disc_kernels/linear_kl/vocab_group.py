@@ -10,8 +10,8 @@ Each rank holds a shard of both heads and all hidden states. Bytes a rank hands 
                     is asked for, before it is rounded to its dtype
 
 So at most 8 numbers a row besides the hidden gradient. With the normalisers of the whole vocabulary each statistic is a
-plain sum over entries, as accurate as on one rank, and forward KL takes no more passes over the logits. Gradients of weights and biases stay where they are. What the
-call is, `agreement.py` compares before.
+plain sum over entries, as accurate as on one rank, and forward KL takes no more passes over the logits. Gradients of
+weights and biases stay where they are. What the call is, `agreement.py` compares before.
 """
 
 from __future__ import annotations
