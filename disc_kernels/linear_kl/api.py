@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from disc_kernels.linear_kl.agreement import prepare_shard
 from disc_kernels.linear_kl.function import Result, fused, prepare
 from disc_kernels.linear_kl.implementations import choose_implementation
 from disc_kernels.linear_kl.operator import traced_suffix_kl
@@ -77,7 +78,13 @@ def fused_suffix_kl(
         student_transform: `LogitTransform(scale, softcap)`, what the student does to its head's output; None: nothing.
         teacher_transform: the same for the teacher.
         vocab_size: compare the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t.
-        vocab_group: not available yet.
+        vocab_group: a `torch.distributed` process group whose ranks share the vocabulary. Both weights and biases are
+            then this rank's contiguous shard, in rank order, divided alike for both models as far as `vocab_size`,
+            which counts over all ranks (None: the sum of the shards). Shards may be of different sizes, or empty. All
+            other arguments are the same on every rank. Result, statistics and the hidden gradient are those of the
+            whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
+            the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
+            they are rounded. Not with `skip_below`, `impl="reference"`, `torch.compile` or `torch.export`.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient also
             once at 4 bytes an entry while it accumulates); None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
             needs it.
@@ -106,13 +113,12 @@ def fused_suffix_kl(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
-            without a host synchronisation, where the index is on CUDA: there the device stops with the message.
-        NotImplementedError: `vocab_group`.
+            without a host synchronisation, where the index is on CUDA: there the device stops with the message. With
+            a `vocab_group`: ranks disagree, or one of them raises; then all do, with the same message.
+        NotImplementedError: `vocab_group` while a compiler traces the call.
         RuntimeError: in a backward with `create_graph=True`; when an input was changed in place before a backward that
             computes gradients again.
     """
-    if vocab_group is not None:
-        raise NotImplementedError("vocab_group: vocabulary-parallel heads are not available yet")
     arguments: dict[str, Any] = {
         "student_hidden": student_hidden,
         "student_weight": student_weight,
@@ -132,7 +138,11 @@ def fused_suffix_kl(
         "vocab_size": vocab_size,
     }
     options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "skip_below": skip_below, "impl": impl}
-    if is_traced(student_hidden) and impl != "reference":
+    if vocab_group is not None:
+        if is_traced(student_hidden):
+            raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
+        result = fused(prepare_shard(vocab_group, arguments, **options, return_stats=return_stats))
+    elif is_traced(student_hidden) and impl != "reference":
         result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
     else:
         check_options(**options, reduction=reduction)

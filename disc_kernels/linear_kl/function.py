@@ -10,7 +10,6 @@ so does a second backward through a graph that was retained.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from disc_kernels.linear_kl.implementations import rows_backend, streaming_is_fa
 from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
 from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
 from disc_kernels.linear_kl.teacher_rows import TeacherRows, share_teacher_rows
+from disc_kernels.linear_kl.vocab_group import ShardedRows, VocabGroup
 from disc_kernels.linear_kl.workspace import Plan, most_kept_rows, plan
 
 
@@ -31,10 +31,11 @@ class Call:
     problem: Problem  # its rows in the order of `teacher_rows`
     teacher_rows: TeacherRows
     plan: Plan
-    rows_backend: ModuleType
+    rows_backend: Any  # whose `compare_rows` is that of rows_torch.py
     statistics: bool
     skip_below: float | None
     streams: bool  # if no gradient is asked for, no logits are written
+    group: VocabGroup | None = None
 
 
 def prepare(
@@ -44,11 +45,12 @@ def prepare(
     max_bytes: int | None,
     statistics: bool,
     skip_below: float | None,
+    group: VocabGroup | None = None,
 ) -> Call:
     """Sort the rows, divide the workspace, choose the row functions."""
     host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
     problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
-    rows = rows_backend(impl)
+    rows = rows_backend(impl, sharded=group is not None)
     how = plan(
         problem,
         teacher_rows,
@@ -56,9 +58,11 @@ def prepare(
         rows.BLOCK_ENTRIES,
         rows.BLOCK_TEMPORARIES,
         skips_columns=skip_below is not None,
+        ranks=1 if group is None else group.ranks,
     )
-    streams = impl == "triton" and streaming_is_faster(problem, teacher_rows, statistics, max_bytes)
-    return Call(problem, teacher_rows, how, rows, statistics=statistics, skip_below=skip_below, streams=streams)
+    streams = impl == "triton" and group is None and streaming_is_faster(problem, teacher_rows, statistics, max_bytes)
+    compare = rows if group is None else ShardedRows(rows, group)
+    return Call(problem, teacher_rows, how, compare, statistics, skip_below, streams, group)
 
 
 class Result(NamedTuple):
@@ -99,7 +103,7 @@ def forward_with_gradients(call: Call, wanted: Wanted) -> tuple[Result, Gradient
     """The result for a reduction to a scalar, and its gradients but for the upstream one."""
     with torch.no_grad():
         row_scale, largest_weight = _row_scale(_normalised_weight(call.problem), call.problem)
-        gradients = GradientSums(call.problem, call.plan, wanted, largest_weight, call.skip_below)
+        gradients = GradientSums(call.problem, call.plan, wanted, largest_weight, call.skip_below, call.group)
         return _result(call, _run_chunks(call, row_scale, gradients), gradients), gradients
 
 
@@ -218,6 +222,8 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
         )
         if gradients is not None and gradient is not None:
             gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
+    if call.group is not None and problem.rows > 0:
+        call.group.add_shares(stats, call.statistics)
     return stats
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from disc_kernels.linear_kl.problem import Problem, Side
 from disc_kernels.linear_kl.products import MAX_KEPT_COLUMNS, multiply_into, weight_tiles
+from disc_kernels.linear_kl.vocab_group import VocabGroup
 from disc_kernels.linear_kl.workspace import Plan
 
 
@@ -30,13 +31,19 @@ class GradientSums:
     """
 
     def __init__(
-        self, problem: Problem, plan: Plan, wanted: Wanted, largest_weight: Tensor, skip_below: float | None = None
+        self,
+        problem: Problem,
+        plan: Plan,
+        wanted: Wanted,
+        largest_weight: Tensor,
+        skip_below: float | None = None,
+        group: VocabGroup | None = None,
     ):
         student, wide = problem.student, problem.accumulate_dtype
         scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
         self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
-        self.skip_below = skip_below
+        self.skip_below, self.group = skip_below, group
         self.absolute_sum, self.skipped_sum = torch.zeros(2, dtype=wide, device=problem.device)
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
@@ -61,12 +68,8 @@ class GradientSums:
     def add_chunk(self, student: Side, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
         """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
         kept = None if self.skip_below is None else self._kept_columns(gradient)
-        if self.hidden is not None:
-            rows = self._hidden_rows(student, gradient, kept)
-            if student.index is None:
-                self.hidden[start:stop] = rows
-            else:
-                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
+        rows = None if self.hidden is None else self._hidden_rows(student, gradient, kept)
+        adding = None if rows is None or self.group is None else self.group.start_adding(rows)
         if self.weight is not None:
             if kept is None:
                 multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
@@ -74,10 +77,17 @@ class GradientSums:
                 self._add_kept_weight_rows(self.weight, gradient, hidden, kept)
         if self.bias is not None:
             self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
+        if adding is not None:
+            adding.wait()
+        if self.hidden is not None and rows is not None:
+            if student.index is None:
+                self.hidden[start:stop] = rows
+            else:
+                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
 
     def _hidden_rows(self, student: Side, gradient: Tensor, kept: Tensor | None) -> Tensor:
         """[R, D], but for the power of two."""
-        new = torch.empty if kept is None else torch.zeros  # perhaps no column is kept
+        new = torch.empty if kept is None and student.vocab_size > 0 else torch.zeros  # perhaps no column is kept
         rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
         for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows, kept)):
             part = gradient[:, columns] if isinstance(columns, slice) else gradient.index_select(1, columns)

@@ -39,9 +39,9 @@ def choose_implementation(impl: str | None, device: torch.device, accumulate_dty
     return impl
 
 
-def rows_backend(impl: str) -> ModuleType:
-    """The row functions of "triton" or "torch"; Triton is imported when it is first asked for."""
-    return importlib.import_module(f"disc_kernels.linear_kl.rows_{impl}")
+def rows_backend(impl: str, sharded: bool = False) -> ModuleType:
+    """The row functions of "triton" or "torch", of a vocabulary or a shard; Triton is imported when first asked for."""
+    return importlib.import_module(f"disc_kernels.linear_kl.{'shard_' if sharded else ''}rows_{impl}")
 
 
 def streaming_is_faster(problem: Problem, teacher_rows: TeacherRows, statistics: bool, max_bytes: int | None) -> bool:

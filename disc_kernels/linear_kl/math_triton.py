@@ -5,6 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The divergences, as constants of a kernel.
+KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+FORWARD_KL: tl.constexpr = tl.constexpr(0)
+REVERSE_KL: tl.constexpr = tl.constexpr(1)
+JSD: tl.constexpr = tl.constexpr(2)
+
 
 @triton.jit
 def one_minus_exp(x):
@@ -74,3 +80,23 @@ def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def divergence_terms(lq, lp, gap, beta, KIND: tl.constexpr):
+    """(what the divergence is the sum of, its slope), gap = lq - lp; see rows_torch.py
+
+    The slope is the gradient itself for forward KL, and for the others h, of which the mean is yet to be subtracted.
+    """
+    if KIND == FORWARD_KL:
+        return generalised_kl_terms(lp, lq, gap)
+    elif KIND == REVERSE_KL:
+        terms, _ = generalised_kl_terms(lq, lp, -gap)
+        return terms, gap
+    else:
+        over = over_mixture(gap, beta)
+        lm = tl.maximum(lp, lq) + over
+        h = tl.minimum(gap, 0.0) - over  # lq - lm
+        terms_t, _ = generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
+        terms_s, _ = generalised_kl_terms(lq, lm, -h)
+        return beta * terms_t + (1.0 - beta) * terms_s, (1.0 - beta) * h

@@ -36,7 +36,7 @@ def weight_tiles(side: Side, tile_rows: int, kept: Tensor | None = None) -> Iter
     if kept is not None:
         for rows in kept.split(min(tile_rows, MAX_KEPT_COLUMNS)):
             yield rows, to_product_dtype(side.weight.index_select(0, rows), side)
-    elif not needs_tiles(side):
+    elif side.vocab_size > 0 and not needs_tiles(side):
         yield slice(side.vocab_size), side.weight[: side.vocab_size]
     else:
         for first in range(0, side.vocab_size, tile_rows):
@@ -46,6 +46,8 @@ def weight_tiles(side: Side, tile_rows: int, kept: Tensor | None = None) -> Iter
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
     """`out = a @ b`, or `out += a @ b`; `out` may be wider than the operands (CUDA)."""
+    if out.numel() == 0:  # a rank's shard of the vocabulary may have no entry that is compared
+        return
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     elif accumulate:

@@ -47,7 +47,7 @@ def compare_rows(
     for start in range(0, student.shape[0], block_rows):
         rows = slice(start, start + block_rows)
         z_t = teacher[rows] if teacher_slot is None else teacher.index_select(0, teacher_slot[rows])
-        u_t, _ = _scaled_logits(z_t, problem.teacher, problem.temperature)
+        u_t, _ = scaled_logits(z_t, problem.teacher, problem.temperature)
         lp = torch.log_softmax(u_t, dim=-1)
         if problem.one_head:
             slope, gap = None, student[rows] * (problem.student.transform.scale / problem.temperature)
@@ -55,18 +55,21 @@ def compare_rows(
             lq = torch.log_softmax(u_s, dim=-1)  # sums to 1, as lp + gap would not where the models are far apart
             gap -= _log_ratio(lp, gap)
         else:
-            u_s, slope = _scaled_logits(student[rows], problem.student, problem.temperature)
+            u_s, slope = scaled_logits(student[rows], problem.student, problem.temperature)
             lq = torch.log_softmax(u_s, dim=-1)
             gap = lq - lp
             if problem.student.bias is not None or problem.teacher.bias is not None:
                 gap.masked_fill_(lq == lp, 0.0)  # both may be -inf
         if statistics:
             out.agreement[rows] = (u_s.argmax(-1) == u_t.argmax(-1)).to(out.agreement.dtype)
-            out.student_entropy[rows] = _entropy(lq)
-            out.teacher_entropy[rows] = _entropy(lp)
+            out.student_entropy[rows] = row_entropy(lq)
+            out.teacher_entropy[rows] = row_entropy(lp)
         del z_t, u_s, u_t
-        out.divergence[rows], block = _divergence(lq, lp, gap, problem, gradient is not None)
+        out.divergence[rows], block = divergence_and_slope(lq, lp, gap, problem)
         if gradient is not None:
+            if problem.divergence != "forward_kl":
+                q = lq.exp_()
+                block.sub_((q * block).sum(-1, keepdim=True)).mul_(q)
             if row_scale is not None:
                 block.mul_(row_scale[rows].unsqueeze(1))
             if slope is not None:
@@ -96,7 +99,7 @@ def normalise_rows(
     """
     for start in range(0, logits.shape[0], block_rows):
         rows = slice(start, start + block_rows)
-        u, _ = _scaled_logits(logits[rows], side, temperature)
+        u, _ = scaled_logits(logits[rows], side, temperature)
         maximum[rows] = u.amax(-1)
         u = u - maximum[rows].unsqueeze(1)
         e = u.exp()
@@ -116,7 +119,7 @@ def normalise_rows(
                 total[rows] += remainder[rows].sum(-1, dtype=total.dtype)
 
 
-def _scaled_logits(z: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
+def scaled_logits(z: Tensor, side: Side, temperature: float) -> tuple[Tensor, Tensor | None]:
     """The model's own logits over T, and du/d(scale z) where it is not 1."""
     if side.bias is not None:
         z = z + side.bias[: side.vocab_size]
@@ -135,10 +138,10 @@ def _log_ratio(lp: Tensor, difference: Tensor) -> Tensor:
     return torch.where(small.abs() < 0.5, torch.log1p(small), torch.logsumexp(lp + difference, -1, keepdim=True))
 
 
-def _divergence(lq: Tensor, lp: Tensor, gap: Tensor, problem: Problem, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Divergences [R], and d divergence / d (student logit / T), [R, V]; something of no use unless `gradient`.
+def divergence_and_slope(lq: Tensor, lp: Tensor, gap: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Divergences [R]; and [R, V] the gradient itself for forward KL, for the others h. `gap`, lq - lp, is overwritten.
 
-    `gap` is lq - lp; it is overwritten.
+    Over a part of the vocabulary, the part's share of each divergence.
     """
     # Only a bias of -inf makes a log-probability infinite, and only then do the masks below have anything to do.
     masked = problem.student.bias is not None or problem.teacher.bias is not None
@@ -157,12 +160,9 @@ def _divergence(lq: Tensor, lp: Tensor, gap: Tensor, problem: Problem, gradient:
         h = common.neg_().add_(gap.clamp_(max=0))  # lq - lm
         value += (1 - beta) * _generalised_kl(lq, lm, -h, masked)[0]
         h.mul_(1 - beta)
-    if not gradient:
-        return value, value
     if masked:
         h.masked_fill_(lq == -torch.inf, 0.0)
-    q = lq.exp_()
-    return value, h.sub_((q * h).sum(-1, keepdim=True)).mul_(q)
+    return value, h
 
 
 def _generalised_kl(la: Tensor, lb: Tensor, gap: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
@@ -175,5 +175,5 @@ def _generalised_kl(la: Tensor, lb: Tensor, gap: Tensor, masked: bool) -> tuple[
     return value.clamp_min_(0), difference
 
 
-def _entropy(lp: Tensor) -> Tensor:
+def row_entropy(lp: Tensor) -> Tensor:
     return -(lp.exp() * lp.clamp_min(torch.finfo(lp.dtype).min)).sum(-1)

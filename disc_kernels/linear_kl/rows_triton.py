@@ -13,12 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from disc_kernels.linear_kl.math_triton import (
+    FORWARD_KL,
+    KINDS,
+    divergence_terms,
     expm1,
     first_maximum,
-    generalised_kl_terms,
     log1p,
     online_logsumexp,
-    over_mixture,
     tanh,
     zero_where,
 )
@@ -37,11 +38,6 @@ NUM_WARPS = 8
 # Left to itself, ptxas spills a few registers of `_normalise_rows_kernel` to keep it at 32 or 48. With a bound that it
 # does not come near, it takes 48 (80 with softcap and biases) and spills none.
 MAX_REGISTERS = 128
-
-_KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
-FORWARD_KL: tl.constexpr = tl.constexpr(0)
-REVERSE_KL: tl.constexpr = tl.constexpr(1)
-JSD: tl.constexpr = tl.constexpr(2)
 
 PEAK: tl.constexpr = tl.constexpr(2.0**15)  # see rows_torch.py
 
@@ -76,13 +72,10 @@ def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: t
 
 
 @triton.jit
-def _normalisers(
+def row_sums(
     student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """(student's maximum, log of its sum above that, the teacher's two, log of the sums' ratio, whether maxima agree)
-
-    Maximum and log-sum stay apart: added up, they would lose the log-sum's digits where logits lie far from zero.
-    """
+    """(student's maximum, its sum above that, the teacher's two, excess of the sums, whether the maxima agree)"""
     max_s = float("-inf")
     max_t = float("-inf")
     sum_s = 0.0
@@ -102,16 +95,30 @@ def _normalisers(
         if ONE_HEAD:
             base = tl.where(max_t == float("-inf"), 0.0, max_t)
             excess = excess * tl.exp(old - base) + tl.sum(tl.exp(u_t - base) * expm1(difference), axis=0)
+    return max_s, sum_s, max_t, sum_t, excess, best_s == best_t
+
+
+@triton.jit
+def _normalisers(
+    student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """(student's maximum, log of its sum above that, the teacher's two, log of the sums' ratio, whether maxima agree)
+
+    Maximum and log-sum stay apart: added up, they would lose the log-sum's digits where logits lie far from zero.
+    """
+    max_s, sum_s, max_t, sum_t, excess, agree = row_sums(
+        student, teacher, V, inverse_temperature, STATISTICS, ONE_HEAD, BLOCK_V
+    )
     log_ratio = 0.0
     if ONE_HEAD:
         small = excess / sum_t
         # Far from 0 it may have overflowed, and log1p would no longer gain anything.
         log_ratio = tl.where(tl.abs(small) < 0.5, log1p(small), max_s - max_t + (tl.log(sum_s) - tl.log(sum_t)))
-    return max_s, tl.log(sum_s), max_t, tl.log(sum_t), log_ratio, best_s == best_t
+    return max_s, tl.log(sum_s), max_t, tl.log(sum_t), log_ratio, agree
 
 
 @triton.jit
-def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
+def log_probabilities(student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
     """(lq, lp, lq - lp, slope of the student's logits)"""
     max_s, logsum_s, max_t, logsum_t, log_ratio, _ = normalisers
     u_s, slope, u_t, difference = _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD)
@@ -125,7 +132,7 @@ def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_tem
 
 
 @triton.jit
-def _store_in_place(row_ptr, offsets, mask, x, NARROW: tl.constexpr):
+def store_in_place(row_ptr, offsets, mask, x, NARROW: tl.constexpr):
     if NARROW:
         # 16-bit numbers land on float32 logits of this and earlier tiles: all threads must have read theirs.
         tl.debug_barrier()
@@ -181,30 +188,20 @@ def _compare_rows_kernel(
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         mask = offsets < V
-        lq, lp, gap, slope = _log_probabilities(
+        lq, lp, gap, slope = log_probabilities(
             student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD
         )
         q = tl.exp(lq)
-        if KIND == FORWARD_KL:
-            terms, difference = generalised_kl_terms(lp, lq, gap)
-        elif KIND == REVERSE_KL:
-            terms, _ = generalised_kl_terms(lq, lp, -gap)
-            mean_slope += tl.sum(zero_where(q, q * gap), axis=0)
-        else:
-            over = over_mixture(gap, beta)
-            lm = tl.maximum(lp, lq) + over
-            h = tl.minimum(gap, 0.0) - over  # lq - lm
-            terms_t, _ = generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
-            terms_s, _ = generalised_kl_terms(lq, lm, -h)
-            terms = beta * terms_t + (1.0 - beta) * terms_s
-            mean_slope += tl.sum(zero_where(q, q * (1.0 - beta) * h), axis=0)
+        terms, h = divergence_terms(lq, lp, gap, beta, KIND)
+        if KIND != FORWARD_KL:
+            mean_slope += tl.sum(zero_where(q, q * h), axis=0)
         divergence += tl.sum(tl.where(mask, terms, 0.0), axis=0)
         if STATISTICS:
             entropy_s -= tl.sum(zero_where(q, q * lq), axis=0)
             p = tl.exp(lp)
             entropy_t -= tl.sum(zero_where(p, p * lp), axis=0)
         if gradient_ptr is not None and KIND == FORWARD_KL:
-            _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, difference * slope * row_scale, NARROW)
+            store_in_place(gradient_ptr + row * stride_gr, offsets, mask, h * slope * row_scale, NARROW)
 
     # Rounding may leave a sum of nothing just below zero; written so that NaN stays NaN.
     tl.store(divergence_ptr + row, tl.where(divergence < 0, 0.0, divergence))
@@ -217,15 +214,13 @@ def _compare_rows_kernel(
         for start in range(0, V, BLOCK_V):
             offsets = start + tl.arange(0, BLOCK_V)
             mask = offsets < V
-            lq, lp, gap, slope = _log_probabilities(
+            lq, lp, gap, slope = log_probabilities(
                 student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD
             )
             q = tl.exp(lq)
-            h = gap
-            if KIND == JSD:
-                h = (1.0 - beta) * (tl.minimum(gap, 0.0) - over_mixture(gap, beta))
+            _, h = divergence_terms(lq, lp, gap, beta, KIND)
             g = zero_where(q, q * (h - mean_slope)) * slope * row_scale
-            _store_in_place(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
+            store_in_place(gradient_ptr + row * stride_gr, offsets, mask, g, NARROW)
 
 
 def compare_rows(
@@ -262,7 +257,7 @@ def compare_rows(
         problem.student.transform.softcap,
         float(problem.teacher.transform.scale),
         problem.teacher.transform.softcap,
-        KIND=_KINDS[problem.divergence],
+        KIND=KINDS[problem.divergence],
         STATISTICS=statistics,
         NARROW=gradient is not None and gradient.dtype != torch.float32,
         ONE_HEAD=problem.one_head,
@@ -329,7 +324,7 @@ def _normalise_rows_kernel(
                     tl.store(remainder_ptr + row * stride_rr + offsets, rest, mask=mask)
                     stored += rest.to(e.dtype)
                 total += tl.sum(tl.where(mask, stored, 0.0), axis=0)
-                _store_in_place(weights_ptr + row * stride_wr, offsets, mask, weight, NARROW)
+                store_in_place(weights_ptr + row * stride_wr, offsets, mask, weight, NARROW)
         if entropy_ptr is not None:
             tl.store(entropy_ptr + row, log_sum - spread / normaliser)
         if expected_bias_ptr is not None:

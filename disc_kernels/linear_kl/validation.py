@@ -41,8 +41,13 @@ def build_problem(
     student_transform: LogitTransform | None,
     teacher_transform: LogitTransform | None,
     vocab_size: int | None,
+    sharded: bool = False,
 ) -> Problem:
-    """The checked problem, or an error that names the argument."""
+    """The checked problem, or an error that names the argument.
+
+    Where it is `sharded`, weights and biases are one rank's shard of the vocabulary, which may be empty, and
+    `vocab_size`, which counts over all of them, is left to who knows all: all entries of the shard are compared.
+    """
     check_choice("divergence", divergence, DIVERGENCES)
     check_choice("reduction", reduction, REDUCTIONS)
     temperature = check_number("temperature", temperature)
@@ -57,14 +62,20 @@ def build_problem(
 
     device = check_tensor("student_hidden", student_hidden).device
     student, teacher = (
-        check_side(*side, device)
+        check_side(*side, device, sharded)
         for side in (
             ("student", student_hidden, student_weight, student_bias, student_index, student_transform),
             ("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform),
         )
     )
     rows = _paired_rows(student, teacher)
-    vocab_size = check_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0])
+    shards = student.weight.shape[0], teacher.weight.shape[0]
+    if not sharded:
+        vocab_size = check_vocab_size(vocab_size, *shards)
+    else:
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size)
+        vocab_size = min(shards)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
@@ -75,6 +86,7 @@ def build_problem(
         divergence=divergence,
         beta=beta,
         reduction=reduction,
+        sharded=sharded,
     )
 
 
@@ -138,12 +150,13 @@ def check_side(
     index: Tensor | None,
     transform: LogitTransform | None,
     device: torch.device,
+    may_be_empty: bool = False,
 ) -> Side:
     hidden = _float_tensor(f"{name}_hidden", hidden, device)
     weight = _float_tensor(f"{name}_weight", weight, device)
     if hidden.dim() < 2:
         raise ValueError(f"{name}_hidden: expected shape [..., D] with at least 2 dimensions, got {list(hidden.shape)}")
-    if weight.dim() != 2 or 0 in weight.shape:
+    if weight.dim() != 2 or 0 in weight.shape[may_be_empty:]:
         raise ValueError(f"{name}_weight: expected shape [V, D], neither of them 0, got {list(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(

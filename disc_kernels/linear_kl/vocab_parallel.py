@@ -1,6 +1,6 @@
 """Statistics of rows whose vocabulary is divided into parts, and the function that makes one part of several.
 
-A part may be a range of entries that one program of `stream_triton.py` has seen, or the shard of one rank. Each part
+A part may be a range of entries that one program of `stream_triton.py` has seen. Each part
 describes its own entries as if there were no others: the normaliser of each model, and divergence and entropies of the
 two distributions conditioned on the part. With P_i and Q_i the shares of part i in the two whole distributions, the
 chain rule (Cover and Thomas 2006, theorems 2.2.1 and 2.5.3) gives the whole without approximation:

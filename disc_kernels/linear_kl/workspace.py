@@ -34,6 +34,10 @@ ROW_ALIGNMENT = 8
 _ROW_VECTORS = 10
 _SHARED_ROW_VECTORS = 15
 
+# What a rank with a shard sends and receives of a row: both models' maximum and sum.
+_SHARD_NUMBERS = 4
+_SHARED_STATISTICS = 3  # that ranks add up after the last chunk
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,12 +87,14 @@ def plan(
     block_entries: dict[str, int],
     block_temporaries: int,
     skips_columns: bool = False,
+    ranks: int = 1,
 ) -> Plan:
     """Rows a chunk for `max_bytes`, as `divide` gives them.
 
     Args:
         block_entries: logits the backend's row function treats at once, by device type.
         block_temporaries: tensors of that many entries it holds at once; 0 when it works in registers.
+        ranks: how many share the vocabulary.
         skips_columns: whether columns of the gradient may be left out of its products, so that those kept are copied.
 
     Raises:
@@ -96,6 +102,9 @@ def plan(
     """
     size = problem.accumulate_dtype.itemsize
     fixed_bytes, row_bytes = _fixed_and_row_bytes(problem, teacher_rows)
+    if problem.sharded:
+        row_bytes += size * _SHARD_NUMBERS * (3 * ranks + 4)  # gathered, and what merges them
+        fixed_bytes += size * _SHARED_STATISTICS * problem.rows
     sides = (problem.student, problem.teacher)
     # A tile exists as rounded copy and as widened copy.
     tile_row_bytes = 2 * size * max((side.hidden_size for side in sides if needs_tiles(side)), default=0)
@@ -108,7 +117,7 @@ def plan(
     device_type = problem.device.type
     demand = Demand(
         rows=problem.rows,
-        vocab_size=problem.vocab_size,
+        vocab_size=max(problem.vocab_size, 1),  # a rank's shard may be empty
         device_type=device_type,
         fixed_bytes=fixed_bytes,
         row_bytes=row_bytes,

@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from disc_kernels.linear_kl import rows_triton, stream_triton
+from disc_kernels.linear_kl import rows_triton, shard_rows_triton, stream_triton
 from disc_kernels.linear_kl.vocab_parallel import VocabPart
 
 ARCHITECTURES = (80, 90, 100)
@@ -37,7 +37,7 @@ def compare_rows(
     name: str, divergence: str, gradient: str | None, everything: bool = False, one_head: bool = False
 ) -> Variant:
     constants: dict[str, Any] = {
-        "KIND": rows_triton._KINDS[divergence],
+        "KIND": rows_triton.KINDS[divergence],
         "STATISTICS": everything,
         "NARROW": gradient not in (None, "fp32"),
         "ONE_HEAD": one_head,
@@ -101,6 +101,25 @@ def stream(name: str, memory: str, operand: tl.dtype, forward: bool = True, ever
     )
 
 
+def shard(name: str, kernel: JITFunction, gradient: str | None, everything: bool, **constants: Any) -> Variant:
+    options: dict[Any, Any] = {"BLOCK_V": rows_triton.MAX_BLOCK_V, "STATISTICS": everything, **constants}
+    options["NARROW"] = gradient not in (None, "fp32")
+    if gradient is None:
+        options["gradient_ptr"] = None
+    types: dict[Any, str] = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
+    for side in ("student", "teacher"):
+        for field in shard_rows_triton.Logits._fields:
+            types[side, field] = "i32" if field.startswith("stride") else "fp32"
+        types |= {(side, "rows_ptr"): "*fp32", (side, "bias_ptr"): "*bf16"}
+        if not everything:
+            options |= {(side, "bias_ptr"): None, (side, "softcap"): None}
+    if not everything:
+        options |= {"teacher_slot_ptr": None, "row_scale_ptr": None}
+    return Variant(kernel, name, types, options, {"num_warps": rows_triton.NUM_WARPS})
+
+
+KINDS = rows_triton.KINDS
+
 VARIANTS = (
     compare_rows("forward_kl", "forward_kl", "fp32"),
     compare_rows("forward_kl, everything", "forward_kl", "bf16", everything=True),
@@ -113,6 +132,18 @@ VARIANTS = (
     normalise_rows("bf16", "bf16", remainder=False, everything=False),
     normalise_rows("fp32, everything", "fp32", remainder=False, everything=True),
     normalise_rows("bf16 in two parts, everything", "bf16", remainder=True, everything=True),
+    shard("everything", shard_rows_triton._normalise_shard_kernel, None, everything=True),
+    shard(
+        "forward_kl, everything",
+        shard_rows_triton._compare_shard_kernel,
+        "bf16",
+        everything=True,
+        KIND=KINDS["forward_kl"],
+        mean_slope_ptr=None,
+    ),
+    shard("jsd, everything", shard_rows_triton._compare_shard_kernel, None, everything=True, KIND=KINDS["jsd"]),
+    shard("reverse_kl", shard_rows_triton._shard_gradient_kernel, "fp32", everything=False, KIND=KINDS["reverse_kl"]),
+    shard("jsd, everything", shard_rows_triton._shard_gradient_kernel, "bf16", everything=True, KIND=KINDS["jsd"]),
     stream("bf16", "bf16", tl.bfloat16),
     stream("bf16, everything", "bf16", tl.bfloat16, everything=True),
     stream("bf16, everything, reverse", "bf16", tl.bfloat16, forward=False, everything=True),
@@ -124,7 +155,8 @@ VARIANTS = (
 
 def source(variant: Variant) -> ASTSource:
     names = variant.kernel.arg_names
-    fields = {"student": stream_triton.Head, "teacher": stream_triton.Head, "out": VocabPart}
+    head = stream_triton.Head if variant.kernel is stream_triton._stream_kernel else shard_rows_triton.Logits
+    fields = {"student": head, "teacher": head, "out": VocabPart}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -134,7 +166,7 @@ def source(variant: Variant) -> ASTSource:
         if key in variant.constants:
             constants[path] = variant.constants[key]
             return "constexpr"
-        count = name.startswith("stride") or name in ("M", "V", "ranges")
+        count = name.startswith("stride") or name in ("M", "R", "V", "ranges")
         kind = variant.types.get(key, "*fp32" if name.endswith("_ptr") else "i32" if count else "fp32")
         # As hidden sizes and addresses of real models are; V and M are any number.
         if kind.startswith("*") or name in ("stride_hn", "stride_wv", "D"):
@@ -143,7 +175,7 @@ def source(variant: Variant) -> ASTSource:
 
     for i, name in enumerate(names):
         record = fields.get(name)
-        if record is None or variant.kernel is not stream_triton._stream_kernel:
+        if record is None:
             signature[name] = leaf(name, (i,))
         else:
             signature[name] = record(*(leaf((name, field), (i, j)) for j, field in enumerate(record._fields)))
@@ -162,7 +194,7 @@ def usage(compiled: Any) -> dict[str, int]:
 
 
 def kernels() -> Iterator[JITFunction]:
-    for module in (rows_triton, stream_triton):
+    for module in (rows_triton, shard_rows_triton, stream_triton):
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 yield value

@@ -20,6 +20,9 @@ BUDGET = json.loads((HERE / "kernel_budget.json").read_text())
 CONSTANTS = {
     "_compare_rows_kernel": ["BLOCK_V", "KIND", "NARROW", "ONE_HEAD", "STATISTICS"],
     "_normalise_rows_kernel": ["BLOCK_V", "NARROW"],
+    "_normalise_shard_kernel": ["BLOCK_V", "STATISTICS"],
+    "_compare_shard_kernel": ["BLOCK_V", "KIND", "NARROW", "STATISTICS"],
+    "_shard_gradient_kernel": ["BLOCK_V", "KIND", "NARROW"],
     "_stream_kernel": ["BLOCK_D", "BLOCK_M", "BLOCK_V", "FORWARD", "STATISTICS", "STUDENT_DTYPES", "TEACHER_DTYPES"],
 }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels import fused_suffix_kl
@@ -172,6 +173,20 @@ def test_peak_by_divergence_and_shape(measure, problem, divergence, shape, reduc
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_peak_by_dtype_and_shape(measure, problem, shape, reduction, dtype):
     check(measure, problem(dtype=dtype, reduction=reduction, **shape), "torch")
+
+
+@pytest.fixture
+def lonely_group(tmp_path):
+    """A process group of this process alone, which goes the way of many."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_of_a_shard(measure, problem, fused_impl, divergence, reduction, lonely_group):
+    p = problem(divergence=divergence, reduction=reduction, bias=True, vocab_group=lonely_group)
+    check(measure, p, fused_impl)
 
 
 def test_peak_with_indices_weights_and_smaller_vocabulary(measure, problem, fused_impl):

@@ -161,9 +161,14 @@ def test_module_refuses_unknown_options():
         FusedSuffixKLLoss(temprature=2.0)(torch.randn(2, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 4))
 
 
-def test_vocab_group_is_not_there_yet():
-    with pytest.raises(NotImplementedError, match="vocab_group"):
+def test_vocab_group_is_a_process_group():
+    with pytest.raises(TypeError, match=r"vocab_group: expected a torch\.distributed\.ProcessGroup, got object"):
         good_call(vocab_group=object())
+
+
+def test_vocab_group_of_others():
+    with pytest.raises(ValueError, match="vocab_group: expected a group that this process is a member of"):
+        good_call(vocab_group=torch.distributed.GroupMember.NON_GROUP_MEMBER)
 
 
 def test_triton_refuses_float64():
