@@ -54,24 +54,31 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """The factor (Cohere, Granite, Falcon-H1) and the soft cap (Gemma 2) that a model's config puts on its logits."""
+    """What a config puts on the logits: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma, xLSTM)."""
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= getattr(config, name, None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return LogitTransform(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    softcap = next((cap for name in names if (cap := getattr(config, name, None))), None)
+    return LogitTransform(scale=scale, softcap=softcap)
 
 
 def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
     """Raise ValueError if a token of the documents is none of the model's; a GPU would fail without saying so."""
-    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    entries = min(embeddings.shape[0], head_of(model).weight.shape[0])
+    entries = _vocabulary(model)
     if largest_token >= entries:
         raise ValueError(
             f"{model.name_or_path or type(model).__name__}: expected an entry for every token of the documents, up to"
             f" {largest_token}, got a vocabulary of {entries}: the tokenizer is another model's"
         )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens a model can both read and predict."""
+    embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return min(embeddings.shape[0], head_of(model).weight.shape[0])
 
 
 def common_vocabulary(student: Head, teacher: Head) -> int | None:
@@ -80,14 +87,13 @@ def common_vocabulary(student: Head, teacher: Head) -> int | None:
     return None if len(sizes) == 1 else min(sizes)
 
 
-def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout, attention: str) -> Tensor:
+def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> Tensor:
     """The decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
 
     Args:
         model: a causal language model that `use_attention` has prepared; it runs with what that picked.
         input_ids: [rows, L] int64. Several rows only with "sdpa", "eager" or a model that cannot share a trunk.
         layout: rows * L tokens, one row after another, on the model's device.
-        attention: the name given to `use_attention`.
 
     Raises:
         ValueError: the model cannot run such a layout, see `disc_kernels.shared_prefix.attention_mask`.
@@ -107,16 +113,15 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayou
 
 
 @torch.no_grad()
-def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> str:
+def use_attention(model: PreTrainedModel, attention: str) -> str:
     """Switch a model to the attention that packed sequences need, and check that it computes what the loss expects.
 
     With "auto", an implementation that fails the check is left for the next one with a warning: on CUDA for "sdpa",
     at last for "eager". A model that cannot share a trunk keeps its own attention, whatever is asked for.
 
     Args:
-        model: a causal language model; its mode (train or eval) is kept.
+        model: a causal language model on the device that it will run on; its mode (train or eval) is kept.
         attention: "auto", "sdpa", "flex" or "varlen", see `disc_kernels.shared_prefix.attention_implementation`.
-        input_ids: [1, L] int64, a few tokens on the model's device to check the model with.
 
     Returns:
         transformers' name of the implementation in use.
@@ -126,21 +131,23 @@ def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> 
             differently from the text alone: training would minimise the wrong loss. Or it cannot run a packed sequence
             at all. Or the attention asked for lacks what the model or its device needs; "flex" on the CPU.
     """
-    device_type = input_ids.device.type
+    device_type = model.device.type
     if attention == "flex" and device_type == "cpu":
         raise ValueError("attention: 'flex' cannot train on the CPU (FlexAttention has no backward there), use 'sdpa'")
+    # Different tokens, whatever the data: where a few repeat, wrong attention may give the right hidden states.
+    input_ids = (torch.arange(16, device=model.device) * _vocabulary(model) // 16)[None]
     training = model.training
     model.eval()
     try:
         if not can_share(model.config):
-            _check_rows(model, input_ids, _plain_hidden_states(model, input_ids, attention))
+            _check_rows(model, input_ids, _plain_hidden_states(model, input_ids))
             return model.config._attn_implementation
         candidates = [attention_implementation(model.config, attention, device_type)]
         if attention == "auto":
             candidates += [attention_implementation(model.config), "eager"]
         # The reference of every implementation: it leaves out nothing of what a model's attention does.
         model.set_attn_implementation("eager")
-        expected = _plain_hidden_states(model, input_ids, attention)
+        expected = _plain_hidden_states(model, input_ids)
         *candidates, last = dict.fromkeys(candidates)
         for implementation in candidates:
             try:
@@ -152,13 +159,13 @@ def use_attention(model: PreTrainedModel, attention: str, input_ids: Tensor) -> 
         model.train(training)
 
 
-def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor, attention: str) -> Tensor:
+def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The hidden states [1, L, D] of one text, once they are known to give the logits of a call without a layout."""
     head = head_of(model)
     alone = SharedPrefixLayout.from_trees([(input_ids.shape[1], [])]).to(input_ids.device)
-    with _explained(model, attention):
+    with _explained(model, model.config._attn_implementation):
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
-        hidden = hidden_states(model, input_ids, alone, attention)
+        hidden = hidden_states(model, input_ids, alone)
 
     # Values that are not finite pass: the first training step reports those, with its documents. The bounds leave room
     # for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real faults are further off.
@@ -184,7 +191,7 @@ def _check_packed(model: PreTrainedModel, implementation: str, input_ids: Tensor
     packed = torch.cat([input_ids, input_ids[:, half:], input_ids], dim=1)
     with _explained(model, implementation):
         model.set_attn_implementation(implementation)
-        hidden = hidden_states(model, packed, layout, implementation)
+        hidden = hidden_states(model, packed, layout)
     _check_equal(model, hidden, torch.cat([expected, expected[:, half:], expected], dim=1), "packed behind another")
     return model.config._attn_implementation
 
@@ -193,8 +200,8 @@ def _check_rows(model: PreTrainedModel, input_ids: Tensor, expected: Tensor) -> 
     """Compare a text in a padded row with `expected`, for models that take one sequence a row."""
     length = input_ids.shape[1]
     layout = SharedPrefixLayout.from_trees([(length, []), (length, [])]).to(input_ids.device)
-    with _explained(model, "auto"):
-        hidden = hidden_states(model, input_ids.repeat(1, 2), layout, "auto")[:, :length]
+    with _explained(model, model.config._attn_implementation):
+        hidden = hidden_states(model, input_ids.repeat(1, 2), layout)[:, :length]
     _check_equal(model, hidden, expected, "in a padded row")
 
 
@@ -208,14 +215,14 @@ def _check_equal(model: PreTrainedModel, got: Tensor, expected: Tensor, where: s
 
 
 @contextmanager
-def _explained(model: PreTrainedModel, attention: str) -> Iterator[None]:
+def _explained(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Say of an error of whatever kind the model's own code raises what it was about."""
     try:
         yield
     except Exception as failure:
         raise ValueError(
             f"{type(model).__name__}: expected a model that runs a packed sequence, by its attention_mask and"
-            f" position_ids, with attention {attention!r}, got {type(failure).__name__}: {failure}"
+            f" position_ids, with attention {implementation!r}, got {type(failure).__name__}: {failure}"
         ) from failure
 
 

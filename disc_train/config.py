@@ -137,8 +137,16 @@ class LoopArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
+        if self.eval_strategy != "no" or self.do_eval:
+            raise ValueError("--eval_strategy, --do_eval: expected neither, disc-train has no evaluation set")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"--label_smoothing_factor: expected 0, the loss is a divergence, got {self.label_smoothing_factor}"
+            )
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
+        if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.chat import Message, chat_text, encode
+from disc_train.context_length import ContextLength
 from disc_train.example import Branch, Example, Ids, Place
 from disc_train.records import Fields, check_text, read_records
 
@@ -19,20 +20,24 @@ FIELDS = Fields(required=("teacher_context", "target"), optional=("student_conte
 
 
 def load_records(
-    train_file: str | None, dataset_name: str | None, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    train_file: str | None,
+    dataset_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: ContextLength | None,
 ) -> list[Example]:
     """Read records from what `disc_train.records.read_records` reads.
 
     Args:
-        max_tokens: that a model can read; None: any number.
+        context_length: what the models can read; None: any number of tokens.
 
     Raises:
-        ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; an
-            empty teacher_context or target; messages that the chat template does not take; more than `max_tokens`.
+        ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
+            teacher_context or target that is empty or white space; messages that the chat template does not take; more
+            than the models can read.
     """
     encode_context = cache(lambda text: encode(tokenizer, text))  # many records may share one
     return [
-        _example(name, record, tokenizer, encode_context, max_tokens)
+        _example(name, record, tokenizer, encode_context, context_length)
         for name, record in read_records(train_file, dataset_name, FIELDS)
     ]
 
@@ -42,7 +47,7 @@ def _example(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     encode_context: Callable[[str], Ids],
-    max_tokens: int | None,
+    limit: ContextLength | None,
 ) -> Example:
     fields = {field: _checked(name, field, record.get(field)) for field in (*FIELDS.required, *FIELDS.optional)}
     try:
@@ -52,13 +57,13 @@ def _example(
     teacher, student = encode_context(texts["teacher_context"]), encode_context(texts["student_context"])
     target = encode(tokenizer, texts["target"])
     for field, ids in (("teacher_context", teacher), ("target", target)):
-        if len(ids) == 0:
+        if len(ids) == 0 or not texts[field].strip():
             raise ValueError(f"{name}: expected a {field} that is not empty")
-    longest = max(len(teacher), len(student)) + len(target)
-    if max_tokens is not None and longest > max_tokens:
+    read = max(len(teacher), len(student)) + len(target) - 1
+    if limit is not None and read > limit.tokens:
         raise ValueError(
-            f"{name}: expected a context and a target of at most {max_tokens} tokens together, which is what the model"
-            f" can read, got {longest}"
+            f"{name}: expected a context and a target of at most {limit.tokens} tokens together, which is what the"
+            f" {limit.reader} can read{limit.note}, got {read} without the target's last, which is not read"
         )
     return Example(name, teacher, student, [Branch(target, Place(len(teacher)), Place(len(student)))])
 
@@ -66,8 +71,10 @@ def _example(
 def _checked(name: str, field: str, value: Any) -> str | list[Message]:
     if value is None or value == []:
         return ""
-    if not isinstance(value, list):
+    if isinstance(value, str):
         return check_text(name, field, value)
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: {field!r} must be a string or a list of messages, got {type(value).__name__}")
     for message in value:
         if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
             raise ValueError(f"{name}: {field!r} must be a string or a list of messages with role and content")
@@ -78,19 +85,20 @@ def _checked(name: str, field: str, value: Any) -> str | list[Message]:
 
 def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The fields as text."""
-    texts = {field: value if isinstance(value, str) else chat_text(tokenizer, value) for field, value in fields.items()}
+    # Chat messages of a target are written behind their context's alone: many templates want the user to begin.
     target = fields["target"]
+    texts = {
+        field: value if isinstance(value, str) else chat_text(tokenizer, value)
+        for field, value in fields.items()
+        if field != "target"
+    }
     if isinstance(target, str):
-        return texts
+        return texts | {"target": target}
     if len(target) != 1 or target[0]["role"] != "assistant":
         raise ValueError(f"expected a target of one message, the assistant's, got {[turn['role'] for turn in target]}")
-    if not target[0]["content"]:
+    if not target[0]["content"].strip():
         raise ValueError("expected a target that is not empty")
-    answers = {
-        _answer(texts[field], fields[field], target, tokenizer)
-        for field in ("teacher_context", "student_context")
-        if fields[field]
-    }
+    answers = {_answer(text, fields[field], target, tokenizer) for field, text in texts.items() if fields[field]}
     if len(answers) > 1:
         raise ValueError("the chat template writes the target differently behind teacher_context and student_context")
     return texts | {"target": answers.pop() if answers else ""}

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from disc_train.example import Branch, Example, Place
@@ -35,13 +34,6 @@ class ExampleDataset(Dataset[Example]):
 
     def set_epoch(self, epoch: int) -> None:
         """Give the examples of this epoch from now on."""
-
-    def few_tokens(self) -> Tensor:
-        """[1, at most 16] int64: the beginning of what the teacher reads first, to try a model on."""
-        example = self[0]
-        branch = example.branches[0]
-        trunk = example.teacher_trunk[: branch.teacher.attach]
-        return torch.from_numpy(np.concatenate([trunk, branch.teacher.lead, branch.target])[:16]).long()[None]
 
 
 class DocumentDataset(ExampleDataset):

@@ -9,15 +9,13 @@ from disc_train.causal_lm import Head, common_vocabulary, head_of, hidden_states
 from disc_train.packing import PackedBatch
 
 
-def distill(
-    student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, *, temperature: float, attention: str
-) -> Tensor:
+def distill(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, *, temperature: float) -> Tensor:
     """Context distillation, of documents (disc) and of records (cd): KL(teacher behind its context || student).
 
     Args:
-        student, teacher: causal language models on the batch's device; gradients flow to the student alone.
+        student, teacher: causal language models on the batch's device, prepared by
+            `disc_train.causal_lm.use_attention`; gradients flow to the student alone.
         temperature: T; both models' logits are divided by it.
-        attention: the name that both models were prepared with, see `disc_train.causal_lm.use_attention`.
 
     Returns:
         T^2 times the sum over the batch's examples of the mean over their targets of the mean KL in nats over their
@@ -25,8 +23,8 @@ def distill(
     """
     # The teacher gives what its own dtype gives, whatever mixed precision the student is trained in.
     with torch.no_grad(), torch.autocast(batch["input_ids"].device.type, enabled=False):
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
-    student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], attention)
+        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
+    student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
     divergence = suffix_kl(
         (student_hidden, head_of(student)), (teacher_hidden, head_of(teacher)), batch, temperature, reduction="sum"
     )

@@ -30,11 +30,14 @@ class Signal(NamedTuple):
 
     divergence: list[float]  # KL(teacher with its context || student with its own), at the training temperature
     over_none: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
-    over_other: list[float]  # the same over the teacher's behind another example's context
+    over_other: list[float]  # the same over the teacher's behind another example's context, if any has another
 
     def describe(self, noun: str) -> list[tuple[str, str]]:
         """Lines (label, text) for the summary; `noun` is what an example is called."""
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
+        gains = f"add {fmean(self.over_none):+.4f} nats a token to the log-probability of what follows"
+        if self.over_other:
+            gains += f"; {fmean(self.over_other):+.4f} compared with another {noun}'s in their place"
         lines = [
             (
                 "signal",
@@ -42,11 +45,7 @@ class Signal(NamedTuple):
                 f" student without; by {noun} {low:.4f} to {high:.4f}, median {middle:.4f}"
                 f" ({len(self.divergence):,} measured)",
             ),
-            (
-                "contexts",
-                f"add {fmean(self.over_none):+.4f} nats a token to the log-probability of what follows;"
-                f" {fmean(self.over_other):+.4f} compared with another {noun}'s in their place",
-            ),
+            ("contexts", gains),
         ]
         weakness = self.weakness(noun)
         return lines if weakness is None else [*lines, ("WARNING", weakness)]
@@ -54,6 +53,8 @@ class Signal(NamedTuple):
     def weakness(self, noun: str) -> str | None:
         """What is wrong with the data if there is hardly any signal, else None."""
         for gains, other in ((self.over_none, "without it"), (self.over_other, f"behind another {noun}'s")):
+            if not gains:
+                continue
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
             if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
                 return (
@@ -83,24 +84,24 @@ def measure_signal(
     examples: Sequence[Example],
     *,
     temperature: float,
-    attention: str,
 ) -> Signal:
     """Measure the signal of some examples, one at a time, forward only.
 
     Args:
-        student, teacher: prepared by `disc_train.causal_lm.use_attention(model, attention, ...)`, on one device; the
-            student's mode (train or eval) is kept.
+        student, teacher: prepared by `disc_train.causal_lm.use_attention`, on one device; the student's mode (train or
+            eval) is kept.
     """
     training = student.training
     student.eval()
     student_head, teacher_head = head_of(student), head_of(teacher)
     collate = collator(student, teacher)
+    longest = max(_teacher_reads(branch) for example in examples for branch in example.branches)
     signal = Signal([], [], [])
     for number, example in enumerate(examples):
         batch = send_to_device(collate([example]), student.device)
         weight, targets = batch["row_weight"], batch["targets"]
-        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], attention)
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
+        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
+        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
         divergence = suffix_kl(
             (student_hidden, student_head), (teacher_hidden, teacher_head), batch, temperature, reduction="none"
         )
@@ -112,12 +113,10 @@ def measure_signal(
 
         other = _another(examples, number)
         if other is not None:
-            batch = send_to_device(collate([_behind(other, example)]), student.device)
-            hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], attention)
+            batch = send_to_device(collate([_behind(other, example, longest)]), student.device)
+            hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
             behind = log_probability(teacher_head, _rows(hidden, batch["teacher_index"]), targets) @ weight
             signal.over_other.append(float(own - behind))
-        else:
-            signal.over_other.append(signal.over_none[-1])
     student.train(training)
     return signal
 
@@ -136,11 +135,21 @@ def _another(examples: Sequence[Example], number: int) -> Example | None:
     return None
 
 
-def _behind(other: Example, example: Example) -> Example:
-    """An example whose targets the teacher reads behind contexts of another, each the one nearest in length."""
+def _teacher_reads(branch: Branch) -> int:
+    """The tokens of a branch's context and target."""
+    return branch.teacher.attach + len(branch.teacher.lead) + len(branch.target)
+
+
+def _behind(other: Example, example: Example, longest: int) -> Example:
+    """An example whose targets the teacher reads behind contexts of another, each the one nearest in length.
+
+    A context is cut where it would make more than `longest` tokens with the target: the teacher may not read more.
+    """
 
     def behind(branch: Branch) -> Branch:
         contexts = [candidate.teacher for candidate in other.branches]
-        return branch._replace(teacher=min(contexts, key=lambda place: abs(place.attach - branch.teacher.attach)))
+        nearest = min(contexts, key=lambda place: abs(place.attach - branch.teacher.attach))
+        room = max(0, longest - len(nearest.lead) - len(branch.target))
+        return branch._replace(teacher=nearest._replace(attach=min(nearest.attach, room)))
 
     return replace(example, teacher_trunk=other.teacher_trunk, branches=[behind(branch) for branch in example.branches])

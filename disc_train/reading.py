@@ -40,12 +40,13 @@ def read_branches(branches: Iterable[tuple[Ids, Place, Ids]], share: bool) -> li
 
 
 def _read(trunk: Ids, place: Place, target: Ids, share: bool) -> Reading:
-    sequence = np.concatenate([trunk[: place.attach], place.lead, target[:-1]])
-    if np.array_equal(sequence, trunk[: len(sequence)]):  # the branch goes on as its trunk does
-        return Reading(trunk, len(sequence), NO_IDS)
-    if place.attach == 0 or not share:  # it has nothing in common with others
-        return Reading(sequence, len(sequence), NO_IDS)
-    return Reading(trunk, place.attach, sequence[place.attach :])
+    own = np.concatenate([place.lead, target[:-1]])
+    end = place.attach + len(own)
+    if np.array_equal(own, trunk[place.attach : end]):  # the branch goes on as its trunk does
+        return Reading(trunk, end, NO_IDS)
+    if place.attach and share:
+        return Reading(trunk, place.attach, own)
+    return Reading(np.concatenate([trunk[: place.attach], own]), end, NO_IDS)  # nothing in common with others
 
 
 def _share_beginnings(readings: Sequence[Reading]) -> list[Reading]:
@@ -54,8 +55,9 @@ def _share_beginnings(readings: Sequence[Reading]) -> list[Reading]:
     Of all ways to divide such sequences, sorted, into groups with one trunk each, it takes one that reads the fewest
     tokens.
     """
-    trees = Counter(reading.trunk.tobytes() for reading in readings)
-    alone = {i: reading.sequence() for i, reading in enumerate(readings) if trees[reading.trunk.tobytes()] == 1}
+    trunks = [reading.trunk.tobytes() for reading in readings]
+    trees = Counter(trunks)
+    alone = {i: reading.sequence() for i, reading in enumerate(readings) if trees[trunks[i]] == 1}
     order = sorted(alone, key=lambda i: alone[i].tolist())
     common = [_common(alone[one], alone[next_]) for one, next_ in itertools.pairwise(order)]
     shared = list(readings)

@@ -49,7 +49,7 @@ def row_rule(model: PreTrainedModel) -> RowRule:
 
 class Rows(NamedTuple):
     input_ids: Tensor  # [rows, L] int64; 0 where padded
-    layout: SharedPrefixLayout  # rows * L tokens, row after row; the padding at a row's end is a tree of its own
+    layout: SharedPrefixLayout  # rows * L tokens, row after row; the padding at a row's end is trees of its own
     positions: list[np.ndarray]  # [length] int64 a reading: where in the flattened rows its tokens are
     tokens: int  # that are not padding
 
@@ -127,6 +127,7 @@ def _fill(order: Sequence[int], readings: Sequence[Reading], trees: Sequence[int
 
 def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
     length = max(row.length for row in rows)
+    longest = max(reading.length for reading in readings)
     ids = np.zeros(len(rows) * length, dtype=np.int64)
     trees: list[tuple[int, list[tuple[int, int]]]] = []
     positions: dict[int, np.ndarray] = {}
@@ -144,8 +145,8 @@ def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
                     branches.append((shared, len(own)))
                     end += len(own)
             trees.append((trunk, branches))
-        if row.length < length:
-            trees.append((length - row.length, []))
+        # In pieces, since no position may be beyond those that the model has.
+        trees += [(min(longest, length - first), []) for first in range(row.length, length, longest)]
     return Rows(
         torch.from_numpy(ids).view(len(rows), length),
         SharedPrefixLayout.from_trees(trees),

@@ -39,12 +39,12 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
         check_vocabulary(model, tokens[-1])
-        use_attention(model, disc.attention, dataset.few_tokens().to(loop.device))
+        use_attention(model, disc.attention)
 
     examples = evenly_spaced(dataset)
 
     def signal() -> Signal:
-        return measure_signal(student, teacher, examples, temperature=disc.temperature, attention=disc.attention)
+        return measure_signal(student, teacher, examples, temperature=disc.temperature)
 
     before = signal()
     speaks = loop.process_index == 0

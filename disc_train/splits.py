@@ -14,7 +14,9 @@ SENTENCE_STRATEGIES = ("sentence_boundary", "middle_sentence", "uniform_sentence
 TOKEN_STRATEGIES = ("random_token", "uniform_token", "random_token_fixed")
 SPLIT_STRATEGIES = SENTENCE_STRATEGIES + TOKEN_STRATEGIES
 
-MIN_SUFFIX_TOKENS = 2  # a suffix of one token has no token to predict: the student sees nothing before it
+# Where the student sees nothing before a suffix, its first token is never predicted. Behind a student's header one
+# token would do; but then the template would decide where documents are split.
+MIN_SUFFIX_TOKENS = 2
 
 
 class Split(NamedTuple):

@@ -102,10 +102,11 @@ def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
 
 
 def describe_packing(
-    dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch], batches: int = 16
+    dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch], examples: int = 256
 ) -> tuple[str, str]:
-    """A line on how well some batches of the data, drawn at random, are packed."""
-    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), batches * batch_size))
+    """A line on how well about so many examples, drawn at random, are packed in batches, at least one."""
+    count = batch_size * max(1, examples // batch_size)
+    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
     tried = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
     packed = [collate([dataset[i] for i in batch]) for batch in tried]
     usage = sum((batch["usage"] for batch in packed), Usage())
@@ -141,9 +142,17 @@ def describe_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> st
 
 
 def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:
-    """The number of optimizer steps in all and in an epoch, as `transformers.Trainer` counts them."""
+    """The number of optimizer steps in all and in an epoch, as `transformers.Trainer` counts them.
+
+    Raises:
+        ValueError: an epoch without a batch.
+    """
     per_batch = args.train_batch_size * args.world_size
     batches = examples // per_batch if args.dataloader_drop_last else math.ceil(examples / per_batch)
+    if batches == 0:
+        raise ValueError(
+            f"--dataloader_drop_last: expected at least {per_batch} examples, a batch for every process, got {examples}"
+        )
     epoch = math.ceil(batches / args.gradient_accumulation_steps)
     return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)), epoch
 

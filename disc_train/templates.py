@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from disc_train.chat import chat_text, encode
 from disc_train.example import NO_IDS, Ids
+from disc_train.records import check_text
 
 # Rendered in the prefix's place. Two, of different length and wording, with what filters change: a template that writes
-# both unchanged, and the same around them, does so for every prefix. (White space at either end is not tried, because
-# many chat templates strip it; a document keeps its own.)
+# both unchanged, and the same around them, is taken to do so for every prefix, which one that asks for lengths beyond
+# these may not. (White space at either end is not tried, because many chat templates strip it; a document keeps its
+# own.)
 _PROBES = ("A probe\twith  <Spaces> & Straße.", '\'Another "PROBE",\n\n- of {many} lines.\r\n' * 1_000 + "end")
 
 
@@ -80,15 +82,16 @@ def _render(flag: str, template: str, tokenizer: PreTrainedTokenizerBase, **vari
 
     if template.endswith(".jinja"):
         try:
-            template = Path(template).read_text(encoding="utf-8")
+            template = Path(template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{flag}: expected a readable file, got: {error}") from error
     # As transformers renders chat templates, so that one way of writing them serves both.
     environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     try:
-        return environment.from_string(template).render(
+        text = environment.from_string(template).render(
             chat=chat, bos_token=tokenizer.bos_token or "", eos_token=tokenizer.eos_token or "", **variables
         )
     except Exception as error:  # of whatever kind a template's own expressions raise
         hint = "" if variables else " (variables: bos_token, eos_token, chat; the student reads no prefix)"
         raise ValueError(f"{flag}: cannot render this template: {error}{hint}") from error
+    return check_text(flag, "rendered text", text)

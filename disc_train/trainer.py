@@ -81,12 +81,11 @@ class DiscTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
         self.temperature = temperature
-        self.attention = attention
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
         for prepared in (model, self.teacher):
-            use_attention(prepared, attention, train_dataset.few_tokens().to(args.device))
+            use_attention(prepared, attention)
         self.data_collator = collator(model, self.teacher)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -115,9 +114,7 @@ class DiscTrainer(Trainer):
 
         def loss_of(batch: PackedBatch) -> Tensor:
             with self.accelerator.autocast():
-                return objectives.distill(
-                    student, self.teacher, batch, temperature=self.temperature, attention=self.attention
-                )
+                return objectives.distill(student, self.teacher, batch, temperature=self.temperature)
 
         # Through the forward of whatever wraps the student, not around it: there DDP prepares to reduce gradients.
         with patch.object(student, "forward", loss_of):

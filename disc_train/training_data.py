@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from disc_train.config import DiscArguments, LoopArguments
+from disc_train.context_length import ContextLength, context_length
 from disc_train.contexts import load_records
 from disc_train.dataset import DocumentDataset, ExampleDataset
 from disc_train.documents import load_documents
@@ -26,13 +27,14 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     """Read, tokenise and check what the arguments name.
 
     Raises:
-        ValueError: no data in what was given, a record or template that is wrong, or more tokens than the model's
-            context holds.
+        ValueError: no data in what was given, a record or template that is wrong, or more tokens than a model's context
+            holds.
     """
-    context = _context_length(disc)
+    context = context_length(disc.model_name_or_path, disc.teacher_name_or_path)
+    notes = [("context", f"{context.tokens:,} tokens{context.note}")] if context and context.note else []
     if disc.method == "cd":
         records = ExampleDataset(load_records(disc.train_file, disc.dataset_name, tokenizer, context))
-        return TrainingData(records, describe_records(records))
+        return TrainingData(records, describe_records(records) + notes)
 
     templates = read_templates(disc.teacher_template, disc.student_template, tokenizer)
     documents = _read_documents(disc, loop, tokenizer, _document_limit(disc, context, templates))
@@ -44,7 +46,7 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
-    return TrainingData(dataset, describe_documents(documents, dataset))
+    return TrainingData(dataset, describe_documents(documents, dataset) + notes)
 
 
 def distinct_tokens(examples: Iterable[Example]) -> list[int]:
@@ -58,27 +60,21 @@ def distinct_tokens(examples: Iterable[Example]) -> list[int]:
     return sorted(tokens)
 
 
-def _context_length(disc: DiscArguments) -> int | None:
-    config = AutoConfig.from_pretrained(disc.model_name_or_path)
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _document_limit(disc: DiscArguments, context: int | None, templates: Templates) -> int | None:
-    """The tokens that a document is cut to: what the templates leave of the model's context, or fewer if asked."""
+def _document_limit(disc: DiscArguments, context: ContextLength | None, templates: Templates) -> int | None:
+    """The tokens that a document is cut to: what the templates leave of the models' context, or fewer if asked."""
     if context is None:
         return disc.max_document_tokens
-    beside = f", less {templates.longest} of the templates" if templates.longest else ""
-    left = context - templates.longest
+    room = f"the {context.reader}'s context of {context.tokens} tokens{context.note}"
+    room += f", less {templates.longest} of the templates" if templates.longest else ""
+    left = context.tokens - templates.longest
     if left < 3:
         raise ValueError(
-            f"--teacher_template, --student_template: expected at least 3 tokens left for a document of the model's"
-            f" context of {context} tokens{beside}, got {left}"
+            "--teacher_template, --student_template: expected at least 3 tokens left for a document of"
+            f" {room}, got {left}"
         )
     limit = disc.max_document_tokens or left
     if limit > left:
-        raise ValueError(
-            f"--max_document_tokens: expected at most the model's context of {context} tokens{beside}, got {limit}"
-        )
+        raise ValueError(f"--max_document_tokens: expected at most {room}, got {limit}")
     return limit
 
 

@@ -73,7 +73,8 @@ def fused_suffix_kl(
         beta: for "jsd", strictly between 0 and 1.
         reduction: "mean" sum_i w_i d_i / sum_i w_i (0 where the weights sum to 0); "sum" sum_i w_i d_i; "none" the
             d_i, `[M]`, whatever the weights.
-        student_bias: `[V_s]`; an entry of -inf takes the entry out of the student's distribution.
+        student_bias: `[V_s]`; an entry of -inf takes the entry out of the student's distribution (behind a softcap,
+            which bounds it, it does not).
         teacher_bias: `[V_t]`.
         student_transform: `LogitTransform(scale, softcap)`, what the student does to its head's output; None: nothing.
         teacher_transform: the same for the teacher.
@@ -85,9 +86,9 @@ def fused_suffix_kl(
             whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
             the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
             they are rounded. Not with `skip_below`, `impl="reference"`, `torch.compile` or `torch.export`.
-        max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient also
-            once at 4 bytes an entry while it accumulates); None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
-            needs it.
+        max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient, and
+            the hidden states' where M is more than their rows, also once at 4 bytes an entry while they accumulate);
+            None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row needs it.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached.
         skip_below: an approximation, off by default. In each chunk of rows, vocabulary entries whose gradient is below
             this for every row are left out of the two gradient products; the gradient meant is that of a row's
@@ -97,10 +98,10 @@ def fused_suffix_kl(
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
 
     Returns:
-        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where an input is. With M = 0 a zero (an
-        empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`. With `skip_below` one more: the
-        part of the absolute sum of the logits' gradients that was left out, a scalar from 0 to 1, 0 where no gradient
-        was asked for.
+        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states or weights are. With
+        M = 0 a zero (an empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`. With
+        `skip_below` one more: the part of the absolute sum of the logits' gradients that was left out, a scalar from 0
+        to 1, 0 where no gradient was asked for.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
@@ -145,7 +146,7 @@ def fused_suffix_kl(
     elif is_traced(student_hidden) and impl != "reference":
         result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
     else:
-        check_options(**options, reduction=reduction)
+        max_workspace_bytes, skip_below = check_options(**options, reduction=reduction)
         problem = build_problem(**arguments)
         impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
         if impl == "reference":

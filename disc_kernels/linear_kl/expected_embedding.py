@@ -11,8 +11,10 @@ then takes 2 products of 2 M V D operations a step. How they are computed is in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +43,26 @@ from disc_kernels.linear_kl.validation import (
     check_vocab_size,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _outside_graphs(function: Callable[P, T]) -> Callable[P, T]:
+    """A break in compiled graphs: the row functions overwrite memory that a compiler would see twice.
+
+    `torch.compiler.disable` would do, but it imports the compiler, and Triton with it, for everyone.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **options: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+@_outside_graphs
 def teacher_summary(
     teacher_hidden: Tensor,  # [..., D_t]
     teacher_weight: Tensor,  # [V_t, D_t]
@@ -114,6 +135,7 @@ def teacher_summary(
         return summarise(call, rows_backend(impl), max_workspace_bytes)
 
 
+@_outside_graphs
 def expected_embedding_kl(
     student_hidden: Tensor,  # [..., D_s]
     student_weight: Tensor,  # [V_s, D_s]
@@ -177,7 +199,7 @@ def expected_embedding_kl(
 
         The gradient goes to `student_hidden` only. Its rows are computed in the forward, whatever the reduction; every
         backward multiplies them by what it is given. Unlike `fused_suffix_kl` this is no operator of `torch.compile`:
-        call it outside compiled functions.
+        it breaks a compiled graph, and `fullgraph=True` refuses it.
 
     Raises:
         ValueError: the head requires a gradient while gradients are recorded: train it with `fused_suffix_kl`.

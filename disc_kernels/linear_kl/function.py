@@ -49,17 +49,18 @@ def prepare(
 ) -> Call:
     """Sort the rows, divide the workspace, choose the row functions."""
     host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
-    problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
     rows = rows_backend(impl, sharded=group is not None)
-    how = plan(
-        problem,
-        teacher_rows,
-        max_bytes,
-        rows.BLOCK_ENTRIES,
-        rows.BLOCK_TEMPORARIES,
-        skips_columns=skip_below is not None,
-        ranks=1 if group is None else group.ranks,
-    )
+    demands = (max_bytes, rows.BLOCK_ENTRIES, rows.BLOCK_TEMPORARIES, skip_below is not None)
+    ranks = 1 if group is None else group.ranks
+    problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
+    try:
+        how = plan(problem, teacher_rows, *demands, ranks)
+    except ValueError:
+        if not teacher_rows.kept:
+            raise
+        # What keeping them leaves of the workspace is too little for the rest.
+        teacher_rows = TeacherRows(problem.rows, problem.teacher.index)
+        how = plan(problem, teacher_rows, *demands, ranks)
     streams = impl == "triton" and group is None and streaming_is_faster(problem, teacher_rows, statistics, max_bytes)
     compare = rows if group is None else ShardedRows(rows, group)
     return Call(problem, teacher_rows, how, compare, statistics, skip_below, streams, group)

@@ -48,14 +48,17 @@ class GradientSums:
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
         self.hidden_shape, self.chunk_rows, self.tile_rows = hidden.shape, plan.chunk_rows, plan.tile_rows
-        self.weight_dtype, self.bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
+        self.hidden_dtype, self.weight_dtype = hidden.dtype, weight.dtype
+        self.bias_dtype = weight.dtype if bias is None else bias.dtype
         self.hidden: Tensor | None = None
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         if wanted.hidden:
-            # With an index some rows may never be written, and some may be summed.
+            # With an index some rows may never be written, and some may be summed; where some must be, in 4 bytes, for
+            # the sum of many 16-bit numbers stops growing.
             new = torch.empty if student.index is None else torch.zeros
-            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=hidden.dtype, device=hidden.device)
+            dtype = wide if problem.rows > student.hidden_rows else hidden.dtype
+            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=dtype, device=hidden.device)
         if wanted.weight:
             # With the weight's strides, or autograd would copy it to get them.
             self.weight = torch.empty_like(weight, dtype=wide)
@@ -67,7 +70,8 @@ class GradientSums:
 
     def add_chunk(self, student: Side, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
         """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
-        kept = None if self.skip_below is None else self._kept_columns(gradient)
+        multiplied = self.hidden is not None or self.weight is not None
+        kept = self._kept_columns(gradient) if self.skip_below is not None and multiplied else None
         rows = None if self.hidden is None else self._hidden_rows(student, gradient, kept)
         adding = None if rows is None or self.group is None else self.group.start_adding(rows)
         if self.weight is not None:
@@ -121,7 +125,7 @@ class GradientSums:
             # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
             for rows in self.hidden.split(self.chunk_rows):
                 rows.copy_(rows.to(factor.dtype).mul_(factor))
-            hidden = self.hidden.view(self.hidden_shape)
+            hidden = self.hidden.view(self.hidden_shape).to(self.hidden_dtype)
         factor = factor * self.mantissa
         if self.weight is not None:
             weight = self.weight.mul_(factor).to(self.weight_dtype)

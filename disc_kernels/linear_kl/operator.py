@@ -110,7 +110,7 @@ def operator(*inputs: Any) -> tuple[Tensor, ...]:
     if not any(wanted):
         return _outputs(a, fused_forward(call))
     result, sums = forward_with_gradients(call, wanted)
-    hidden = None if sums.hidden is None else sums.hidden.view(a.student_hidden.shape)
+    hidden = None if sums.hidden is None else sums.hidden.view(a.student_hidden.shape).to(a.student_hidden.dtype)
     return _outputs(a, result, hidden, sums.weight, sums.bias, sums.mantissa, sums.power)
 
 

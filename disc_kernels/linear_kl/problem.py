@@ -34,6 +34,7 @@ class LogitTransform:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"LogitTransform: {name} must be a number, got {type(value).__name__}")
+            object.__setattr__(self, name, float(value))  # NumPy's numbers and fractions too
         if not 0 < abs(self.scale) < math.inf:
             raise ValueError(f"LogitTransform: scale must be finite and not zero, got {self.scale}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
@@ -118,6 +119,8 @@ class Problem:
     @property
     def one_head(self) -> bool:
         """Whether z_s - z_t can be computed as (h_s - h_t) W^T, which cancels nothing.
+
+        It is as exact as its own size allows, where a difference of logits is as exact as theirs.
 
         Both sides must have one weight and do the same, linear thing to its product. Where products take 16-bit
         operands the difference of two hidden states would be rounded, which costs more than it saves. Ranks that share

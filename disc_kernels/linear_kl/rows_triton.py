@@ -39,6 +39,13 @@ NUM_WARPS = 8
 # does not come near, it takes 48 (80 with softcap and biases) and spills none.
 MAX_REGISTERS = 128
 
+# One number a row: a chunk's rows of them start at an aligned address or not, by M, which is no reason to compile anew.
+ROW_NUMBERS = (
+    *("teacher_slot_ptr", "row_scale_ptr", "divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr"),
+    *("agreement_ptr", "maximum_ptr", "log_sum_ptr", "entropy_ptr", "total_ptr", "expected_bias_ptr"),
+    *("part_ptr", "whole_ptr", "mean_slope_ptr"),
+)
+
 PEAK: tl.constexpr = tl.constexpr(2.0**15)  # see rows_torch.py
 
 
@@ -48,7 +55,7 @@ def _load_logits(side, offsets, mask, inverse_temperature):
     row_ptr, bias_ptr, stride_b, scale, softcap = side
     z = tl.load(row_ptr + offsets, mask=mask, other=0.0)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + offsets * stride_b, mask=mask, other=0.0).to(z.dtype)
+        z += tl.load(bias_ptr + offsets.to(tl.int64) * stride_b, mask=mask, other=0.0).to(z.dtype)
     u = z * scale
     slope = tl.full(z.shape, 1.0, z.dtype)
     if softcap is not None:
@@ -112,8 +119,8 @@ def _normalisers(
     log_ratio = 0.0
     if ONE_HEAD:
         small = excess / sum_t
-        # Far from 0 it may have overflowed, and log1p would no longer gain anything.
-        log_ratio = tl.where(tl.abs(small) < 0.5, log1p(small), max_s - max_t + (tl.log(sum_s) - tl.log(sum_t)))
+        # Far from 0 it may have overflowed, and log1p gains nothing: NaN says to subtract log-probabilities.
+        log_ratio = tl.where(tl.abs(small) < 0.5, log1p(small), float("nan"))
     return max_s, tl.log(sum_s), max_t, tl.log(sum_t), log_ratio, agree
 
 
@@ -124,10 +131,9 @@ def log_probabilities(student, teacher, normalisers, offsets, mask, inverse_temp
     u_s, slope, u_t, difference = _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD)
     lq = u_s - max_s - logsum_s
     lp = u_t - max_t - logsum_t
+    gap = tl.where(lq == lp, 0.0, lq - lp)  # a bias may make both -inf
     if ONE_HEAD:
-        gap = difference - log_ratio
-    else:
-        gap = tl.where(lq == lp, 0.0, lq - lp)  # a bias may make both -inf
+        gap = tl.where(log_ratio == log_ratio, difference - log_ratio, gap)
     return lq, lp, gap, slope
 
 
@@ -139,7 +145,7 @@ def store_in_place(row_ptr, offsets, mask, x, NARROW: tl.constexpr):
     tl.store(row_ptr + offsets, x.to(row_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_NUMBERS)
 def _compare_rows_kernel(
     student_ptr,  # [R, V] head outputs without bias, ONE_HEAD: less the teacher's
     teacher_ptr,  # [U, V]
@@ -253,9 +259,9 @@ def compare_rows(
         vocab_size,
         1.0 / problem.temperature,
         problem.beta,
-        float(problem.student.transform.scale),
+        problem.student.transform.scale,
         problem.student.transform.softcap,
-        float(problem.teacher.transform.scale),
+        problem.teacher.transform.scale,
         problem.teacher.transform.softcap,
         KIND=KINDS[problem.divergence],
         STATISTICS=statistics,
@@ -266,7 +272,7 @@ def compare_rows(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_NUMBERS)
 def _normalise_rows_kernel(
     logits_ptr,  # [R, V] head outputs without bias
     weights_ptr,  # [R, V] or None; may be the memory of `logits_ptr` in a narrower dtype: NARROW
@@ -314,7 +320,7 @@ def _normalise_rows_kernel(
             if entropy_ptr is not None:
                 spread += tl.sum(zero_where(e, e * (u - maximum)), axis=0)
             if expected_bias_ptr is not None:
-                bias = tl.load(other_bias_ptr + offsets * stride_ob, mask=mask, other=0.0).to(e.dtype)
+                bias = tl.load(other_bias_ptr + offsets.to(tl.int64) * stride_ob, mask=mask, other=0.0).to(e.dtype)
                 expected_bias += tl.sum(zero_where(e, e * bias), axis=0)
             if weights_ptr is not None:
                 weight = (e * PEAK).to(weights_ptr.dtype.element_ty)
@@ -367,7 +373,7 @@ def normalise_rows(
         _stride(other_bias),
         vocab_size,
         1.0 / temperature,
-        float(side.transform.scale),
+        side.transform.scale,
         side.transform.softcap,
         NARROW=weights is not None and weights.dtype != torch.float32,
         BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),

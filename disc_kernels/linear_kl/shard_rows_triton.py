@@ -20,6 +20,7 @@ from disc_kernels.linear_kl.rows_triton import (
     BLOCK_TEMPORARIES,
     MAX_BLOCK_V,
     NUM_WARPS,
+    ROW_NUMBERS,
     log_probabilities,
     row_sums,
     store_in_place,
@@ -62,7 +63,7 @@ def _whole(whole_ptr, row, R):
     return max_s, logsum_s, max_t, logsum_t, 0.0, False
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_NUMBERS)
 def _normalise_shard_kernel(
     student,  # Logits, as in the other two kernels
     teacher,
@@ -85,7 +86,7 @@ def _normalise_shard_kernel(
     tl.store(part_ptr + 3 * R + row, sum_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_NUMBERS)
 def _compare_shard_kernel(
     student,
     teacher,
@@ -140,7 +141,7 @@ def _compare_shard_kernel(
         tl.store(teacher_entropy_ptr + row, entropy_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_NUMBERS)
 def _shard_gradient_kernel(
     student,
     teacher,

@@ -92,7 +92,7 @@ def build_problem(
 
 def is_traced(x: Any) -> bool:
     """Whether a call with this tensor is being recorded, or asked for its shapes, so that there are no values."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -120,18 +120,22 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_options(max_workspace_bytes: Any, skip_below: Any, impl: Any, reduction: str) -> None:
-    """What says how to compute, as far as that needs no backend."""
+def check_options(
+    max_workspace_bytes: Any, skip_below: Any, impl: Any, reduction: str
+) -> tuple[int | None, float | None]:
+    """What says how to compute, as far as that needs no backend: (max_workspace_bytes, skip_below)."""
     if max_workspace_bytes is not None:
-        check_count("max_workspace_bytes", max_workspace_bytes)
+        max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
     if skip_below is None:
-        return
-    if check_number("skip_below", skip_below) <= 0:
+        return max_workspace_bytes, None
+    skip_below = check_number("skip_below", skip_below)
+    if skip_below <= 0:
         raise ValueError(f"skip_below: expected a positive number, or None to skip nothing, got {skip_below}")
     if impl == "reference":
         raise ValueError('skip_below: expected None for impl="reference", which computes every column')
     if reduction == "none":
         raise ValueError('skip_below: expected reduction "mean" or "sum", whose gradient is known in the forward')
+    return max_workspace_bytes, skip_below
 
 
 def check_transform(name: str, value: Any) -> LogitTransform:
@@ -257,9 +261,12 @@ def _float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
     value = check_tensor(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested one" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor, got {kind}")
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, as the hidden states, got {value.device}")
-    return value
+    return value.resolve_neg()  # kernels read memory, which does not show that its numbers are negated
 
 
 def check_tensor(name: str, value: Any) -> Tensor:

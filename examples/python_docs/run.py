@@ -24,9 +24,9 @@ from disc_train.packing import pack
 from disc_train.splits import tokenize_document
 
 
-def load(folder: Path, tokens: torch.Tensor) -> PreTrainedModel:
+def load(folder: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    use_attention(model, "sdpa", tokens)
+    use_attention(model, "sdpa")
     return model
 
 
@@ -40,8 +40,8 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
     columns = []
     for example in examples:
         batch = pack([example])
-        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"], "sdpa")
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"], "sdpa")
+        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
+        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
         columns.append(
             torch.stack(
                 [
@@ -75,7 +75,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
 def report(folder: Path) -> dict[str, tuple[float, ...]]:
     """What is measured -> before, after, and for losses also the teacher that reads what stands before."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    before, after = (load(folder / name, torch.arange(16)[None]) for name in ("model", "taught"))
+    before, after = (load(folder / name) for name in ("model", "taught"))
     rows: dict[str, tuple[float, ...]] = {}
     for part in ("new", "control"):
         examples = read_examples(folder / f"{part}.jsonl", tokenizer)

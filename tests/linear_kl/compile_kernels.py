@@ -169,7 +169,7 @@ def source(variant: Variant) -> ASTSource:
         count = name.startswith("stride") or name in ("M", "R", "V", "ranges")
         kind = variant.types.get(key, "*fp32" if name.endswith("_ptr") else "i32" if count else "fp32")
         # As hidden sizes and addresses of real models are; V and M are any number.
-        if kind.startswith("*") or name in ("stride_hn", "stride_wv", "D"):
+        if (kind.startswith("*") and name not in rows_triton.ROW_NUMBERS) or name in ("stride_hn", "stride_wv", "D"):
             aligned[path] = [["tt.divisibility", 16]]
         return kind
 

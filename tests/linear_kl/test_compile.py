@@ -14,7 +14,13 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from disc_kernels import FusedSuffixKLLoss, LogitTransform, fused_suffix_kl
+from disc_kernels import (
+    FusedSuffixKLLoss,
+    LogitTransform,
+    expected_embedding_kl,
+    fused_suffix_kl,
+    teacher_summary,
+)
 from disc_kernels.linear_kl import operator as operator_module
 
 V, D = 37, 8
@@ -135,7 +141,9 @@ def test_every_option(build_everything, divergence, reduction, loss_of):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit(build_everything, dtype, reduction, loss_of):
     """To the bit: a factor that is rounded to the gradient's dtype before it is multiplied in would show."""
-    compare(build_everything(dtype, reduction=reduction), loss_of, ulps=0)
+    once = {"student_index": [4, 0, 2, 5, 1, 3], "teacher_index": [3, 3, 0, 1, 1, 2]}  # no sum in 4 bytes to round
+    weight = [0.5, 0.0, 2.0, 1.0, 0.25, 3.0]
+    compare(build_everything(dtype, reduction=reduction, row_weight=weight, **once), loss_of, ulps=0)
 
 
 def test_implementations(build_everything, impl, loss_of):
@@ -431,3 +439,18 @@ def test_registering_the_operator_imports_no_triton():
     code = "import sys, torch, disc_kernels; torch.ops.disc_kernels.fused_suffix_kl; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_frozen_head_form_breaks_the_graph_and_is_right():
+    student, head, teacher = torch.randn(6, 8, requires_grad=True), torch.randn(31, 8), torch.randn(6, 8)
+    summary = teacher_summary(teacher, head, head)
+
+    def step(hidden):
+        return expected_embedding_kl(hidden * 2, head, summary) + 1
+
+    for call in (step, torch.compile(step, backend="aot_eager")):
+        loss = call(student)
+        (gradient,) = torch.autograd.grad(loss, [student])
+        expected = fused_suffix_kl(student * 2, head, teacher, head) + 1
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, [student])[0], rtol=1e-4, atol=1e-6)

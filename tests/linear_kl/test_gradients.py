@@ -161,3 +161,16 @@ def test_gradcheck(build, double_impl, divergence, reduction):
         )
 
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in STUDENT])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_that_repeats_often(build, run, oracle, smallest_workspace, fused_impl, dtype, reduction):
+    """In many chunks; a sum of 16-bit numbers stops growing after a few hundred."""
+    problem = build(rows=2, width=8, vocab=31, dtype=dtype, student_index=[0] * 600, teacher_index=[1] * 600)
+    problem = replace(problem.with_options(reduction=reduction), asks=("student_hidden",))
+    if reduction == "none":
+        problem = replace(problem, upstream=torch.ones(600))
+    problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
+    got, exact = run(problem, fused_impl).gradients["student_hidden"], oracle(problem).gradients["student_hidden"]
+    assert (got.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()

@@ -104,3 +104,19 @@ def test_one_model_of_itself_learns_nothing(build, run, fused_impl, divergence):
 def test_what_the_models_do_to_the_head_s_output_still_counts(build, run, assert_accurate, fused_impl, different):
     problem = one_head(build(rows=6, **different))
     assert_accurate(run(problem, fused_impl), problem)
+
+
+@pytest.mark.parametrize("scale", [10.0, 30.0])
+def test_models_that_differ_noticeably_at_large_logits(build, run, oracle, plain, fused_impl, divergence, scale):
+    """Not close enough for the normalisers' ratio: no worse than subtracting log-probabilities."""
+    problem = one_head(build(rows=5, width=5, vocab=13, divergence=divergence))
+    teacher = problem.tensors["teacher_hidden"] * scale
+    apart = teacher * (1 + 0.03 * torch.randn_like(teacher))
+    problem = problem.with_tensors(student_hidden=apart, teacher_hidden=teacher)
+    got, exact, yardstick = run(problem, fused_impl), oracle(problem), plain(problem)
+    size = exact.gradients["student_hidden"].norm()
+    error, plain_error = (
+        (x.gradients["student_hidden"].double() - exact.gradients["student_hidden"]).norm() / size
+        for x in (got, yardstick)
+    )
+    assert error < 2 * plain_error + 1e-6

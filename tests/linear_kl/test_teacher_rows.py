@@ -109,3 +109,15 @@ def test_chunks_cover_all_rows_and_their_teachers(index, chunk_rows):
         assert 0 < stop - start <= chunk_rows
         assert (first, last) == (int(slot[start]), int(slot[stop - 1]) + 1)
         assert last - first <= rows.teacher_chunk_rows(len(index), chunk_rows)
+
+
+@pytest.mark.usefixtures("on_an_accelerator")
+@pytest.mark.parametrize("rows", [12, 100])
+def test_more_workspace_is_never_refused_where_less_was_enough(build, loss_of, smallest_workspace, fused_impl, rows):
+    """Keeping the teacher's rows may leave too little for the rest; then they are not kept."""
+    problem = build(rows=2, width=8, vocab=64, student_index=[0] * rows, teacher_index=[0] * rows)
+    smallest = smallest_workspace(problem, fused_impl)
+    expected = loss_of(problem, problem.leaves(), "reference")
+    for more in range(0, 4000, 100):
+        loss = loss_of(problem, problem.leaves(), fused_impl, max_workspace_bytes=smallest + more)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

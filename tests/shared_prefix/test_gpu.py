@@ -114,9 +114,9 @@ def test_a_model_under_autocast_equals_sdpa_with_gradients(attention, picked, co
     parameters = list(model.get_decoder().parameters())
 
     def outputs(attention: str) -> tuple[str, list[Tensor]]:
-        implementation = use_attention(model, attention, ids[:, :16])
+        implementation = use_attention(model, attention)
         with torch.autocast("cuda", torch.bfloat16):
-            hidden = hidden_states(model, ids, layout, attention)
+            hidden = hidden_states(model, ids, layout)
         return implementation, [hidden, *torch.autograd.grad(hidden, parameters, upstream)]
 
     _, expected = outputs("sdpa")
@@ -141,11 +141,11 @@ def test_building_a_mask_waits_for_nothing(implementation):
 
 def test_new_lengths_compile_nothing(compiler):
     model = tiny_model()
-    use_attention(model, "flex", torch.arange(16, device="cuda")[None])
+    use_attention(model, "flex")
 
     def step(length: int) -> None:
         layout = SharedPrefixLayout.from_trees([(length // 2, [(length // 3, length - length // 2)])]).to("cuda")
-        hidden_states(model, torch.randint(61, (1, length), device="cuda"), layout, "flex").sum().backward()
+        hidden_states(model, torch.randint(61, (1, length), device="cuda"), layout).sum().backward()
 
     for length in (300, 421):
         step(length)

@@ -30,20 +30,20 @@ def make_model(config_class=transformers.LlamaConfig, **options):
 
 
 def test_it_says_what_it_picked():
-    assert use_attention(make_model(), "auto", TOKENS) == "sdpa"
-    assert use_attention(make_model(), "sdpa", TOKENS) == "sdpa"
-    assert use_attention(make_model(transformers.Gemma2Config, head_dim=8), "auto", TOKENS) == "eager"
+    assert use_attention(make_model(), "auto") == "sdpa"
+    assert use_attention(make_model(), "sdpa") == "sdpa"
+    assert use_attention(make_model(transformers.Gemma2Config, head_dim=8), "auto") == "eager"
 
 
 def test_several_rows_at_once():
     model = make_model(transformers.MistralConfig, sliding_window=5)
-    use_attention(model, "auto", TOKENS)
+    use_attention(model, "auto")
     rows = [[(6, [(4, 3), (6, 2)])], [(0, [(0, 8)]), (3, [])]]
     ids = torch.randint(61, (2, 11))
     layout = SharedPrefixLayout.from_trees([tree for row in rows for tree in row])
-    batch = hidden_states(model, ids, layout, "auto")
+    batch = hidden_states(model, ids, layout)
     for row, trees in enumerate(rows):
-        alone = hidden_states(model, ids[row : row + 1], SharedPrefixLayout.from_trees(trees), "auto")
+        alone = hidden_states(model, ids[row : row + 1], SharedPrefixLayout.from_trees(trees))
         torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=0)
 
 
@@ -96,16 +96,16 @@ def test_auto_leaves_an_implementation_that_fails_its_check(function, message, f
     first_choice_is_wrong(function)
     model, other = make_model(), make_model()
     with pytest.warns(UserWarning, match=f"attention '{WRONG}' is not used: LlamaForCausalLM: .*{message}"):
-        assert use_attention(model, "auto", TOKENS) == "sdpa"
+        assert use_attention(model, "auto") == "sdpa"
     layout = SharedPrefixLayout.from_trees([(6, [(4, 10)])])
     other.set_attn_implementation("sdpa")
-    assert torch.equal(hidden_states(model, TOKENS, layout, "auto"), hidden_states(other, TOKENS, layout, "auto"))
+    assert torch.equal(hidden_states(model, TOKENS, layout), hidden_states(other, TOKENS, layout))
 
 
 def test_what_was_asked_for_is_not_replaced(first_choice_is_wrong):
     first_choice_is_wrong(breaks)
     with pytest.raises(ValueError, match="out of registers"):
-        use_attention(make_model(), "sdpa", TOKENS)
+        use_attention(make_model(), "sdpa")
 
 
 def test_an_implementation_that_leaves_something_out_differs_from_eager(first_choice_is_wrong):
@@ -114,13 +114,13 @@ def test_an_implementation_that_leaves_something_out_differs_from_eager(first_ch
     model = make_model(transformers.Gemma2Config, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.0)
     model.set_attn_implementation(WRONG)
     with pytest.warns(UserWarning, match=f"'{WRONG}' is not used"):
-        assert use_attention(model, "auto", TOKENS) == "eager"
+        assert use_attention(model, "auto") == "eager"
 
 
 def test_models_without_sdpa_run_eagerly():
     model = make_model(transformers.GptOssConfig, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
     with pytest.warns(UserWarning, match="attention 'sdpa' is not used"):
-        assert use_attention(model, "auto", TOKENS) == "eager"
+        assert use_attention(model, "auto") == "eager"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_models_without_sdpa_run_eagerly():
 def test_what_the_device_cannot_run_is_refused(attention, message):
     model = make_model().train()
     with pytest.raises(ValueError, match=message):
-        use_attention(model, attention, TOKENS)
+        use_attention(model, attention)
     assert model.training
 
 
@@ -142,4 +142,4 @@ def test_several_rows_need_dense_masks():
     model = make_model()
     model.set_attn_implementation(causal_lm.attention_implementation(model.config, "flex"))
     with pytest.raises(ValueError, match=f"rows: expected 1 with attention '{FLEX}', got 2"):
-        hidden_states(model, TOKENS.view(2, 8), SharedPrefixLayout.from_trees([(8, []), (8, [])]), "flex")
+        hidden_states(model, TOKENS.view(2, 8), SharedPrefixLayout.from_trees([(8, []), (8, [])]))

@@ -146,7 +146,7 @@ def test_bad_records_are_named(fails, records):
     assert "records.jsonl:3: expected a context and a target of at most 256 tokens together" in message(
         target="~" * 300
     )
-    assert "records.jsonl:3: 'target' must be a string, got int" in message(target=3)
+    assert "records.jsonl:3: 'target' must be a string or a list of messages, got int" in message(target=3)
 
 
 def test_a_model_that_cannot_share_a_trunk(disc_train, model_folder, capsys):
@@ -301,6 +301,32 @@ def test_more_than_the_models_context(fails):
     assert "--max_document_tokens: expected at most the model's context of 256 tokens, got 257" in fails(
         "--max_document_tokens", 257
     )
+
+
+def test_more_than_the_teachers_context(fails, make_model, tmp_path):
+    make_model(max_position_embeddings=100).save_pretrained(tmp_path / "teacher")
+    assert "expected at most the teacher's context of 100 tokens, got 101" in fails(
+        "--teacher_name_or_path", tmp_path / "teacher", "--max_document_tokens", 101
+    )
+
+
+def test_longrope_ends_at_the_original_context(disc_train, make_model, model_folder, capsys):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
+    make_model(rope_parameters=rope).save_pretrained(model_folder)
+    assert disc_train("--dry_run") == 0
+    out = capsys.readouterr().out
+    assert " cut to 64 tokens" in out
+    assert "context       64 tokens (its original context: beyond it, longrope positions depend" in out
+    assert disc_train("--max_document_tokens", 65) == 1
+    assert "context of 64 tokens (its original context: beyond it, longrope" in capsys.readouterr().err
+
+
+def test_fewer_documents_than_a_batch_that_may_not_be_smaller(fails, tmp_path):
+    flags = ("--dataloader_drop_last", "true", "--per_device_train_batch_size", 8)
+    for more in ((), ("--dry_run",)):
+        assert "--dataloader_drop_last: expected at least 8 examples" in fails(*flags, *more)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_long_document_is_cut_and_counted(disc_train, capsys, sentences):

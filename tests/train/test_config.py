@@ -28,6 +28,14 @@ def test_the_defaults_are_the_authors():
     assert (loop.learning_rate, loop.logging_nan_inf_filter) == (3e-6, False)
 
 
+@pytest.mark.parametrize("pinned", ["true", "false"])
+def test_copies_from_pinned_memory_are_not_waited_for(pinned):
+    _, loop = parse_arguments([*REQUIRED, "--dataloader_pin_memory", pinned])
+    assert loop.accelerator_config.non_blocking == (pinned == "true")
+    _, loop = parse_arguments([*REQUIRED, "--accelerator_config", '{"even_batches": false}'])
+    assert (loop.accelerator_config.even_batches, loop.accelerator_config.non_blocking) == (False, False)
+
+
 def test_yaml_values_are_read_as_flags_are(write_yaml):
     disc, loop = parse_arguments(
         [

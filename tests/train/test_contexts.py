@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from disc_train.context_length import ContextLength
 from disc_train.contexts import load_records
 
 
@@ -16,7 +17,7 @@ def load(tmp_path, chat_tokenizer):
     def run(*records, max_tokens=None, tokenizer=chat_tokenizer):
         path = tmp_path / "records.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return load_records(str(path), None, tokenizer, max_tokens)
+        return load_records(str(path), None, tokenizer, max_tokens and ContextLength(max_tokens, "model"))
 
     return run
 
@@ -90,19 +91,21 @@ GOOD = {"teacher_context": "T", "student_context": "S", "target": "x y"}
     ("change", "message"),
     [
         ({"target": ""}, "expected a target that is not empty"),
+        ({"target": " \n"}, "expected a target that is not empty"),
+        ({"teacher_context": " \n"}, "expected a teacher_context that is not empty"),
         ({"target": []}, "expected a target that is not empty"),
         ({"target": None}, "expected a target that is not empty"),
-        ({"target": 5}, "'target' must be a string, got int"),
+        ({"target": 5}, "'target' must be a string or a list of messages, got int"),
         ({"teacher_context": ""}, "expected a teacher_context that is not empty"),
         ({"teacher_context": [{"role": "user"}]}, "'teacher_context' must be a string or a list of messages"),
         ({"teacher_context": [_user(["T"])]}, "'teacher_context.content' must be a string, got list"),
-        ({"student_context": {"role": "user"}}, "'student_context' must be a string, got dict"),
+        ({"student_context": {"role": "user"}}, "'student_context' must be a string or a list of messages, got dict"),
         ({"student_context": "\ud800"}, "'student_context' holds a lone surrogate"),
         ({"target": [_assistant("x")]}, "a target of chat messages needs contexts of chat messages"),
         ({"target": [_user("x")], "teacher_context": [_user("T")]}, "the assistant's, got .'user'."),
         ({"target": [_assistant("x")] * 2, "teacher_context": [_user("T")]}, "expected a target of one message"),
         (
-            {"target": [_assistant("")], "teacher_context": [_user("T")], "student_context": ""},
+            {"target": [_assistant(" ")], "teacher_context": [_user("T")], "student_context": ""},
             "expected a target that is not empty",
         ),
         ({"student_context": "", "target": "x"}, "target 1: expected at least 2 tokens behind an empty context"),
@@ -113,6 +116,13 @@ GOOD = {"teacher_context": "T", "student_context": "S", "target": "x y"}
 def test_what_is_wrong_is_named(change, message, load):
     with pytest.raises(ValueError, match=r"records\.jsonl:2: .*" + message):
         load(GOOD, GOOD | change, max_tokens=50)
+
+
+def test_the_last_token_of_a_target_is_not_read(load):
+    context, tokens = GOOD["teacher_context"], 30
+    assert len(load(GOOD | {"target": "~" * tokens}, max_tokens=len(context) + tokens - 1)) == 1
+    with pytest.raises(ValueError, match="at most 29 tokens together"):
+        load(GOOD | {"target": "~" * tokens}, max_tokens=len(context) + tokens - 2)
 
 
 def test_missing_fields(load):
@@ -128,6 +138,19 @@ def test_a_text_file(tmp_path, chat_tokenizer):
         load_records(str(tmp_path / "a.txt"), None, chat_tokenizer, None)
 
 
+def test_a_chat_template_that_wants_turns_to_alternate(load, chat_tokenizer):
+    """As those of Gemma, Mistral and Llama 2 do: the user begins, so the target is never written alone."""
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}"
+    ) + chat_tokenizer.chat_template
+    record = {"teacher_context": [_user("T")], "student_context": [_user("S")], "target": [_assistant("x")]}
+    (example,) = load(record)
+    assert _texts(example, chat_tokenizer)[2] == "x</>\n"
+    (example,) = load(record | {"student_context": ""})
+    assert _texts(example, chat_tokenizer)[2] == "x</>\n"
+
+
 def test_chat_templates_that_cannot_give_a_target(load, tokenizer, chat_tokenizer):
     record, regular = {"teacher_context": [_user("T")], "target": [_assistant("x")]}, chat_tokenizer.chat_template
     with pytest.raises(ValueError, match=r"records\.jsonl:1: expected a model with a chat template"):
@@ -136,6 +159,9 @@ def test_chat_templates_that_cannot_give_a_target(load, tokenizer, chat_tokenize
     with pytest.raises(
         ValueError, match=r"records\.jsonl:1: the model's chat template does not take these messages: no"
     ):
+        load(record)
+    chat_tokenizer.chat_template = "{{ 1 / 0 }}"
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: the model's chat template .*: division by zero"):
         load(record)
     chat_tokenizer.chat_template = "{{ messages | length }}{{ messages[-1].content }}"
     with pytest.raises(ValueError, match=r"records\.jsonl:1: the chat template does not continue the prompt"):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from torch.utils.data import DataLoader
 
 from disc_train.dataset import DocumentDataset
@@ -69,9 +68,3 @@ def test_all_too_short_is_an_error():
 def test_options_are_checked():
     with pytest.raises(ValueError, match="num_splits"):
         DocumentDataset([_document("a", [9, 9])], num_splits=0)
-
-
-def test_few_tokens(make_dataset):
-    tokens = make_dataset().few_tokens()
-    assert tokens.shape == (1, 16)
-    assert tokens.dtype == torch.int64

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from disc_train.causal_lm import use_attention
-from disc_train.dataset import DocumentDataset, ExampleDataset
+from disc_train.dataset import DocumentDataset
 from disc_train.documents import Document
 from disc_train.example import Branch, Example, Place
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
@@ -31,8 +31,8 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, m
     dataset = make_dataset(4, num_splits=3)
     examples = [dataset[i] for i in range(4)]
     for model in (teacher, student):
-        use_attention(model, "auto", dataset.few_tokens())
-    signal = measure_signal(student, teacher, examples, temperature=2.0, attention="auto")
+        use_attention(model, "auto")
+    signal = measure_signal(student, teacher, examples, temperature=2.0)
     assert student.training
 
     for number, document in enumerate(dataset.documents):
@@ -69,6 +69,7 @@ def test_documents_are_taken_evenly(make_dataset):
         ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document's"),
         ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "not certain that there is a signal"),  # the mean of 0.1 is all noise
         ([float("nan")], [0.5], "than without it"),
+        ([0.5, 0.7, 0.3], [], None),
     ],
 )
 def test_the_warning(over_none, over_other, message):
@@ -80,21 +81,23 @@ def test_the_warning(over_none, over_other, message):
     assert [label for label, _ in signal.describe("document")][2:] == ([] if message is None else ["WARNING"])
 
 
-def test_one_document_is_compared_with_no_prefix(make_model, make_dataset):
+@pytest.mark.parametrize("examples", [1, 2])
+def test_without_another_context_no_comparison_is_claimed(examples, make_model, make_dataset):
     model, teacher, dataset = make_model(), make_model(), make_dataset(1)
     for prepared in (model, teacher):
-        use_attention(prepared, "auto", dataset.few_tokens())
-    signal = measure_signal(model, teacher, [dataset[0]], temperature=2.0, attention="auto")
-    assert signal.over_other == signal.over_none
+        use_attention(prepared, "auto")
+    signal = measure_signal(model, teacher, [dataset[0]] * examples, temperature=2.0)
+    assert (len(signal.over_none), signal.over_other) == (examples, [])
+    assert "another document" not in str(signal.describe("document"))
 
 
 def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
     model, teacher, dataset = make_model(), make_model(), make_dataset(4)
     for prepared in (model, teacher):
-        use_attention(prepared, "auto", dataset.few_tokens())
+        use_attention(prepared, "auto")
     samples = [dataset[0], dataset[1], dataset[0], dataset[1]]  # the one two further on is the same text
-    signal = measure_signal(model, teacher, samples, temperature=2.0, attention="auto")
-    plain = measure_signal(model, teacher, samples[:2], temperature=2.0, attention="auto")
+    signal = measure_signal(model, teacher, samples, temperature=2.0)
+    plain = measure_signal(model, teacher, samples[:2], temperature=2.0)
     assert signal.over_other[:2] == pytest.approx(plain.over_other, abs=1e-5)
     assert max(map(abs, plain.over_other)) > 1e-3  # behind itself: 0
 
@@ -112,8 +115,8 @@ def test_records_are_compared_with_another_records_context(make_model, perturbed
         for i, context in enumerate(([1, 2, 3], [1, 2, 3], [4, 5]))
     ]
     for model in (teacher, student):
-        use_attention(model, "auto", ExampleDataset(records).few_tokens())
-    signal = measure_signal(student, teacher, records, temperature=2.0, attention="auto")
+        use_attention(model, "auto")
+    signal = measure_signal(student, teacher, records, temperature=2.0)
     for number, other in enumerate(([4, 5], [4, 5], [1, 2, 3])):
         record = records[number]
         target = record.branches[0].target.tolist()
@@ -123,6 +126,21 @@ def test_records_are_compared_with_another_records_context(make_model, perturbed
         )
         assert signal.over_none[number] == pytest.approx(float((own - none).mean()), abs=1e-5)
         assert signal.over_other[number] == pytest.approx(float((own - behind).mean()), abs=1e-5)
+
+
+def test_another_context_is_cut_to_what_the_teacher_can_read():
+    """Learned positions end where the longest record does."""
+    config = GPT2Config(vocab_size=300, n_positions=52, n_embd=32, n_layer=1, n_head=4)
+    model, teacher = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
+    records = [
+        Example(
+            str(i), np.full(length, i), np.zeros(0, dtype=np.int32), [Branch(np.arange(n), Place(length), Place(0))]
+        )
+        for i, (length, n) in enumerate([(50, 2), (1, 50)])
+    ]
+    for prepared in (model, teacher):
+        use_attention(prepared, "auto")
+    assert len(measure_signal(model, teacher, records, temperature=2.0).over_other) == 2
 
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
@@ -140,8 +158,8 @@ def tiny_signal():
         ]
         dataset = DocumentDataset(documents)
         for model in (student, teacher):
-            use_attention(model, "auto", dataset.few_tokens())
-        return measure_signal(student, teacher, evenly_spaced(dataset), temperature=2.0, attention="auto")
+            use_attention(model, "auto")
+        return measure_signal(student, teacher, evenly_spaced(dataset), temperature=2.0)
 
     return measure
 

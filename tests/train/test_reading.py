@@ -84,3 +84,11 @@ def test_no_grouping_reads_fewer_tokens(digits):
                     yield [[items[0], *others], *grouping]
 
     assert _tokens(readings)[0] == min(sum(map(cost, grouping)) for grouping in groupings(sequences))
+
+
+def test_branches_with_a_footer_keep_no_copies_of_their_prefixes():
+    trunk, footer = _ids(*range(10_000)), _ids(7, 8)
+    readings = read_branches([(trunk, Place(n, footer), _ids(1, 2, 3)) for n in (9_000, 9_500)], share=True)
+    kept = [reading.own if reading.own.base is None else reading.own.base for reading in readings]
+    assert [array.tolist() for array in kept] == [[7, 8, 1, 2]] * 2
+    assert all(reading.trunk is trunk for reading in readings)

@@ -31,6 +31,17 @@ def _shape(readings, rule):
     return tuple(arrange(readings, rule).input_ids.shape)
 
 
+def test_padding_has_no_position_beyond_the_longest_text():
+    """Learned positions end somewhere, and longrope changes with the largest."""
+    first, second, last = _sequences(8, 28, 8)
+    trees = [*_branches(21, 35, 18, 19, 22, 38), *_branches(29, 12, 11, 23, 25, 13, 14)]
+    readings = [first, second, *trees, last]
+    rows = arrange(readings, RowRule(dense_hidden_size=100))
+    assert rows.input_ids.shape == (5, 93)
+    assert sum(position[0] >= 4 * 93 for position in rows.positions) == 1  # the last row has 8 tokens and 85 places
+    assert int(rows.layout.position_ids.max()) == 21 + 38 - 1
+
+
 def test_short_rows_for_small_models_and_long_ones_where_attention_hardly_counts():
     readings = _sequences(60, 50, 40, 30, 20)
     assert _shape(readings, RowRule()) == (1, 200)

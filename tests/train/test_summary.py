@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from transformers import TrainingArguments
 
+from disc_train.dataset import ExampleDataset
+from disc_train.packing import pack
 from disc_train.splits import Split, TokenizedDocument
-from disc_train.summary import count_steps, count_tokens
+from disc_train.summary import count_steps, count_tokens, describe_packing
 from disc_train.trainer import DiscTrainer
 
 
@@ -26,6 +28,26 @@ def test_counts_by_hand():
     with_header = count_tokens(samples, first=0)
     assert (with_header.trained, with_header.first, with_header.prefix, with_header.unread) == (3 + 2 + 4, 0, 3 + 2, 2)
     assert with_header.rows == counts.rows + 4
+
+
+def test_an_epoch_without_a_batch(tmp_path):
+    args = TrainingArguments(tmp_path, use_cpu=True, per_device_train_batch_size=8, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"--dataloader_drop_last: expected at least 8 examples.*got 7"):
+        count_steps(args, 7)
+
+
+@pytest.mark.parametrize(("batch_size", "batches", "tried"), [(2000, 1, 2000), (100, 2, 200), (1, 256, 256)])
+def test_packing_is_tried_on_about_256_examples(batch_size, batches, tried, make_dataset):
+    sizes = []
+
+    def collate(examples):
+        sizes.append(len(examples))
+        return pack(examples[:1])
+
+    example = make_dataset()[0]
+    label, text = describe_packing(ExampleDataset([example] * 3000), batch_size, collate)
+    assert (label, len(sizes), sum(sizes)) == ("packing", batches, tried)
+    assert f"({batches} tried)" in text
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,10 @@ def test_special_tokens_are_recognised(chat_tokenizer):
     assert templates.longest == len(templates.teacher_header) + len(templates.teacher_footer)
 
 
-def test_a_file(texts, tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file(encoding, texts, tmp_path):
     path = tmp_path / "teacher.jinja"
-    path.write_text("News: {{ prefix }}\nWeiter, Straße:\n", encoding="utf-8")
+    path.write_text("News: {{ prefix }}\nWeiter, Straße:\n", encoding=encoding)
     assert texts(str(path)) == ("News: ", "\nWeiter, Straße:", "")
 
 
@@ -102,6 +103,8 @@ def test_a_file(texts, tmp_path):
         ("{{ prefix.__class__.__mro__ }}", None, "--teacher_template: cannot render.*unsafe"),
         (None, "{{ prefix }}", "--student_template: cannot render.*'prefix' is undefined.*the student reads no prefix"),
         (None, "{{ chat(prefix) }}", "--student_template: .*the student reads no prefix"),
+        ("{{ prefix }}{{ '\\ud800' }}", None, "--teacher_template: 'rendered text' holds a lone surrogate"),
+        (None, "{{ '\\ud800' }}", "--student_template: 'rendered text' holds a lone surrogate at character 0"),
         ("no/such.jinja", None, r"--teacher_template: expected a readable file.*no/such\.jinja"),
     ],
 )

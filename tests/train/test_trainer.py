@@ -3,23 +3,27 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
-    CohereForCausalLM,
     GraniteConfig,
-    GraniteForCausalLM,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    RecurrentGemmaConfig,
     TrainerCallback,
     TrainingArguments,
+    xLSTMConfig,
 )
 
+from disc_kernels import LogitTransform
 from disc_train import objectives
 from disc_train.causal_lm import head_of, hidden_states, use_attention
+from disc_train.dataset import DocumentDataset
 from disc_train.packing import pack
+from disc_train.splits import TokenizedDocument
 from disc_train.trainer import DiscTrainer
 
 
@@ -124,7 +128,7 @@ def test_mixed_precision_is_the_students_alone(make_trainer, make_model, make_da
     assert (teacher, student) == (trainer.teacher, trainer.model)
     assert torch.equal(teacher_hidden, real(teacher, *teacher_args))
     untrained = make_model()
-    use_attention(untrained, "auto", make_dataset().few_tokens())
+    use_attention(untrained, "auto")
     plain = real(untrained, *student_args)
     assert 1e-4 < (student_hidden - plain).norm() / plain.norm() < 0.1
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
@@ -145,16 +149,22 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num
 
 
 @pytest.mark.parametrize(
-    ("model_class", "config", "scale"),
+    ("config", "transform"),
     [
-        (CohereForCausalLM, CohereConfig(**TINY, logit_scale=0.25), 0.25),
-        (GraniteForCausalLM, GraniteConfig(**TINY, logits_scaling=8.0), 1 / 8),
+        (CohereConfig(**TINY, logit_scale=0.25), LogitTransform(scale=0.25)),
+        (GraniteConfig(**TINY, logits_scaling=8.0), LogitTransform(scale=1 / 8)),
+        (RecurrentGemmaConfig(**TINY, w_init_variance_scale=1.0, logits_soft_cap=0.1), LogitTransform(softcap=0.1)),
+        (
+            xLSTMConfig(hidden_size=32, num_heads=2, num_blocks=1, vocab_size=300, output_logit_soft_cap=0.1),
+            LogitTransform(softcap=0.1),
+        ),
     ],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_scaled_logits_are_known(model_class, config, scale):
-    model = model_class(config)
-    use_attention(model, "auto", torch.arange(16)[None])
-    assert head_of(model).transform.scale == scale
+def test_what_is_done_to_the_logits_is_known(config, transform):
+    model = AutoModelForCausalLM.from_config(config)
+    use_attention(model, "auto")
+    assert head_of(model).transform == transform
 
 
 class _ShiftedLogits(LlamaForCausalLM):
@@ -166,7 +176,7 @@ class _ShiftedLogits(LlamaForCausalLM):
 
 class _DeafToLayouts(LlamaForCausalLM):
     def get_decoder(self):
-        return lambda attention_mask, position_ids, **inputs: self.model(**inputs)
+        return lambda attention_mask, position_ids=None, **inputs: self.model(**inputs)
 
 
 def _make(model_class, make_model):
@@ -182,6 +192,13 @@ def test_a_model_that_does_something_unknown_is_refused(model_class, message, ro
         make_trainer(**{role: _make(model_class, make_model)})
 
 
+def test_the_check_of_a_model_does_not_depend_on_the_data(make_trainer, make_model):
+    """Behind one token again and again, attention gives the same whatever it sees."""
+    repeated = TokenizedDocument("d", np.full(30, 5, dtype=np.int32), (0, 10, 20))
+    with pytest.raises(ValueError, match="packed behind"):
+        make_trainer(_make(_DeafToLayouts, make_model), dataset=DocumentDataset([repeated]))
+
+
 def test_a_model_without_a_head_is_refused(make_trainer, make_model):
     classifier = LlamaForSequenceClassification(make_model().config)
     with pytest.raises(ValueError, match=r"LlamaForSequenceClassification.*get_output_embeddings"):
@@ -190,7 +207,7 @@ def test_a_model_without_a_head_is_refused(make_trainer, make_model):
 
 def test_flex_attention_is_refused_on_the_cpu(make_model):
     with pytest.raises(ValueError, match="attention: 'flex' cannot train on the CPU"):
-        use_attention(make_model(), "flex", torch.arange(16)[None])
+        use_attention(make_model(), "flex")
 
 
 def test_weight_decay_reaches_every_parameter(make_trainer):
@@ -255,7 +272,7 @@ class _OfAnotherInterface(LlamaForCausalLM):
 
 
 def test_a_model_that_cannot_run_packed_sequences_is_refused(make_trainer, make_model):
-    with pytest.raises(ValueError, match=r"_OfAnotherInterface: expected a model that runs a packed.*TypeError"):
+    with pytest.raises(ValueError, match=r"_OfAnotherInterface: expected a model that runs a packed.*AttributeError"):
         make_trainer(_make(_OfAnotherInterface, make_model))
 
 
@@ -263,9 +280,9 @@ def test_hidden_states_of_a_packed_sequence_are_those_of_each_text(make_model, m
     """Through the whole model, for a batch with trunk and branches."""
     model = make_model("gemma2")
     dataset = make_dataset()
-    use_attention(model, "auto", dataset.few_tokens())
+    use_attention(model, "auto")
     batch = pack([dataset[2], dataset[4]])
-    hidden = hidden_states(model, batch["teacher_input_ids"], batch["teacher_layout"], "auto")[0]
+    hidden = hidden_states(model, batch["teacher_input_ids"], batch["teacher_layout"])[0]
     second = batch["teacher_layout"].tree_id == 1
     alone = model.model(batch["teacher_input_ids"][:, second]).last_hidden_state[0]
     assert torch.allclose(hidden[second], alone, atol=1e-5)

@@ -12,7 +12,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from disc_train.causal_lm import use_attention
 from disc_train.contexts import load_records
-from disc_train.dataset import DocumentDataset, ExampleDataset
+from disc_train.dataset import DocumentDataset
 from disc_train.objectives import distill
 from disc_train.packing import collator, pack
 from disc_train.rows import RowRule
@@ -151,8 +151,8 @@ def compare(make_model, perturbed):
         loss.backward()
 
         for prepared in (student, teacher):
-            use_attention(prepared, "auto", ExampleDataset(examples).few_tokens())
-        got = distill(student, teacher, make_batch(student, teacher), temperature=TEMPERATURE, attention="auto")
+            use_attention(prepared, "auto")
+        got = distill(student, teacher, make_batch(student, teacher), temperature=TEMPERATURE)
         got.backward()
         gradients = [
             float((parameter.grad - wanted.grad).norm() / wanted.grad.norm())
