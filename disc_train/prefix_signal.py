@@ -52,9 +52,11 @@ class Signal(NamedTuple):
 
     def weakness(self, noun: str) -> str | None:
         """What is wrong with the data if there is hardly any signal, else None."""
-        for gains, other in ((self.over_none, "without it"), (self.over_other, f"behind another {noun}'s")):
-            if not gains:
-                continue
+        compared = [(self.over_none, "without it")]
+        # What records' contexts have in common, instructions say, may be all there is to learn, and cancels out here.
+        if self.over_other and noun == "document":
+            compared.append((self.over_other, "behind another document's"))
+        for gains, other in compared:
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
             if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
                 return (
