@@ -55,13 +55,16 @@ class DiscArguments:
     text_column: str = _flag("The column that holds a document's text.", "text")
     method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag(
         "disc: context distillation of documents, split into a prefix and a suffix. cd: of records with the fields"
-        " teacher_context, student_context and target, each a text or a list of chat messages.",
+        " teacher_context, student_context (may be missing) and target, each a text or a list of chat messages. The"
+        " others are not available yet.",
         "disc",
     )
     teacher: Literal["auto", "copy", "adapter", "cache"] = _flag(
-        "copy: a frozen second model in memory. auto: the cheapest that gives the same result.", "auto"
+        "copy: a frozen second model in memory. auto: the cheapest that gives the same result. The others are not"
+        " available yet.",
+        "auto",
     )
-    temperature: float = _flag("Of both models' distributions.", 2.0)
+    temperature: float = _flag("Of both models' distributions; 1 is usual for cd.", 2.0)
     num_splits: int = _flag("Split points a document, fewer where it has fewer.", 5)
     split_strategy: Literal[
         "sentence_boundary",
@@ -82,12 +85,17 @@ class DiscArguments:
     )
     teacher_template: str | None = _flag(
         "What the teacher reads before a suffix: Jinja, or a .jinja file, that writes {{ prefix }}, the document before"
-        " the split, once; {{ chat(prefix, system=None) }} is the model's chat template. Default: the prefix alone."
+        " the split, once; {{ chat(prefix, system=None) }} is the model's chat template. One newline at its end is"
+        " dropped. Default: the prefix alone."
     )
     student_template: str | None = _flag(
         "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing."
     )
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag("The attention implementation.", "auto")
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag(
+        "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."
+        " varlen: flash attention, CUDA and 16 bits. auto: flex on CUDA, sdpa elsewhere.",
+        "auto",
+    )
     dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
 
     def __post_init__(self) -> None:
