@@ -186,8 +186,9 @@ def expected_embedding_kl(
         student_scale: finite factor on the student's logits, not 0.
         vocab_size: the first `vocab_size` entries only.
         vocab_group: not available yet.
-        max_workspace_bytes: bound on the memory used beyond inputs, outputs, the gradient, and the gradient's rows
-            `[M, D_s]` that are kept for the backward; None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
+        max_workspace_bytes: bound on the memory used beyond inputs, outputs, the gradient (where M is more than the
+            rows of `student_hidden` also once at 4 bytes an entry), and its rows `[M, D_s]` that are kept for the
+            backward; None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
             needs it.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached. A summary does not know the teacher's most
             likely entry: `agreement` is NaN. `teacher_entropy` is the summary's.

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -188,7 +189,9 @@ class _RowLosses(torch.autograd.Function):
         assert rows is not None and mantissa is not None
         factor = (upstream * ctx.slope / mantissa).unsqueeze(1)
         new = rows.new_empty if index is None else rows.new_zeros  # with an index some rows may never be written
-        gradient = new(ctx.hidden_shape)
+        # Where some rows must repeat, in 4 bytes: the sum of many 16-bit numbers stops growing.
+        repeats = len(rows) > math.prod(ctx.hidden_shape[:-1])
+        gradient = new(ctx.hidden_shape, dtype=factor.dtype if repeats else rows.dtype)
         flat = gradient.view(-1, rows.shape[1])
         for start in range(0, len(rows), ctx.chunk_rows):
             chunk = slice(start, start + ctx.chunk_rows)
@@ -197,7 +200,7 @@ class _RowLosses(torch.autograd.Function):
                 flat[chunk] = product
             else:
                 flat.index_add_(0, index[chunk], product.to(flat.dtype))
-        return gradient, None, None, None
+        return gradient.to(rows.dtype), None, None, None
 
 
 def _forward(

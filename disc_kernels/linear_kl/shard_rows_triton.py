@@ -276,7 +276,7 @@ def centred_gradient(
 def _logits(rows: Tensor, side: Side) -> Logits:
     bias, transform = side.bias, side.transform
     stride_b = 0 if bias is None else bias.stride(0)
-    return Logits(rows, rows.stride(0), bias, stride_b, float(transform.scale), transform.softcap)
+    return Logits(rows, rows.stride(0), bias, stride_b, transform.scale, transform.softcap)
 
 
 def _block(vocab_size: int) -> int:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
+from disc_kernels.linear_kl.vocab_parallel import merge_normalisers
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,8 @@ class VocabGroup:
         dist.all_gather(list(gathered), part, group=self.group)
         maximum, total = gathered[:, 0::2], gathered[:, 1::2].abs()  # [ranks, 2, R]
         whole = torch.empty_like(part)
-        torch.amax(maximum, 0, out=whole[0::2])
-        base = whole[0::2].masked_fill(whole[0::2] == -torch.inf, 0.0)  # -inf - -inf would be NaN
-        whole[1::2] = ((maximum - base).exp() * total).sum(0).log()
+        whole[0::2], whole_sum, _ = merge_normalisers(maximum, total, 0)
+        whole[1::2] = whole_sum.log()
         # The largest logit of all is that of the first rank whose maximum is the largest.
         student_rank, teacher_rank = maximum.argmax(0)
         same_entry = gathered[:, 1].gather(0, student_rank.unsqueeze(0)).squeeze(0) > 0

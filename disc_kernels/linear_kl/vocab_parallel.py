@@ -1,9 +1,10 @@
 """Statistics of rows whose vocabulary is divided into parts, and the function that makes one part of several.
 
-A part may be a range of entries that one program of `stream_triton.py` has seen. Each part
-describes its own entries as if there were no others: the normaliser of each model, and divergence and entropies of the
-two distributions conditioned on the part. With P_i and Q_i the shares of part i in the two whole distributions, the
-chain rule (Cover and Thomas 2006, theorems 2.2.1 and 2.5.3) gives the whole without approximation:
+A part is a range of entries that one program of `stream_triton.py` has seen, or the shard of a rank, of which
+`vocab_group.py` merges the normalisers alone. It describes its own entries as if there were no others: the normaliser
+of each model, and divergence and entropies of the two distributions conditioned on the part. With P_i and Q_i the
+shares of part i in the two whole distributions, the chain rule (Cover and Thomas 2006, theorems 2.2.1 and 2.5.3) gives
+the whole without approximation:
 
     KL(p || q) = sum_i P_i (KL_i + log P_i - log Q_i)        H(p) = sum_i P_i (H_i - log P_i)
 
@@ -55,8 +56,8 @@ def merge(parts: VocabPart, divergence: str, dim: int = 0) -> VocabPart:
     if divergence not in MERGEABLE:
         raise ValueError(f"divergence: expected one of {', '.join(MERGEABLE)}, which merge, got {divergence!r}")
     dtype = parts.divergence.dtype
-    student_maximum, student_sum, log_q = _normaliser(parts.student_maximum, parts.student_sum, dim)
-    teacher_maximum, teacher_sum, log_p = _normaliser(parts.teacher_maximum, parts.teacher_sum, dim)
+    student_maximum, student_sum, log_q = merge_normalisers(parts.student_maximum, parts.student_sum, dim)
+    teacher_maximum, teacher_sum, log_p = merge_normalisers(parts.teacher_maximum, parts.teacher_sum, dim)
     log_a, log_b = (log_p, log_q) if divergence == "forward_kl" else (log_q, log_p)
     merged = VocabPart(
         student_maximum,
@@ -90,8 +91,11 @@ def finish(whole: VocabPart) -> SuffixKLStats:
     return SuffixKLStats(divergence, *(unasked if x is None else x for x in rest))
 
 
-def _normaliser(maximum: Tensor, total: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(the parts' common maximum, their sum above it, float64, the logarithm of each part's share, float64)"""
+def merge_normalisers(maximum: Tensor, total: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(the parts' common maximum, their sum above it, float64, the logarithm of each part's share, float64)
+
+    `maximum` and `total` are a model's, of each part along `dim`: ranges of entries, or the shards of ranks.
+    """
     top = maximum.amax(dim, keepdim=True)
     base = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
     log_part = (maximum.double() - base) + total.double().log()

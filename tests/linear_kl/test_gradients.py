@@ -1,12 +1,13 @@
 """Who gets a gradient, and that it is right where rows repeat, weights vanish, and rounding adds up."""
 
+import re
 from dataclasses import replace
 from itertools import combinations
 
 import pytest
 import torch
 
-from disc_kernels import LogitTransform, fused_suffix_kl
+from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 
@@ -174,3 +175,26 @@ def test_a_row_that_repeats_often(build, run, oracle, smallest_workspace, fused_
     problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
     got, exact = run(problem, fused_impl).gradients["student_hidden"], oracle(problem).gradients["student_hidden"]
     assert (got.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_row_that_repeats_often_behind_a_frozen_head(dtype):
+    """All upstream gradients of one sign, so that their sum grows."""
+    generator = torch.Generator().manual_seed(0)
+    student, head, teacher = (torch.randn(n, 8, generator=generator).to(dtype) for n in (2, 31, 2))
+    index = torch.zeros(2000, dtype=torch.int64)
+    summary = teacher_summary(teacher, head, head)
+    student.requires_grad_()
+
+    def loss(workspace):
+        rows = {"student_index": index, "summary_index": index, "reduction": "sum"}
+        return expected_embedding_kl(student, head, summary, max_workspace_bytes=workspace, **rows)
+
+    with pytest.raises(ValueError, match="max_workspace_bytes") as refused:
+        loss(1)
+    smallest = max(map(int, re.findall(r"\d+", str(refused.value))))  # a row at a time
+    (got,) = torch.autograd.grad(loss(smallest), [student])
+    hidden, w, t = (x.detach().double() for x in (student, head, teacher))
+    exact = 2000 * ((hidden[0] @ w.T).softmax(-1) - (t[0] @ w.T).softmax(-1)) @ w
+    assert (got[0].double() - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+    assert got[1].count_nonzero() == 0

@@ -1,36 +1,19 @@
-"""`fused_suffix_kl` in `torch.compile` and `torch.export`: one operator of the graph, equal to the eager call."""
+"""`fused_suffix_kl` in `torch.compile`: one operator of the graph, equal to the eager call."""
 
-import io
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from disc_kernels import (
-    FusedSuffixKLLoss,
-    LogitTransform,
-    expected_embedding_kl,
-    fused_suffix_kl,
-    teacher_summary,
-)
+from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
 from disc_kernels.linear_kl import operator as operator_module
 
 V, D = 37, 8
 STUDENT = ("student_hidden", "student_weight", "student_bias")
-STATS = ("divergence", "student_entropy", "teacher_entropy", "agreement")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_before():
-    torch.compiler.reset()
 
 
 @pytest.fixture(params=["eager", "aot_eager"])
@@ -38,115 +21,34 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=["mean", "sum", "none"])
-def reduction(request):
-    return request.param
-
-
-def compiled(function, backend="aot_eager", **options):
-    return torch.compile(function, backend=backend, fullgraph=True, **options)
-
-
-def outcome(call, problem):
-    """Loss, statistics and gradients of `call(leaves)`, by name."""
-    leaves = problem.leaves()
-    loss, stats, *_ = call(leaves)
-    asked = [name for name in problem.asks if name in leaves]
-    upstream = torch.as_tensor(problem.upstream, dtype=loss.dtype).expand_as(loss)
-    gradients = torch.autograd.grad(loss, [leaves[name] for name in asked], upstream)
-    assert not any(x.requires_grad for x in stats)
-    return {"loss": loss.detach(), **stats._asdict(), **dict(zip(asked, gradients, strict=True))}
-
-
-def assert_same(got, expected, ulps=1):
-    """The operator does what the eager call does, in the same order: a fusing compiler rounds only what is around it
-    in another way."""
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
-        size = value.abs().max().item()
-        assert size > 0 or name == "agreement", name
-        error = (got[name] - value).abs().max().item()
-        assert error <= ulps * torch.finfo(value.dtype).eps * size, f"{name}: off by {error:.2e}, size {size:.2e}"
-
-
-def compare(problem, loss_of, impl="torch", ulps=1, **options):
-    def call(leaves):
-        return loss_of(problem, leaves, impl, return_stats=True, **options)
-
-    assert_same(outcome(compiled(call), problem), outcome(call, problem), ulps)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.compile
-
-
-class Step(nn.Module):
-    """A model's step in small: embedding, linear layer, loss over the head."""
-
-    def __init__(self, dtype=torch.float32, **options):
-        super().__init__()
-        self.embedding, self.linear, self.head = nn.Embedding(V, D), nn.Linear(D, D), nn.Linear(D, V)
-        self.loss = FusedSuffixKLLoss(return_stats=True, **options)
-        self.to(dtype)
-
-    def forward(self, ids, teacher_hidden, teacher_weight, student_index, teacher_index, row_weight):
-        loss, stats = self.loss(
-            self.linear(self.embedding(ids)),
-            self.head.weight,
-            teacher_hidden,
-            teacher_weight,
-            student_bias=self.head.bias,
-            student_index=student_index,
-            teacher_index=teacher_index,
-            row_weight=row_weight,
-        )
-        return loss, tuple(stats)  # `torch.export.save` takes no named tuple
-
-    @staticmethod
-    def inputs(rows, dtype=torch.float32):
-        index = torch.randint(2 * rows, (2, rows))
-        teacher = torch.randn(2, rows, D).to(dtype), torch.randn(V, D).to(dtype)
-        return torch.randint(V, (2, rows)), *teacher, *index, torch.rand(rows) + 0.1
-
-
-def step_outcome(step, call, *inputs):
-    """Loss, statistics and gradients of the parameters of `step`, by `call(*inputs)`."""
-    step.zero_grad()
-    loss, stats = call(*inputs)
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in step.named_parameters()}
-    return {"loss": loss.detach(), **dict(zip(STATS, stats, strict=True)), **gradients}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_model_step(backend, dtype):
-    step = Step(dtype, temperature=2.0)
+def test_model_step(backend, dtype, build_step, step_outcome, compiled, assert_same):
+    step = build_step(dtype, temperature=2.0)
     inputs = step.inputs(5, dtype)
     assert_same(step_outcome(step, compiled(step, backend), *inputs), step_outcome(step, step, *inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
-def test_model_step_by_inductor():
-    step = Step()
+def test_model_step_by_inductor(build_step, step_outcome, compiled, assert_same):
+    step = build_step()
     inputs = step.inputs(5)
     assert_same(step_outcome(step, compiled(step, "inductor"), *inputs), step_outcome(step, step, *inputs), ulps=32)
 
 
-def test_every_option(build_everything, divergence, reduction, loss_of):
+def test_every_option(build_everything, divergence, reduction, loss_of, compare):
     compare(build_everything(divergence=divergence, reduction=reduction), loss_of)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit(build_everything, dtype, reduction, loss_of):
+def test_16_bit(build_everything, dtype, reduction, loss_of, compare):
     """To the bit: a factor that is rounded to the gradient's dtype before it is multiplied in would show."""
     once = {"student_index": [4, 0, 2, 5, 1, 3], "teacher_index": [3, 3, 0, 1, 1, 2]}  # no sum in 4 bytes to round
     weight = [0.5, 0.0, 2.0, 1.0, 0.25, 3.0]
     compare(build_everything(dtype, reduction=reduction, row_weight=weight, **once), loss_of, ulps=0)
 
 
-def test_implementations(build_everything, impl, loss_of):
+def test_implementations(build_everything, impl, loss_of, compiled, compare, outcome, assert_same):
     """`reference` is traced like any torch code; the others are one operator."""
     problem = build_everything(reduction="sum")
     if impl == "reference":
@@ -158,11 +60,11 @@ def test_implementations(build_everything, impl, loss_of):
 
 
 @pytest.mark.parametrize("asks", [*((name,) for name in STUDENT), STUDENT[:2]])
-def test_frozen_parts(build_everything, asks, reduction, loss_of):
+def test_frozen_parts(build_everything, asks, reduction, loss_of, compare):
     compare(replace(build_everything(reduction=reduction), asks=asks), loss_of)
 
 
-def test_no_gradient_asked(build_everything, loss_of):
+def test_no_gradient_asked(build_everything, loss_of, compiled):
     problem = build_everything(reduction="mean")
     call = compiled(lambda leaves: loss_of(problem, leaves, "torch"))
     loss = call(problem.leaves())
@@ -172,7 +74,7 @@ def test_no_gradient_asked(build_everything, loss_of):
     assert torch.equal(loss, without)
 
 
-def test_one_weight_for_both_models(build, loss_of):
+def test_one_weight_for_both_models(build, loss_of, compiled, outcome, assert_same):
     problem = build(bias=True)
     problem = problem.with_tensors(teacher_weight=problem.tensors["student_weight"])
 
@@ -182,7 +84,7 @@ def test_one_weight_for_both_models(build, loss_of):
     assert_same(outcome(compiled(call), problem), outcome(call, problem))
 
 
-def test_no_rows(build, loss_of):
+def test_no_rows(build, loss_of, compiled):
     problem = build(student_index=[], teacher_index=[])
     leaves = problem.leaves()
     loss = compiled(lambda leaves: loss_of(problem, leaves, "torch"))(leaves)
@@ -191,7 +93,7 @@ def test_no_rows(build, loss_of):
     assert not any(leaves[name].grad.any() for name in STUDENT[:2])
 
 
-def test_skip_below(build_everything, loss_of):
+def test_skip_below(build_everything, loss_of, compiled, compare):
     """What it reports comes third, and its approximate gradients are the eager call's."""
     problem = build_everything(reduction="mean")
 
@@ -203,8 +105,8 @@ def test_skip_below(build_everything, loss_of):
     compare(problem, loss_of, skip_below=1e-3)
 
 
-def test_autocast(backend):
-    step = Step()
+def test_autocast(backend, build_step, step_outcome, compiled, assert_same):
+    step = build_step()
     inputs = step.inputs(5)
 
     def call(*inputs):
@@ -220,7 +122,7 @@ def test_autocast(backend):
     assert not torch.equal(step(*inputs)[0], expected["loss"])
 
 
-def test_second_backward(build_everything, reduction, loss_of):
+def test_second_backward(build_everything, reduction, loss_of, compiled, assert_same):
     problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     loss = compiled(lambda leaves: loss_of(problem, leaves, "torch"))(leaves)
@@ -233,7 +135,7 @@ def test_second_backward(build_everything, reduction, loss_of):
     assert_same(dict(zip(STUDENT, second, strict=True)), {n: 4 * x for n, x in zip(STUDENT, kept, strict=True)})
 
 
-def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch):
+def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch, compiled):
     """A scalar's in the forward, where the logits are at hand."""
     problem, calls = build_everything(reduction="mean"), []
 
@@ -250,8 +152,8 @@ def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
-def test_another_number_of_rows_compiles_nothing(how):
-    counter, step = CompileCounter(), Step()
+def test_another_number_of_rows_compiles_nothing(how, build_step, step_outcome, compiled, assert_same):
+    counter, step = CompileCounter(), build_step()
     call = compiled(step, counter, dynamic=True if how == "dynamic" else None)
     for rows in (5, 6, 9, 17):
         ids, teacher_hidden, _, *by_row = inputs = step.inputs(rows)
@@ -262,7 +164,7 @@ def test_another_number_of_rows_compiles_nothing(how):
     assert counter.frame_count == 1
 
 
-def test_rows_chosen_in_the_graph():
+def test_rows_chosen_in_the_graph(compiled, assert_same):
     """Their number is not known before it runs."""
     hidden, weight = torch.randn(10, D, requires_grad=True), torch.randn(V, D)
 
@@ -278,7 +180,7 @@ def test_rows_chosen_in_the_graph():
     assert_same({"hidden": got}, {"hidden": expected})
 
 
-def test_options_given_to_the_graph():
+def test_options_given_to_the_graph(compiled):
     hidden, weight = torch.randn(6, D), torch.randn(V, D)
 
     def call(temperature, scale, vocab_size):
@@ -299,7 +201,7 @@ def test_options_given_to_the_graph():
     assert len(set(map(float, losses))) == 3
 
 
-def test_teacher_from_inference_mode(backend, loss_of, build):
+def test_teacher_from_inference_mode(backend, loss_of, build, compiled, outcome, assert_same):
     problem = build()
     with torch.inference_mode():
         teacher = {name: x.clone() for name, x in problem.tensors.items() if name.startswith("teacher")}
@@ -326,7 +228,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_errors_say_what_they_say_in_eager(message):
+def test_errors_say_what_they_say_in_eager(message, compiled):
     arguments = {"student_hidden": torch.zeros(6, D), "student_weight": torch.zeros(V, D)}
     arguments |= {"teacher_hidden": torch.zeros(6, D), "teacher_weight": torch.zeros(V, D), **WRONG[message]}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
@@ -334,111 +236,6 @@ def test_errors_say_what_they_say_in_eager(message):
     # The compiler wraps what is raised while it traces.
     with pytest.raises((TypeError, ValueError, TorchDynamoException), match=re.escape(message)):
         compiled(lambda: fused_suffix_kl(**arguments))()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.export and shapes
-
-
-def exported(step, inputs):
-    rows, length = torch.export.Dim("rows", min=2), torch.export.Dim("length", min=2)
-    return torch.export.export(step, inputs, dynamic_shapes=({1: length}, {1: length}, None, *({0: rows},) * 3))
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_export(training):
-    """Runs at other sizes, and trains, even if it was exported where no gradient was asked for."""
-    step = Step(temperature=2.0)
-    with torch.set_grad_enabled(training):
-        program = exported(step, step.inputs(5))
-    file = io.BytesIO()
-    torch.export.save(program, file)
-    file.seek(0)
-    module = torch.export.load(file).module()
-    inputs = step.inputs(9)
-
-    expected, got = (step_outcome(x, x, *inputs) for x in (step, module))
-    assert_same(got, expected)
-
-
-def test_exported_graph_has_one_operator():
-    step = Step()
-    targets = [str(node.target) for node in exported(step, step.inputs(5)).graph.nodes]
-    assert targets.count("disc_kernels.fused_suffix_kl.default") == 1
-    assert not any("softmax" in target for target in targets)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_shapes_without_values(device, dtype):
-    """Also of tensors on a device that is not there."""
-    with FakeTensorMode(), torch.no_grad():
-        hidden = torch.empty(2, 7, D, dtype=dtype, device=device)
-        weight = torch.empty(V, D, dtype=dtype, device=device)
-        index = torch.arange(5, device=device)
-        loss, stats = fused_suffix_kl(
-            hidden,
-            weight,
-            hidden,
-            weight,
-            student_index=index,
-            teacher_index=index,
-            reduction="none",
-            return_stats=True,
-        )
-    wide = torch.promote_types(dtype, torch.float32)
-    for x in (loss, *stats):
-        assert x.shape == (5,) and x.dtype == wide and x.device.type == device
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("reduction, return_stats", [("mean", True), ("none", False)])
-def test_opcheck(dtype, reduction, return_stats):
-    def parameter(*shape):
-        return torch.randn(*shape).to(dtype).requires_grad_()
-
-    arguments = operator_module.Arguments(
-        student_hidden=parameter(2, 5, D),
-        student_weight=parameter(V, D),
-        student_bias=parameter(V),
-        teacher_hidden=torch.randn(2, 5, D).to(dtype),
-        teacher_weight=torch.randn(V + 2, D).to(dtype),
-        teacher_bias=None,
-        student_index=torch.tensor([3, 1, 1]),
-        teacher_index=torch.tensor([0, 9, 4]),
-        row_weight=torch.rand(3),
-        temperature=2.0,
-        divergence="jsd",
-        beta=0.3,
-        reduction=reduction,
-        student_scale=1.5,
-        student_softcap=None,
-        teacher_scale=1.0,
-        teacher_softcap=30.0,
-        vocab_size=V - 1,
-        max_workspace_bytes=None,
-        return_stats=return_stats,
-        skip_below=None,
-        impl=None,
-        autocast_dtype=None,
-        wanted=[True, True, True],
-    )
-    torch.library.opcheck(operator_module.operator, tuple(arguments))
-
-
-def test_double_backward_is_refused(reduction):
-    """Also where the hidden states are no leaf, so that a part of the second gradient would be there, and wrong."""
-    step = Step(reduction=reduction)
-    module = exported(step, step.inputs(5)).module()
-    loss, _ = module(*step.inputs(5))
-    with pytest.raises(RuntimeError, match="cannot be differentiated"):
-        torch.autograd.grad(loss.sum(), [module.get_parameter("linear.weight")], create_graph=True)
-
-
-def test_registering_the_operator_imports_no_triton():
-    code = "import sys, torch, disc_kernels; torch.ops.disc_kernels.fused_suffix_kl; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_the_frozen_head_form_breaks_the_graph_and_is_right():
