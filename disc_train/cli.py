@@ -1,6 +1,7 @@
 """The `disc-train` command.
 
-Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted.
+Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted, 143 if it
+was terminated.
 """
 
 import sys
@@ -12,6 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: torch and transformers take seconds.
     from disc_train.config import parse_arguments
     from disc_train.run import run
+    from disc_train.termination import Terminated
 
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -25,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, 1)
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
+    except Terminated as ending:
+        return _failed(ending, 143)
     return 0
 
 

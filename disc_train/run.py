@@ -1,21 +1,21 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
-import os
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
+from disc_train.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.causal_lm import check_vocabulary, load_model, use_attention
+from disc_train.checkpoints import find_checkpoint, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.packing import collator
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.summary import count_steps, describe_attention, describe_model, describe_packing, describe_steps, show
 from disc_train.teacher import load_teacher
+from disc_train.termination import Terminated
 from disc_train.trainer import DiscTrainer
 from disc_train.training_data import distinct_tokens, load_training_data
 
@@ -25,16 +25,22 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
+        Terminated: SIGTERM stopped the training, which can be resumed.
     """
-    checkpoint = None if disc.dry_run else find_checkpoint(loop)
     if loop.disable_tqdm:
         disable_progress_bar()
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
-    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-    dataset, description = load_training_data(disc, loop, tokenizer)
-    resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
-    tokens = distinct_tokens(dataset[i] for i in range(len(dataset)))
-    check_teacher_tokenizer(disc, tokenizer, tokens)
+    with same_on_all_processes(loop) as facts:
+        checkpoint = None if disc.dry_run else find_checkpoint(loop)
+        tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+        dataset, description = load_training_data(disc, loop, tokenizer)
+        steps = count_steps(loop, len(dataset))[0]
+        resumed_step = steps_done(checkpoint, steps, str(loop.output_dir))
+        tokens = distinct_tokens(dataset[i] for i in range(len(dataset)))
+        check_teacher_tokenizer(disc, tokenizer, tokens)
+        if loop.world_size > 1:
+            facts |= settings_of(disc, loop)
+            facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype)).to(loop.device)  # type: ignore[arg-type]
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
@@ -72,73 +78,20 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         processing_class=tokenizer,
         callbacks=[_LogLastStep()],
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and resumed_step == steps:  # the run was stopped between its last step and here
+        trainer.restore(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.termination.agreed:
+        raise Terminated(
+            f"terminated behind step {trainer.state.global_step} of {steps}, which is saved: the same command with"
+            " --resume_from_checkpoint true goes on from there"
+        )
     trainer.save_model()
     trainer.save_state()
     after = signal()
     if speaks:
-        show("What came of it", *_outcome(trainer, result, before, after))
-
-
-def find_checkpoint(loop: LoopArguments) -> str | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        ValueError: a new run in a folder that holds one, a folder that cannot be written to, or nothing to go on from.
-    """
-    folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--output_dir: expected a folder that can be written to, got {folder}")
-    last = _last_checkpoint(folder)
-    if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"--output_dir: {folder} already holds a run: continue it with --resume_from_checkpoint {last},"
-                " or choose another folder"
-            )
-        if any((folder / name).exists() for name in ("config.json", "trainer_state.json")):
-            raise ValueError(f"--output_dir: {folder} already holds a model: choose another folder")
-        return None
-    if wanted.lower() == "true":  # the last one of this run; YAML's true arrives as True
-        checkpoint = last
-    elif Path(wanted, "trainer_state.json").is_file():
-        checkpoint = wanted
-    else:
-        checkpoint = _last_checkpoint(Path(wanted))
-    if checkpoint is None:
-        raise ValueError(
-            "--resume_from_checkpoint: expected a checkpoint, a folder with checkpoints, or true for the last one in"
-            f" --output_dir ({folder}), got {wanted}, which has none"
-        )
-    return checkpoint
-
-
-def steps_done(checkpoint: str | None, steps: int) -> int:
-    """The optimizer steps behind a checkpoint; 0 for none.
-
-    Raises:
-        ValueError: no step is left, where the Trainer would do one more.
-    """
-    if checkpoint is None:
-        return 0
-    done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
-    if done >= steps:
-        raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
-            " raise --max_steps or --num_train_epochs"
-        )
-    return done
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete one: what is written last is there. A run may have been stopped while it saved."""
-    complete = {
-        int(step): path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := path.name.rpartition("-")[2]).isdecimal() and (path / "trainer_state.json").is_file()
-    }
-    return str(complete[max(complete)]) if complete else None
+        show("What came of it", *_outcome(trainer, before, after))
 
 
 def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
@@ -166,16 +119,17 @@ class _LogLastStep(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
 
-def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: Signal) -> list[tuple[str, str]]:
-    seconds, noun = result.metrics["train_runtime"], trainer.noun
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    lines = [
-        (
-            "steps",
-            f"{result.global_step:,}; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second"
-            f" {trainer.examples_read / seconds:.1f} {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens",
+def _outcome(trainer: DiscTrainer, before: Signal, after: Signal) -> list[tuple[str, str]]:
+    noun, history = trainer.noun, trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    pace = ""
+    if trainer.examples_read:
+        seconds = history[-1]["train_runtime"]
+        pace = (
+            f"; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second {trainer.examples_read / seconds:.1f}"
+            f" {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens"
         )
-    ]
+    lines = [("steps", f"{trainer.state.global_step:,}{pace}")]
     if losses:
         lines.append(
             ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, T^2 times the KL, of the first and last logged steps")

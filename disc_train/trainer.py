@@ -1,19 +1,24 @@
 """`transformers.Trainer` with the loss of context distillation; all but the loss and its normalisation is theirs."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train import objectives
 from disc_train.causal_lm import use_attention
+from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
+from disc_train.termination import StopOnSigterm
 
 
 class DiscTrainer(Trainer):
@@ -77,6 +82,8 @@ class DiscTrainer(Trainer):
             **options,
         )
         self.add_callback(_EpochSetter(train_dataset))
+        self.termination = StopOnSigterm()
+        self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self.teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
@@ -98,10 +105,13 @@ class DiscTrainer(Trainer):
         """The micro-batches of one optimizer step, and the examples in them, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         usage = sum((batch["usage"] for batch in batches), Usage())
-        counts = torch.tensor([sum(batch["num_examples"] for batch in batches), *astuple(usage)])
+        counts = torch.tensor(
+            [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(usage)]
+        )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        examples, *usage_of_all = counts.tolist()
+        terminated, examples, *usage_of_all = counts.tolist()
+        self.termination.agreed = terminated > 0
         self.examples_read += examples
         self.usage += Usage(*usage_of_all)
         return batches, examples
@@ -140,6 +150,33 @@ class DiscTrainer(Trainer):
             logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
             self._logged_usage = self.usage
         super().log(logs, *args, **kwargs)
+
+    def restore(self, checkpoint: str) -> None:
+        """Take a checkpoint's weights and state without training on, when all its steps are done."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = load_state(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but what has a checkpoint's name is complete, whenever the run is stopped."""
+        folder = Path(self._get_output_dir(trial))
+        unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_local_process_zero():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it saved
+        self.accelerator.wait_for_everyone()
+        with (
+            patch.object(self, "_get_output_dir", lambda trial: str(unfinished)),
+            patch.object(self, "_push_from_checkpoint"),
+        ):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        # One process a file system: where nodes share it, the main process leaves nothing to the others.
+        with self.args.main_process_first(local=False):
+            if self.is_local_process_zero() and unfinished.exists():
+                move_into_place(unfinished / name, folder / name)
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
