@@ -47,15 +47,14 @@ def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, we
         assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5), name
 
 
-def test_every_document_weighs_the_same_however_unlike_the_processes_are(train, weights):
-    """Steps of three batches: the second process has none in the last one, and reads a document again."""
-    whole = train("whole", *_flags(4), "--max_steps", 2)
-    parts = train("parts", *_flags(2), "--max_steps", 2, "--dataloader_num_workers", 1, world=2)
+def test_every_process_has_workers_of_its_own(train, weights):
+    whole = train("whole", *_flags(4))
+    parts = train("parts", *_flags(2), "--dataloader_num_workers", 1, world=2)
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
 
 
 def test_tied_embeddings_and_gradient_checkpointing(train, weights, make_model, model_folder):
-    make_model("qwen2").save_pretrained(model_folder)
+    make_model(tie_word_embeddings=True).save_pretrained(model_folder)
     whole = train("whole", *_flags(4, 2))
     parts = train("parts", *_flags(2, 2), "--gradient_checkpointing", "true", world=2)
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
@@ -65,8 +64,9 @@ def test_tied_embeddings_and_gradient_checkpointing(train, weights, make_model, 
 @pytest.mark.slow
 def test_accelerate_starts_them(train, weights, model_folder, tmp_path):
     whole = train("whole", *_flags(8))
+    # On the CPU accelerate starts several processes only if it takes them for those of GPUs.
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "disc_train.cli"),
         *("--model_name_or_path", model_folder, "--train_file", tmp_path / "documents.jsonl", "--use_cpu", "true"),
         *("--output_dir", tmp_path / "launched", *STEPS, *LOGS, *_flags(4)),
