@@ -1,9 +1,12 @@
 """SIGTERM ends a training behind a checkpoint: schedulers send it some time before they take a machine away."""
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 
@@ -42,3 +45,14 @@ class StopOnSigterm(TrainerCallback):
 
     def _request(self, *_: Any) -> None:
         self.requested = True
+
+
+def apart(collate: Callable[[Any], Any], examples: Any) -> Any:
+    """Collate; a worker of a data loader leaves its process's group first.
+
+    torchrun and batch systems signal whole groups, and a step cannot come to its end without the workers' batches. They
+    end with their process all the same.
+    """
+    if get_worker_info() is not None:
+        os.setpgid(0, 0)
+    return collate(examples)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +19,7 @@ from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
-from disc_train.termination import StopOnSigterm
+from disc_train.termination import StopOnSigterm, apart
 
 
 class DiscTrainer(Trainer):
@@ -93,7 +94,7 @@ class DiscTrainer(Trainer):
         self.usage = self._logged_usage = Usage()
         for prepared in (model, self.teacher):
             use_attention(prepared, attention)
-        self.data_collator = collator(model, self.teacher)  # type: ignore[assignment]
+        self.data_collator = partial(apart, collator(model, self.teacher))  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""

@@ -166,6 +166,7 @@ def run_command(argv, environment, log, prepare):
     """What a started process does: the command, in an environment, with its output in a file."""
     gc.freeze()  # what was imported is not looked through for garbage
     multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders
+    os.setsid()  # as torchrun does
     os.environ |= environment
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)

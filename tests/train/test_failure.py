@@ -80,12 +80,12 @@ ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_step
 
 @pytest.mark.parametrize(("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)])
 def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path):
-    """The signal reaches one process, in the middle of an epoch; all stop behind one step."""
+    """The signal reaches one process and the workers of its data loader; all stop behind one step."""
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
     run = start(*RUN, *flags, "--save_steps", 2, "--output_dir", folder, world=world)
     _wait_until((folder / "checkpoint-2").exists, run.processes[0])
-    run.processes[-1].terminate()
+    os.killpg(run.processes[-1].pid, signal.SIGTERM)
     assert run.wait() == [143] * world, run.logs
     step = re.search(r"error: terminated behind step (\d+) of 12, which is saved: the same", run.logs[0])[1]
     assert all(f"behind step {step} " in log for log in run.logs)
