@@ -5,11 +5,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser, TrainingArguments
 
 from disc_train.splits import check_language, check_split_options
@@ -155,6 +157,8 @@ class LoopArguments(TrainingArguments):
             raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
 

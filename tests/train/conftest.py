@@ -162,11 +162,12 @@ def write_documents(tmp_path):
     return write
 
 
-def run_command(argv, environment, log, prepare):
-    """What a started process does: the command, in an environment, with its output in a file."""
+def run_command(argv, environment, folder, log, prepare):
+    """What a started process does: the command, in an environment and a folder, with its output in a file."""
     gc.freeze()  # what was imported is not looked through for garbage
     multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders
     os.setsid()  # as torchrun does
+    os.chdir(folder)
     os.environ |= environment
     with open(log, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -207,14 +208,14 @@ def _warm():
 
 @pytest.fixture
 def start(_warm, model_folder, write_documents, sentences, tmp_path):
-    """start(*flags, world=1, by_rank=({},), prepare=None): the command in `world` processes, on eight documents.
+    """start(*flags, world=1, by_rank=None, folders=None, prepare=None): the command in `world` processes, on eight documents.
 
-    `by_rank` has more flags, or other ones, for each rank; `prepare` is called in every process before the command.
+    `by_rank` has each rank's own flags, `folders` the one it is started in; `prepare` is called before the command.
     """
     documents = write_documents([" ".join(text) for text in (*sentences, sentences[2][::-1])])
     runs, numbers = [], iter(range(1000))
 
-    def run(*flags, world=1, by_rank=None, prepare=None):
+    def run(*flags, world=1, by_rank=None, folders=None, prepare=None):
         argv = [
             *("--model_name_or_path", model_folder, "--train_file", documents, "--output_dir", tmp_path / "out"),
             *("--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", *flags),
@@ -229,7 +230,8 @@ def start(_warm, model_folder, write_documents, sentences, tmp_path):
             own = [str(part) for part in (*argv, *(by_rank[rank] if by_rank else ()))]
             logs.append(tmp_path / f"log-{next(numbers)}")
             described = {name: str(value) for name, value in environment.items()} if world > 1 else {}
-            processes.append(_warm.Process(target=run_command, args=(own, described, logs[-1], prepare)))
+            folder = folders[rank] if folders else tmp_path
+            processes.append(_warm.Process(target=run_command, args=(own, described, folder, logs[-1], prepare)))
             processes[-1].start()
         runs.append(Started(processes, logs))
         return runs[-1]

@@ -78,7 +78,9 @@ SHARED = ("--per_device_train_batch_size", 1, "--dataloader_num_workers", 1)
 ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2)
 
 
-@pytest.mark.parametrize(("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)])
+@pytest.mark.parametrize(
+    ("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)]
+)
 def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path):
     """The signal reaches one process and the workers of its data loader; all stop behind one step."""
     expected = whole(*flags, world=world)
