@@ -94,7 +94,7 @@ class DiscTrainer(Trainer):
         self.usage = self._logged_usage = Usage()
         for prepared in (model, self.teacher):
             use_attention(prepared, attention)
-        self.data_collator = partial(apart, collator(model, self.teacher))  # type: ignore[assignment]
+        self.data_collator = partial(apart, collator(model, self.teacher))
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""

@@ -208,7 +208,7 @@ def _warm():
 
 @pytest.fixture
 def start(_warm, model_folder, write_documents, sentences, tmp_path):
-    """start(*flags, world=1, by_rank=None, folders=None, prepare=None): the command in `world` processes, on eight documents.
+    """start(*flags, world=1, by_rank=None, folders=None, prepare=None): the command in some processes, on 8 documents.
 
     `by_rank` has each rank's own flags, `folders` the one it is started in; `prepare` is called before the command.
     """

@@ -34,10 +34,10 @@ def whole(start, weights, tmp_path):
     return run
 
 
-def _wait_until(condition, process, timeout=60):
-    """Wait for a condition, or for the process to end."""
+def _wait_until(folder, exists, process, timeout=60):
+    """Wait until a folder is there, or gone, or the process has ended."""
     deadline = time.monotonic() + timeout
-    while process.is_alive() and not condition():
+    while process.is_alive() and folder.exists() != exists:
         assert time.monotonic() < deadline
         time.sleep(0.0005)
 
@@ -57,8 +57,8 @@ def test_killed_at_any_time_and_started_again(start, whole, weights, tmp_path):
                 process.join(rng.uniform(0.1, 0.8))
             else:
                 for _ in range(rng.randint(1, 3)):
-                    _wait_until(lambda: not unfinished.exists(), process)  # one that a run before has left
-                    _wait_until(unfinished.exists, process)
+                    _wait_until(unfinished, False, process)  # one that a run before has left
+                    _wait_until(unfinished, True, process)
                 time.sleep(rng.uniform(0, 0.02))
             process.kill()
             (code,) = run.wait()
@@ -86,7 +86,7 @@ def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path):
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
     run = start(*RUN, *flags, "--save_steps", 2, "--output_dir", folder, world=world)
-    _wait_until((folder / "checkpoint-2").exists, run.processes[0])
+    _wait_until(folder / "checkpoint-2", True, run.processes[0])
     os.killpg(run.processes[-1].pid, signal.SIGTERM)
     assert run.wait() == [143] * world, run.logs
     step = re.search(r"error: terminated behind step (\d+) of 12, which is saved: the same", run.logs[0])[1]
@@ -101,7 +101,7 @@ def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path):
 
 def test_interrupted(start, tmp_path):
     run = start(*RUN, *TWO_A_STEP, "--output_dir", tmp_path / "out")
-    _wait_until((tmp_path / "out" / "checkpoint-1").exists, run.processes[0])
+    _wait_until(tmp_path / "out" / "checkpoint-1", True, run.processes[0])
     os.kill(run.processes[0].pid, signal.SIGINT)
     assert run.wait() == [130]
     assert "disc-train: error: interrupted" in run.logs[0]
