@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,7 +21,12 @@ class ExampleDataset(Dataset[Example]):
 
     Args:
         noun: what an example is called in messages.
+
+    Attributes:
+        replays_by_kl: whether some examples are replayed (see `Example`), so that a teacher is needed.
     """
+
+    replays_by_kl = False
 
     def __init__(self, examples: Sequence[Example], noun: str = "record") -> None:
         self.examples = examples
@@ -139,3 +145,59 @@ class DocumentDataset(ExampleDataset):
             if splits:
                 return splits
         return []
+
+
+class ReplayDataset(ExampleDataset):
+    """A data set, and a share of examples from another that is drawn anew every epoch.
+
+    What is drawn depends on the seed and the epoch alone. No example is drawn twice before all others were.
+
+    Args:
+        dataset: all of it is in every epoch.
+        replay: where the others come from.
+        share: of all examples of an epoch, and so of a step's in the mean; between 0 and 1.
+        seed: of the draws.
+        by_kl: the student is only held to what the teacher says of them, see `Example.replayed`.
+
+    Raises:
+        ValueError: a share that is none.
+    """
+
+    def __init__(
+        self, dataset: ExampleDataset, replay: ExampleDataset, share: float, seed: int, by_kl: bool = False
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+        self.dataset = dataset
+        self.replay = replay
+        self.seed = seed
+        self.replays_by_kl = by_kl
+        self.noun = dataset.noun
+        self.drawn_per_epoch = max(1, round(len(dataset) * share / (1 - share)))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in DocumentDataset
+        self._drawn: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.dataset) + self.drawn_per_epoch
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return replace(self.replay[self._draw()[index - len(self.dataset)]], replayed=self.replays_by_kl)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+        self.replay.set_epoch(epoch)
+
+    def _draw(self) -> list[int]:
+        epoch = int(self._epoch)
+        if self._drawn[0] != epoch:
+            rounds, rest = divmod(self.drawn_per_epoch, len(self.replay))
+            everything = range(len(self.replay))
+            rng = random.Random(f"{self.seed}/{epoch}/replay")
+            self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
+        return self._drawn[1]
+
+
+with_replay = ReplayDataset

@@ -75,7 +75,8 @@ class DiscTrainer(Trainer):
     ) -> None:
         if method not in objectives.OBJECTIVES:
             raise ValueError(f"method: expected one of {', '.join(objectives.OBJECTIVES)}, got {method!r}")
-        _check_teacher(model, teacher, needed=method in objectives.WITH_TEACHER)
+        compare_all = method in objectives.WITH_TEACHER
+        _check_teacher(model, teacher, needed=compare_all or train_dataset.replays_by_kl)
         if args.n_gpu > 1:
             raise ValueError(
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
@@ -99,7 +100,6 @@ class DiscTrainer(Trainer):
         use_attention(model, attention)
         if self.teacher is not None:
             use_attention(self.teacher, attention)
-        compare_all = method in objectives.WITH_TEACHER
         self.data_collator = collator(model, self.teacher or model, compare_all)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
