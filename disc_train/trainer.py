@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from disc_train import objectives
 from disc_train.causal_lm import use_attention
 from disc_train.dataset import ExampleDataset
-from disc_train.lora import has_adapters
+from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
 
@@ -183,6 +183,14 @@ class DiscTrainer(Trainer):
                     " intact"
                 )
         super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the Trainer's, which does not look for adapters in a transformers model."""
+        student = self.accelerator.unwrap_model(self.model)
+        if has_adapters(student):
+            load_adapters(student, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> None:
