@@ -1,5 +1,6 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
+import os
 from statistics import fmean
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.agreement import describe_data, same_on_all_processes, settings_of
-from disc_train.causal_lm import check_vocabulary, load_model, use_attention
+from disc_train.causal_lm import check_vocabulary, load_model
 from disc_train.checkpoints import find_checkpoint, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.lora import add_lora, has_adapters
@@ -52,13 +53,27 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         if loop.world_size > 1:
             facts |= settings_of(disc, loop)
             facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
-    student = load_student(disc).to(loop.device)  # type: ignore[arg-type]
+    student = load_student(disc)
     compared = disc.method in WITH_TEACHER
     teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None
     for model in (student, teacher):
         if model is not None:
             check_vocabulary(model, data.tokens[-1])
-            use_attention(model, disc.attention)
+    if disc.dry_run:
+        loop.output_dir = os.curdir  # which is there already: the Trainer makes the folder that it is given
+    trainer = DiscTrainer(
+        student,
+        teacher,
+        loop,
+        dataset,
+        method=disc.method,
+        temperature=disc.temperature,
+        ce_weight=disc.ce_weight,
+        kl_weight=disc.kl_weight,
+        attention=disc.attention,
+        processing_class=tokenizer,
+        callbacks=[_LogLastStep()],
+    )
 
     examples = evenly_spaced(data.own)
 
@@ -85,19 +100,6 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     if disc.dry_run:
         return
 
-    trainer = DiscTrainer(
-        student,
-        teacher,
-        loop,
-        dataset,
-        method=disc.method,
-        temperature=disc.temperature,
-        ce_weight=disc.ce_weight,
-        kl_weight=disc.kl_weight,
-        attention=disc.attention,
-        processing_class=tokenizer,
-        callbacks=[_LogLastStep()],
-    )
     if checkpoint is not None and resumed_step == steps:  # the run was stopped between its last step and here
         trainer.restore(checkpoint)
     else:

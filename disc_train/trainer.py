@@ -20,6 +20,7 @@ from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
+from disc_train.sharding import forget_gathered, own_part, shard
 from disc_train.teacher import freeze
 from disc_train.termination import StopOnSigterm, apart
 
@@ -94,21 +95,31 @@ class DiscTrainer(Trainer):
             train_dataset=train_dataset,
             **options,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("--fsdp: expected an accelerator in every process, accelerate shards no model on the CPU")
         self.add_callback(_EpochSetter(train_dataset))
         self.termination = StopOnSigterm()
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = None if teacher is None else freeze(teacher).to(args.device)  # type: ignore[arg-type]
+        self.teacher = None if teacher is None else freeze(teacher)
+        for prepared, trained in ((model, True), (self.teacher, False)):
+            if prepared is not None:
+                self._place(prepared, trained)
+                use_attention(prepared, attention)
         self.method = method
         self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
-        use_attention(model, attention)
-        if self.teacher is not None:
-            use_attention(self.teacher, attention)
         self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
+
+    def _place(self, model: PreTrainedModel, trained: bool) -> None:
+        """Move a model to this process's device, or its part of it."""
+        if self.is_fsdp_enabled:
+            shard(model, self.accelerator, trained=trained)
+        else:
+            model.to(self.args.device)  # type: ignore[arg-type]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
@@ -163,6 +174,8 @@ class DiscTrainer(Trainer):
             with self.accelerator.autocast():
                 return function(student, batch)
 
+        if model is student:
+            return forward(batch)
         with patch.object(student, "forward", forward):
             return model(batch)
 
@@ -185,8 +198,14 @@ class DiscTrainer(Trainer):
             self._logged_usage = self.usage
         super().log(logs, *args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        forget_gathered(self.model)  # by measurements of the model as it was
+        return super().train(*args, **kwargs)
+
     def restore(self, checkpoint: str) -> None:
         """Take a checkpoint's weights and state without training on, when all its steps are done."""
+        forget_gathered(self.model)
         self._load_from_checkpoint(checkpoint)
         self.state = load_state(checkpoint)
 
@@ -214,18 +233,24 @@ class DiscTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
-                    " intact"
-                )
+        names, parameters = zip(*self.accelerator.unwrap_model(self.model).named_parameters(), strict=True)
+        broken = torch.stack([~torch.isfinite(own_part(parameter)).all() for parameter in parameters]).int()
+        if self.is_fsdp_enabled:
+            broken = self.accelerator.reduce(broken)
+            if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
+                self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if broken.any():
+            name = names[int(broken.argmax())]
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
+                " intact"
+            )
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's, which does not look for adapters in a transformers model."""
         student = self.accelerator.unwrap_model(self.model)
-        if has_adapters(student):
+        if has_adapters(student) and not self.is_fsdp_enabled:
             load_adapters(student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
