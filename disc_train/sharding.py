@@ -5,7 +5,8 @@ it. Here the loss takes a head's weight without the head's forward, and a model'
 are called by way of these, by `within`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -15,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+
+from disc_train.lora import has_adapters
 
 
 def within(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
@@ -30,8 +33,13 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
 
     In mixed precision what is trained is kept in float32 and gathered in 16 bits; gradients are summed in float32. What
     is not trained keeps its dtype.
+
+    Raises:
+        ValueError: it was told to by the older FSDP.
     """
     plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version: expected 2, got {plugin.fsdp_version}")
     as_configured = plugin.mixed_precision_policy
     policy = as_configured or MixedPrecisionPolicy()
     # Outputs are left as they are: among them is the loss.
@@ -42,6 +50,8 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
         fsdp2_prepare_model(accelerator, model)
     finally:
         plugin.mixed_precision_policy = as_configured
+    if has_adapters(model):  # so small that checkpoints need no parts
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     head = model.get_output_embeddings()
     if isinstance(head, FSDPModule):  # whole until the loss is known, and through its backward pass
         head.set_reshard_after_forward(False, recurse=False)
@@ -52,6 +62,24 @@ def forget_gathered(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+@contextmanager
+def taking_whole_values(model: nn.Module) -> Iterator[None]:
+    """Let `load_state_dict` take whole tensors, which all processes have, for parameters that are divided."""
+    parameters, load = dict(model.named_parameters()), model.load_state_dict
+
+    def divided(name: str, value: Tensor) -> Tensor:
+        like = parameters.get(name)
+        if not isinstance(like, DTensor):
+            return value
+        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+    def load_whole(state: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        return load({name: divided(name, value) for name, value in state.items()}, *args, **kwargs)
+
+    with patch.object(model, "load_state_dict", load_whole):
+        yield
 
 
 def own_part(parameter: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
-from disc_train.sharding import forget_gathered, own_part, shard
+from disc_train.sharding import forget_gathered, own_part, shard, taking_whole_values
 from disc_train.teacher import freeze
 from disc_train.termination import StopOnSigterm, apart
 
@@ -114,6 +115,11 @@ class DiscTrainer(Trainer):
         self.usage = self._logged_usage = Usage()
         self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
 
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained, without what the Trainer wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
+
     def _place(self, model: PreTrainedModel, trained: bool) -> None:
         """Move a model to this process's device, or its part of it."""
         if self.is_fsdp_enabled:
@@ -200,12 +206,12 @@ class DiscTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        forget_gathered(self.model)  # by measurements of the model as it was
+        forget_gathered(self.student)  # by measurements of the model as it was
         return super().train(*args, **kwargs)
 
     def restore(self, checkpoint: str) -> None:
         """Take a checkpoint's weights and state without training on, when all its steps are done."""
-        forget_gathered(self.model)
+        forget_gathered(self.student)
         self._load_from_checkpoint(checkpoint)
         self.state = load_state(checkpoint)
 
@@ -219,6 +225,8 @@ class DiscTrainer(Trainer):
         with (
             patch.object(self, "_get_output_dir", lambda trial: str(unfinished)),
             patch.object(self, "_push_from_checkpoint"),
+            # A sharded model is written once more, whole: not for the sake of adapters, which have a file of their own.
+            patch("transformers.trainer.save_fsdp_model") if has_adapters(self.student) else nullcontext(),
         ):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -233,7 +241,7 @@ class DiscTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
-        names, parameters = zip(*self.accelerator.unwrap_model(self.model).named_parameters(), strict=True)
+        names, parameters = zip(*self.student.named_parameters(), strict=True)
         broken = torch.stack([~torch.isfinite(own_part(parameter)).all() for parameter in parameters]).int()
         if self.is_fsdp_enabled:
             broken = self.accelerator.reduce(broken)
@@ -249,9 +257,9 @@ class DiscTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's, which does not look for adapters in a transformers model."""
-        student = self.accelerator.unwrap_model(self.model)
-        if has_adapters(student) and not self.is_fsdp_enabled:
-            load_adapters(student, resume_from_checkpoint)
+        if has_adapters(self.student):
+            with taking_whole_values(self.student):
+                load_adapters(self.student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

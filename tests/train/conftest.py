@@ -215,7 +215,7 @@ def start(_warm, model_folder, write_documents, sentences, tmp_path):
     documents = write_documents([" ".join(text) for text in (*sentences, sentences[2][::-1])])
     runs, numbers = [], iter(range(1000))
 
-    def run(*flags, world=1, by_rank=None, folders=None, prepare=None):
+    def run(*flags, world=1, by_rank=None, folders=None, prepare=None, environment=None):
         argv = [
             *("--model_name_or_path", model_folder, "--train_file", documents, "--output_dir", tmp_path / "out"),
             *("--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", *flags),
@@ -225,11 +225,12 @@ def start(_warm, model_folder, write_documents, sentences, tmp_path):
             port = probe.getsockname()[1]
         processes, logs = [], []
         for rank in range(world):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             own = [str(part) for part in (*argv, *(by_rank[rank] if by_rank else ()))]
             logs.append(tmp_path / f"log-{next(numbers)}")
-            described = {name: str(value) for name, value in environment.items()} if world > 1 else {}
+            described = {name: str(value) for name, value in place.items()} if world > 1 else {}
+            described |= environment or {}
             folder = folders[rank] if folders else tmp_path
             processes.append(_warm.Process(target=run_command, args=(own, described, folder, logs[-1], prepare)))
             processes[-1].start()
