@@ -6,7 +6,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,6 +53,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     dataset = data.dataset
     resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
     check_teacher_tokenizer(disc, tokenizer, data.tokens)
+    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     student = load_student(disc).to(loop.device)  # type: ignore[arg-type]
     compared = disc.method in WITH_TEACHER
     teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None

@@ -201,6 +201,17 @@ def test_adapters(method, disc_train, records, capsys, tmp_path, model_folder):
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == saved
 
 
+def test_adapters_begin_as_the_seed_says(disc_train, tmp_path):
+    def saved(folder, *flags):
+        assert (
+            disc_train("--method", "ft", "--lora_rank", 2, "--max_steps", 1, "--output_dir", tmp_path / folder, *flags)
+            == 0
+        )
+        return (tmp_path / folder / "adapter_model.safetensors").read_bytes()
+
+    assert saved("one") == saved("two") != saved("three", "--seed", 7)
+
+
 def test_adapters_and_a_teacher_of_its_own(disc_train, capsys):
     assert disc_train("--lora_rank", 2, "--teacher", "copy", "--dry_run") == 0
     assert "teacher       LlamaForCausalLM, 34,720 parameters, 0 trained, float32" in capsys.readouterr().out
@@ -463,8 +474,10 @@ def test_help_and_a_light_import():
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(disc_train, model_folder, tmp_path, sentences):
-    flags = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--num_train_epochs", "2")
+@pytest.mark.parametrize("method", ["disc", "talr"])
+def test_two_processes_take_the_steps_of_one(method, disc_train, model_folder, tmp_path, sentences):
+    flags = ("--method", method)
+    flags += ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--num_train_epochs", "2")
     texts = [
         " ".join(text) for text in sentences[:6]
     ]  # an even number: processes repeat documents to have as many each
