@@ -106,6 +106,23 @@ def test_a_batch_of_replayed_examples_alone(make_model, perturbed, old):
     assert float(loss.detach()) > 0
 
 
+def test_micro_batches_of_replayed_examples_alone_have_no_part_in_tau(make_model, old, tmp_path):
+    args = TrainingArguments(
+        tmp_path,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+    )
+    one = whole_documents([TokenizedDocument("one", np.arange(9, dtype=np.int32), (0,))])
+    trainer = DiscTrainer(make_model(), make_model(), args, ReplayDataset(one, old, 0.8, 0, by_kl=True), method="talr")
+    trainer.train()
+    assert (trainer.state.global_step, trainer.examples_read) == (3, 5)
+
+
 def test_the_teacher_reads_the_replayed_documents_alone(old):
     mixed = ReplayDataset(old, old, 0.5, seed=0, by_kl=True)
     batch = pack([mixed[5], mixed[0]], compare_all=False)
