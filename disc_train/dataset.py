@@ -198,6 +198,3 @@ class ReplayDataset(ExampleDataset):
             rng = random.Random(f"{self.seed}/{epoch}/replay")
             self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
         return self._drawn[1]
-
-
-with_replay = ReplayDataset

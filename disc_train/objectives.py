@@ -6,7 +6,7 @@ targets, so a weighted sum over rows is the sum of the examples' losses; the tra
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,20 +45,17 @@ class Rows:
         """The rows of all but the last so many examples, and theirs."""
         rows = sum(self.lengths[len(self.lengths) - last :])
 
-        def part(take: Callable[[int, int], slice]) -> Rows:
-            def of(side: Side) -> Side:  # a teacher may have read the last examples only
-                return replace(side, index=side.index[take(len(side.index), rows)])
+        def cut(values: Any, count: int) -> tuple[Any, Any]:
+            middle = len(values) - count
+            return values[:middle], values[middle:]
 
-            taken = take(len(self.targets), rows)
-            return Rows(
-                of(self.student),
-                self.teacher and of(self.teacher),
-                self.targets[taken],
-                self.weight[taken],
-                self.lengths[take(len(self.lengths), last)],
-            )
+        def cut_side(side: Side | None) -> list[Side | None]:  # a teacher may have read the last examples only
+            return [None, None] if side is None else [replace(side, index=part) for part in cut(side.index, rows)]
 
-        return part(lambda count, last: slice(count - last)), part(lambda count, last: slice(count - last, None))
+        of_rows = [cut(values, rows) for values in (self.targets, self.weight)]
+        parts = zip(cut_side(self.student), cut_side(self.teacher), *of_rows, cut(self.lengths, last), strict=True)
+        own, others = (Rows(*part) for part in parts)
+        return own, others
 
 
 class Settings(NamedTuple):
@@ -211,7 +208,8 @@ def divergence(rows: Rows, temperature: float, reduction: str = "sum") -> Tensor
 
 def sequence_means(values: Tensor, rows: Rows) -> Tensor:
     """The mean over each example's tokens of `values` [M]: [examples]."""
-    return torch.stack([sequence.sum() for sequence in (values * rows.weight).split(rows.lengths)])
+    means = [sequence.sum() for sequence in (values * rows.weight).split(rows.lengths)]
+    return torch.stack(means) if means else values
 
 
 def median(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.agreement import describe_data, same_on_all_processes, settings_of
@@ -53,6 +53,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         if loop.world_size > 1:
             facts |= settings_of(disc, loop)
             facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
+    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     student = load_student(disc)
     compared = disc.method in WITH_TEACHER
     teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None

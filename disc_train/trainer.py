@@ -151,11 +151,14 @@ class DiscTrainer(Trainer):
         return batches, examples
 
     @torch.no_grad()
-    def _tau(self, batches: list[PackedBatch]) -> Tensor:
+    def _tau(self, batches: list[PackedBatch]) -> Tensor | None:
         """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each."""
-        means = [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
-        values = torch.cat(means)
-        return objectives.median(torch.tensor(gather_object(values.tolist()), device=values.device))
+        means = torch.cat(
+            [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
+        )
+        if self.args.world_size > 1:  # processes may have different numbers of them
+            means = torch.tensor(gather_object(means.tolist()), device=means.device)
+        return objectives.median(means) if len(means) else None  # all may be replayed
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

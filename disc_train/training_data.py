@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.context_length import ContextLength, context_length
 from disc_train.contexts import load_records
-from disc_train.dataset import DocumentDataset, ExampleDataset, whole_documents, with_replay
+from disc_train.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.documents import Document, load_documents
 from disc_train.example import Example
 from disc_train.splits import TokenizedDocument, tokenize_document
@@ -42,7 +42,7 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     if disc.replay_file is not None:
         by_kl = disc.replay_objective == "kl"
         replay, of_replay = loader.load(disc.replay_file, None, by_kl)
-        dataset = with_replay(own, replay, disc.replay_share, loop.seed, by_kl)
+        dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
         sets.append(replay)
         description += [("replay", describe_replay(dataset, disc.replay_file)), *of_replay]
     if context and context.note:

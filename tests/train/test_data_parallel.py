@@ -47,6 +47,13 @@ def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, we
         assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5), name
 
 
+def test_a_weight_that_depends_on_the_whole_step(train, weights):
+    """TALR's median is over all the step's documents, wherever they are."""
+    whole = train("whole", *_flags(4), "--method", "talr")
+    parts = train("parts", *_flags(1, 2), "--method", "talr", world=2)
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
+
+
 def test_every_process_has_workers_of_its_own(train, weights):
     whole = train("whole", *_flags(4))
     parts = train("parts", *_flags(2), "--dataloader_num_workers", 1, world=2)

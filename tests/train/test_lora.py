@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -155,6 +156,12 @@ def test_adapters_of_another_kind_are_refused(make_model, make_student, tmp_path
         load_adapters(add_lora(make_model(), rank=2, alpha=4, dropout=0.0), str(tmp_path / "four"))
     with pytest.raises(ValueError, match=r"expected the adapters of this model in adapter_model\.safetensors, got no"):
         load_adapters(make_student(), str(tmp_path))
+
+
+def test_without_peft(make_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"--lora_rank needs peft: pip install 'disc-kernels\[train\]'"):
+        add_lora(make_model(), rank=2, alpha=4, dropout=0.0)
 
 
 def test_gradient_checkpointing_changes_nothing(make_trainer):
