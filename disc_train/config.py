@@ -12,21 +12,10 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from disc_train.method_flags import check_method_flags
 from disc_train.splits import check_language, check_split_options
 
-METHODS_AVAILABLE = ("disc", "cd")
-TEACHERS_AVAILABLE = ("auto", "copy")
-DOCUMENT_FLAGS = (
-    "text_column",
-    "num_splits",
-    "split_strategy",
-    "suffix_tokens",
-    "sentence_tokenization",
-    "language",
-    "max_document_tokens",
-    "teacher_template",
-    "student_template",
-)
+TEACHERS_AVAILABLE = ("auto", "copy", "adapter")
 
 
 def _flag(help: str, default: Any = None) -> Any:
@@ -54,17 +43,38 @@ class DiscArguments:
     dataset_name: str | None = _flag("A data set's name on the Hub, in place of --train_file.")
     text_column: str = _flag("The column that holds a document's text.", "text")
     method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag(
-        "disc: context distillation of documents, split into a prefix and a suffix. cd: of records with the fields"
-        " teacher_context, student_context (may be missing) and target, each a text or a list of chat messages. The"
-        " others are not available yet.",
+        "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
+        " cross-entropy. ft_kl: the same, and the KL from the initial model. talr: the same, less of it on tokens that"
+        " are unlikely to the model. cd: context distillation of records with the fields teacher_context,"
+        " student_context (may be missing) and target, each a text or a list of chat messages.",
         "disc",
     )
     teacher: Literal["auto", "copy", "adapter", "cache"] = _flag(
-        "copy: a frozen second model in memory. auto: the cheapest that gives the same result. The others are not"
-        " available yet.",
+        "copy: a frozen second model in memory. adapter: the model itself with its adapters switched off, for"
+        " --lora_rank. auto: adapter where it can be, else copy. cache is not available yet.",
         "auto",
     )
-    temperature: float = _flag("Of both models' distributions; 1 is usual for cd.", 2.0)
+    temperature: float = _flag("disc and cd: of both models' distributions; 1 is usual for cd.", 2.0)
+    ce_weight: float = _flag(
+        "disc and cd: of the cross-entropy on the same tokens, which also teaches what is said once.", 0.0
+    )
+    kl_weight: float = _flag("ft_kl: of the KL from the initial model.", 0.1)
+    lora_rank: int = _flag(
+        "Train low-rank adapters of this rank beside all linear layers but the head, and nothing else; 0: train the"
+        " model. The method's authors: 16.",
+        0,
+    )
+    lora_alpha: int | None = _flag("The adapters are scaled by this over their rank. Default: twice the rank.")
+    lora_dropout: float = _flag("Of what the adapters read.", 0.1)
+    replay_file: str | None = _flag(
+        "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
+    )
+    replay_share: float = _flag("The share of a step's examples that are replayed, in the mean.", 0.1)
+    replay_objective: Literal["method", "kl"] = _flag(
+        "How replayed examples are trained on. method: as the others. kl: KL(initial model || student) of whole"
+        " documents.",
+        "method",
+    )
     num_splits: int = _flag("Split points a document, fewer where it has fewer.", 5)
     split_strategy: Literal[
         "sentence_boundary",
@@ -102,17 +112,18 @@ class DiscArguments:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
                 self._check(name, getattr(self, name) in get_args(hint), f"one of {', '.join(get_args(hint))}")
-        self._check("method", self.method in METHODS_AVAILABLE, "disc or cd (the others are not available yet)")
-        self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto or copy (the others are not available yet)")
+        self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto, copy or adapter (cache: not available yet)")
+        check_method_flags(self)
         self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
+        for name in ("ce_weight", "kl_weight"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        self._check("lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
+        self._check("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
+        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
+        self._check("replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
         self._check("num_splits", self.num_splits >= 1, "at least 1")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)
-        if self.method == "cd":
-            for item in fields(self):
-                given = getattr(self, item.name) != item.default
-                if item.name in DOCUMENT_FLAGS and given:
-                    raise ValueError(f"--{item.name} is for documents, --method cd takes records: leave it out")
         limit = self.max_document_tokens
         self._check("max_document_tokens", limit is None or limit >= 3, "at least 3")
         if (self.train_file is None) == (self.dataset_name is None):
@@ -149,7 +160,7 @@ class LoopArguments(TrainingArguments):
             raise ValueError("--eval_strategy, --do_eval: expected neither, disc-train has no evaluation set")
         if self.label_smoothing_factor:
             raise ValueError(
-                f"--label_smoothing_factor: expected 0, the loss is a divergence, got {self.label_smoothing_factor}"
+                f"--label_smoothing_factor: expected 0, no method has it, got {self.label_smoothing_factor}"
             )
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
             raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
@@ -169,7 +180,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:
         [DiscArguments, LoopArguments],  # type: ignore[list-item]
         prog="disc-train",
         usage="disc-train [CONFIG.yaml] [--flag value ...]",
-        description="Teach a language model the content of documents by context distillation.",
+        description="Teach a language model the content of documents.",
         allow_abbrev=False,
     )
     flags = list(argv)

@@ -2,29 +2,35 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from disc_train.example import Branch, Example, Place
+from disc_train.example import NO_IDS, Branch, Example, Place
 from disc_train.splits import Split, TokenizedDocument, check_split_options, choose_splits
 from disc_train.templates import NO_TEMPLATES, Templates
 
+MIN_TOKENS = 2  # of a document without a context: its first token is never predicted
 DRAWS = 20  # how often splits are drawn for a document before it counts as too short
 
 
 class ExampleDataset(Dataset[Example]):
     """Examples that are the same in every epoch.
 
-    Attributes:
+    Args:
         noun: what an example is called in messages.
+
+    Attributes:
+        replays_by_kl: whether some examples are replayed (see `Example`), so that a teacher is needed.
     """
 
-    noun = "record"
+    replays_by_kl = False
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], noun: str = "record") -> None:
         self.examples = examples
+        self.noun = noun
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -34,6 +40,23 @@ class ExampleDataset(Dataset[Example]):
 
     def set_epoch(self, epoch: int) -> None:
         """Give the examples of this epoch from now on."""
+
+
+def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
+    """An example for each document of at least 2 tokens: all of it is the target, and nothing stands before it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    nothing = Place(0)
+    examples = [
+        Example(document.name, NO_IDS, NO_IDS, [Branch(document.input_ids, teacher=nothing, student=nothing)])
+        for document in documents
+        if len(document.input_ids) >= MIN_TOKENS
+    ]
+    if not examples:
+        raise ValueError(f"expected a document of at least {MIN_TOKENS} tokens, got {len(documents)} shorter ones")
+    return ExampleDataset(examples, noun="document")
 
 
 class DocumentDataset(ExampleDataset):
@@ -122,3 +145,56 @@ class DocumentDataset(ExampleDataset):
             if splits:
                 return splits
         return []
+
+
+class ReplayDataset(ExampleDataset):
+    """A data set, and a share of examples from another that is drawn anew every epoch.
+
+    What is drawn depends on the seed and the epoch alone. No example is drawn twice before all others were.
+
+    Args:
+        dataset: all of it is in every epoch.
+        replay: where the others come from.
+        share: of all examples of an epoch, and so of a step's in the mean; between 0 and 1.
+        seed: of the draws.
+        by_kl: the student is only held to what the teacher says of them, see `Example.replayed`.
+
+    Raises:
+        ValueError: a share that is none.
+    """
+
+    def __init__(
+        self, dataset: ExampleDataset, replay: ExampleDataset, share: float, seed: int, by_kl: bool = False
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+        self.dataset = dataset
+        self.replay = replay
+        self.seed = seed
+        self.replays_by_kl = by_kl
+        self.noun = dataset.noun
+        self.drawn_per_epoch = max(1, round(len(dataset) * share / (1 - share)))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in DocumentDataset
+        self._drawn: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.dataset) + self.drawn_per_epoch
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return replace(self.replay[self._draw()[index - len(self.dataset)]], replayed=self.replays_by_kl)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+        self.replay.set_epoch(epoch)
+
+    def _draw(self) -> list[int]:
+        epoch = int(self._epoch)
+        if self._drawn[0] != epoch:
+            rounds, rest = divmod(self.drawn_per_epoch, len(self.replay))
+            everything = range(len(self.replay))
+            rng = random.Random(f"{self.seed}/{epoch}/replay")
+            self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
+        return self._drawn[1]

@@ -6,18 +6,36 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerState,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.causal_lm import check_vocabulary, load_model, use_attention
 from disc_train.config import DiscArguments, LoopArguments
+from disc_train.lora import add_lora, has_adapters
+from disc_train.objectives import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.packing import collator
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
-from disc_train.summary import count_steps, describe_attention, describe_model, describe_packing, describe_steps, show
+from disc_train.summary import (
+    count_steps,
+    describe_attention,
+    describe_method,
+    describe_model,
+    describe_packing,
+    describe_steps,
+    describe_teacher,
+    show,
+)
 from disc_train.teacher import load_teacher
 from disc_train.trainer import DiscTrainer
-from disc_train.training_data import distinct_tokens, load_training_data
+from disc_train.training_data import load_training_data
 
 
 def run(disc: DiscArguments, loop: LoopArguments) -> None:
@@ -31,33 +49,40 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         disable_progress_bar()
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
     tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-    dataset, description = load_training_data(disc, loop, tokenizer)
+    data = load_training_data(disc, loop, tokenizer)
+    dataset = data.dataset
     resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
-    tokens = distinct_tokens(dataset[i] for i in range(len(dataset)))
-    check_teacher_tokenizer(disc, tokenizer, tokens)
-    student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype)).to(loop.device)  # type: ignore[arg-type]
-    teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
+    check_teacher_tokenizer(disc, tokenizer, data.tokens)
+    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
+    student = load_student(disc).to(loop.device)  # type: ignore[arg-type]
+    compared = disc.method in WITH_TEACHER
+    teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None
     for model in (student, teacher):
-        check_vocabulary(model, tokens[-1])
-        use_attention(model, disc.attention)
+        if model is not None:
+            check_vocabulary(model, data.tokens[-1])
+            use_attention(model, disc.attention)
 
-    examples = evenly_spaced(dataset)
+    examples = evenly_spaced(data.own)
 
-    def signal() -> Signal:
+    def signal() -> Signal | None:
+        if disc.method not in AT_TEMPERATURE:
+            return None
         return measure_signal(student, teacher, examples, temperature=disc.temperature)
 
     before = signal()
     speaks = loop.process_index == 0
     if speaks:
+        other = teacher or student
         show(
             "What will run",
-            *description,
-            describe_packing(dataset, loop.train_batch_size, collator(student, teacher)),
+            *data.description,
+            ("method", f"{disc.method}: {describe_method(disc)}"),
+            describe_packing(dataset, loop.train_batch_size, collator(student, other, compared)),
             ("student", describe_model(student)),
-            ("teacher", describe_model(teacher)),
-            ("attention", describe_attention(student, teacher)),
+            ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
+            ("attention", describe_attention(student, other)),
             ("steps", describe_steps(loop, dataset, resumed_step)),
-            *before.describe(dataset.noun),
+            *(before.describe(dataset.noun) if before else []),
         )
     if disc.dry_run:
         return
@@ -67,7 +92,10 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         teacher,
         loop,
         dataset,
+        method=disc.method,
         temperature=disc.temperature,
+        ce_weight=disc.ce_weight,
+        kl_weight=disc.kl_weight,
         attention=disc.attention,
         processing_class=tokenizer,
         callbacks=[_LogLastStep()],
@@ -77,7 +105,26 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     trainer.save_state()
     after = signal()
     if speaks:
-        show("What came of it", *_outcome(trainer, result, before, after))
+        lines = _outcome(trainer, result, describe_method(disc))
+        if before and after:
+            lines.append(_learned(before, after, trainer.noun))
+        what = "adapters" if has_adapters(student) else "model"
+        show("What came of it", *lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}"))
+
+
+def load_student(disc: DiscArguments) -> PreTrainedModel:
+    """The model, with adapters if asked for."""
+    student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype))
+    if disc.lora_rank:
+        add_lora(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank, disc.lora_dropout)
+    return student
+
+
+def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments) -> PreTrainedModel | None:
+    """The teacher asked for; None: the student without its adapters, which needs no second model in memory."""
+    if has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None:
+        return None
+    return load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
 
 
 def find_checkpoint(loop: LoopArguments) -> str | None:
@@ -166,7 +213,7 @@ class _LogLastStep(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
 
-def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: Signal) -> list[tuple[str, str]]:
+def _outcome(trainer: DiscTrainer, result: TrainOutput, loss: str) -> list[tuple[str, str]]:
     seconds, noun = result.metrics["train_runtime"], trainer.noun
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     lines = [
@@ -177,11 +224,11 @@ def _outcome(trainer: DiscTrainer, result: TrainOutput, before: Signal, after: S
         )
     ]
     if losses:
-        lines.append(
-            ("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, T^2 times the KL, of the first and last logged steps")
-        )
+        lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, {loss}, of the first and last logged steps"))
+    return lines
+
+
+def _learned(before: Signal, after: Signal, noun: str) -> tuple[str, str]:
     was, is_ = fmean(before.divergence), fmean(after.divergence)
     share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
-    lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
-    lines.append(("saved", f"model and tokenizer in {trainer.args.output_dir}"))
-    return lines
+    return "signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"

@@ -4,13 +4,16 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
 from disc_kernels.shared_prefix import can_share
-from disc_train.dataset import DocumentDataset, ExampleDataset
+from disc_train.config import DiscArguments
+from disc_train.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
 from disc_train.example import Example, Ids
+from disc_train.lora import has_adapters
 from disc_train.packing import PackedBatch, Usage
 from disc_train.splits import Split, TokenizedDocument
 
@@ -81,6 +84,34 @@ def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDatas
     return lines
 
 
+def describe_whole_documents(read: Sequence[TokenizedDocument], dataset: ExampleDataset) -> list[tuple[str, str]]:
+    """Lines (label, text) on documents that are trained on as a whole."""
+    short = [document.name for document in read if len(document.input_ids) < MIN_TOKENS]
+    cut = [document.input_ids for document in read if document.cut]
+    dropped = sum(document.cut for document in read)
+    rows = sum(branch.rows for example in dataset.examples for branch in example.branches)
+    return [
+        (
+            "documents",
+            f"{len(read):,} read, {len(dataset):,} to train on; {len(short):,} of fewer than {MIN_TOKENS} tokens"
+            + (f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else "")
+            + f"; {len(cut):,} cut"
+            + (f" to {len(cut[0]):,} tokens ({dropped:,} dropped)" if cut else ""),
+        ),
+        ("tokens", f"{rows + len(dataset):,} in these documents: {rows:,} trained on; skipped: {len(dataset):,} first"),
+    ]
+
+
+def describe_replay(dataset: ReplayDataset, file: str) -> str:
+    """Where it comes from, how much it is, and what is done with it."""
+    objective = "by KL to the initial model" if dataset.replays_by_kl else "by the method"
+    drawn = dataset.drawn_per_epoch
+    return (
+        f"{drawn:,} more {dataset.replay.noun}s an epoch, {drawn / len(dataset):.0%} of all, drawn anew each time from"
+        f" {len(dataset.replay):,} in {file}; trained on {objective}"
+    )
+
+
 def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
     """Lines (label, text) on records."""
     targets = [branch for example in dataset.examples for branch in example.branches]
@@ -110,15 +141,32 @@ def describe_packing(
     tried = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
     packed = [collate([dataset[i] for i in batch]) for batch in tried]
     usage = sum((batch["usage"] for batch in packed), Usage())
-    rows = [sum(len(batch[side]) for batch in packed) / len(packed) for side in ("teacher_input_ids", "input_ids")]
+
+    def rows(side: Literal["input_ids", "teacher_input_ids"]) -> float:
+        return sum(0 if (ids := batch[side]) is None else len(ids) for batch in packed) / len(packed)
+
+    teacher, student = rows("teacher_input_ids"), rows("input_ids")
+    readers, where = "the student reads", f"{student:.1f} rows"
+    if teacher:
+        readers, where = "both models read", f"{teacher:.1f} rows of the teacher and {student:.1f} of the student"
     padding = 1 - usage.efficiency
     return (
         "packing",
-        f"both models read {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass"
-        f" for every target, in {rows[0]:.1f} rows of the teacher and {rows[1]:.1f} of the student; "
+        f"{readers} {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass for"
+        f" every target, in {where}; "
         + (f"{padding:.1%} padding" if padding else "no padding")
         + f" ({len(packed):,} tried)",
     )
+
+
+def describe_method(disc: DiscArguments) -> str:
+    """The loss of an example, as a formula."""
+    loss = {
+        "ft": "cross-entropy",
+        "ft_kl": f"cross-entropy + {disc.kl_weight:g} KL(initial model || student)",
+        "talr": "cross-entropy with weights max(p^(1/tau), 0.01)",
+    }.get(disc.method, f"T^2 KL(teacher || student) at T = {disc.temperature:g}")
+    return loss + (f" + {disc.ce_weight:g} cross-entropy" if disc.ce_weight else "")
 
 
 def describe_model(model: PreTrainedModel) -> str:
@@ -126,7 +174,14 @@ def describe_model(model: PreTrainedModel) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {total:,} parameters, {trained:,} trained, {dtype}"
+    what = "trained, in adapters" if has_adapters(model) else "trained"
+    return f"{type(model).__name__}, {total:,} parameters, {trained:,} {what}, {dtype}"
+
+
+def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> str:
+    if not needed:
+        return "none: nothing is compared with one"
+    return "the student without its adapters" if teacher is None else describe_model(teacher)
 
 
 def describe_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> str:

@@ -1,6 +1,6 @@
 """From the arguments to a training set, with what the summary says of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,17 +10,22 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.context_length import ContextLength, context_length
 from disc_train.contexts import load_records
-from disc_train.dataset import DocumentDataset, ExampleDataset
-from disc_train.documents import load_documents
+from disc_train.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
+from disc_train.documents import Document, load_documents
 from disc_train.example import Example
 from disc_train.splits import TokenizedDocument, tokenize_document
-from disc_train.summary import describe_documents, describe_records
-from disc_train.templates import Templates, read_templates
+from disc_train.summary import describe_documents, describe_records, describe_replay, describe_whole_documents
+from disc_train.templates import NO_TEMPLATES, Templates, read_templates
 
 
 class TrainingData(NamedTuple):
-    dataset: ExampleDataset
+    dataset: ExampleDataset  # all that is trained on
+    own: ExampleDataset  # of it, what is not replayed
     description: list[tuple[str, str]]  # lines (label, text) for the summary
+    tokens: list[int]  # every one that a model reads or predicts, in order
+
+
+Loaded = tuple[ExampleDataset, list[tuple[str, str]]]
 
 
 def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -31,22 +36,58 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
             holds.
     """
     context = context_length(disc.model_name_or_path, disc.teacher_name_or_path)
-    notes = [("context", f"{context.tokens:,} tokens{context.note}")] if context and context.note else []
-    if disc.method == "cd":
-        records = ExampleDataset(load_records(disc.train_file, disc.dataset_name, tokenizer, context))
-        return TrainingData(records, describe_records(records) + notes)
+    loader = _Loader(disc, loop, tokenizer, context)
+    own, description = loader.load(disc.train_file, disc.dataset_name, by_kl=False)
+    dataset, sets = own, [own]
+    if disc.replay_file is not None:
+        by_kl = disc.replay_objective == "kl"
+        replay, of_replay = loader.load(disc.replay_file, None, by_kl)
+        dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
+        sets.append(replay)
+        description += [("replay", describe_replay(dataset, disc.replay_file)), *of_replay]
+    if context and context.note:
+        description.append(("context", f"{context.tokens:,} tokens{context.note}"))
+    return TrainingData(dataset, own, description, distinct_tokens(part[i] for part in sets for i in range(len(part))))
 
-    templates = read_templates(disc.teacher_template, disc.student_template, tokenizer)
-    documents = _read_documents(disc, loop, tokenizer, _document_limit(disc, context, templates))
-    dataset = DocumentDataset(
-        documents,
-        templates=templates,
-        split_strategy=disc.split_strategy,
-        num_splits=disc.num_splits,
-        suffix_tokens=disc.suffix_tokens,
-        seed=loop.seed,
-    )
-    return TrainingData(dataset, describe_documents(documents, dataset) + notes)
+
+class _Loader(NamedTuple):
+    """Makes examples of files, for the method of the arguments."""
+
+    disc: DiscArguments
+    loop: LoopArguments
+    tokenizer: PreTrainedTokenizerBase
+    context: ContextLength | None
+
+    def load(self, train_file: str | None, dataset_name: str | None, by_kl: bool) -> Loaded:
+        """The examples, whole documents where they are replayed by KL, and lines for the summary."""
+        disc, tokenizer = self.disc, self.tokenizer
+        if disc.method == "cd" and not by_kl:
+            records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, self.context))
+            return records, describe_records(records)
+        documents = load_documents(train_file, dataset_name, disc.text_column)
+        if disc.method != "disc" or by_kl:
+            read = self._tokenize(documents, _document_limit(disc, self.context, NO_TEMPLATES))
+            whole = whole_documents(read)
+            return whole, describe_whole_documents(read, whole)
+        templates = read_templates(disc.teacher_template, disc.student_template, tokenizer)
+        read = self._tokenize(documents, _document_limit(disc, self.context, templates))
+        dataset = DocumentDataset(
+            read,
+            templates=templates,
+            split_strategy=disc.split_strategy,
+            num_splits=disc.num_splits,
+            suffix_tokens=disc.suffix_tokens,
+            seed=self.loop.seed,
+        )
+        return dataset, describe_documents(read, dataset)
+
+    def _tokenize(self, documents: Sequence[Document], limit: int | None) -> list[TokenizedDocument]:
+        disc = self.disc
+        progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=self.loop.disable_tqdm)
+        return [
+            tokenize_document(document, self.tokenizer, disc.sentence_tokenization, limit, disc.language)
+            for document in progress
+        ]
 
 
 def distinct_tokens(examples: Iterable[Example]) -> list[int]:
@@ -76,14 +117,3 @@ def _document_limit(disc: DiscArguments, context: ContextLength | None, template
     if limit > left:
         raise ValueError(f"--max_document_tokens: expected at most {room}, got {limit}")
     return limit
-
-
-def _read_documents(
-    disc: DiscArguments, loop: LoopArguments, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> list[TokenizedDocument]:
-    documents = load_documents(disc.train_file, disc.dataset_name, disc.text_column)
-    progress = tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
-    return [
-        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
-        for document in progress
-    ]

@@ -77,9 +77,28 @@ def test_flags_win_over_the_file(write_yaml):
         (["--suffix_tokens", "9"], "suffix_tokens is for split_strategy random_token_fixed"),
         (["--max_document_tokens", "2"], "--max_document_tokens: expected at least 3, got 2"),
         (["--language", "english"], "language: expected an ISO 639 code"),
-        (["--method", "talr"], "--method: .*not available yet.*got talr"),
-        (["--method", "cd", "--num_splits", "3"], "--num_splits is for documents, --method cd takes records"),
-        (["--method", "cd", "--teacher_template", "{{ prefix }}"], "--teacher_template is for documents"),
+        (["--method", "cd", "--num_splits", "3"], "--num_splits is for --method disc; got it with --method cd"),
+        (["--method", "cd", "--teacher_template", "{{ prefix }}"], "--teacher_template is for --method disc; got"),
+        (["--method", "cd", "--text_column", "body"], "--text_column is for --method disc, ft, ft_kl, talr; got"),
+        (["--method", "ft", "--temperature", "1"], "--temperature is for --method disc, cd; got it with --method ft,"),
+        (["--method", "ft_kl", "--ce_weight", "1"], "--ce_weight is for --method disc, cd; got"),
+        (["--method", "talr", "--suffix_tokens", "9"], "--suffix_tokens is for --method disc; got"),
+        (["--method", "talr", "--sentence_tokenization", "sentence"], "--sentence_tokenization is for --method disc"),
+        (["--method", "ft", "--teacher_name_or_path", "t"], "--teacher_name_or_path is for --method disc, cd, ft_kl;"),
+        (["--method", "talr", "--teacher", "copy"], "--teacher is for --method disc, cd, ft_kl; got"),
+        (["--kl_weight", "0.2"], "--kl_weight is for --method ft_kl; got it with --method disc"),
+        (["--method", "ft_kl", "--kl_weight", "-1"], "--kl_weight: expected 0 or a positive, finite number, got -1.0"),
+        (["--ce_weight", "nan"], "--ce_weight: expected 0 or a positive, finite number, got nan"),
+        (["--lora_alpha", "8"], "--lora_alpha needs --lora_rank, got it without"),
+        (["--lora_dropout", "0"], "--lora_dropout needs --lora_rank, got it without"),
+        (["--lora_rank", "-1"], r"--lora_rank: expected 0 \(no adapters\) or more, got -1"),
+        (["--lora_rank", "4", "--lora_alpha", "0"], "--lora_alpha: expected a positive number, got 0"),
+        (["--lora_rank", "4", "--lora_dropout", "1"], "--lora_dropout: expected a number from 0 to 1, less than 1"),
+        (["--teacher", "adapter"], "--teacher adapter is the model without its adapters, so it needs --lora_rank"),
+        (["--teacher", "adapter", "--lora_rank", "4", "--teacher_name_or_path", "t"], "--teacher adapter is the model"),
+        (["--replay_share", "0.5"], "--replay_share needs --replay_file, got it without"),
+        (["--replay_objective", "kl"], "--replay_objective needs --replay_file, got it without"),
+        (["--replay_file", "r", "--replay_share", "1"], "--replay_share: expected a number between 0 and 1, got 1.0"),
         (["--teacher", "cache"], "--teacher: .*not available yet.*got cache"),
         (["--dataset_name", "d"], "one of --train_file and --dataset_name, got both"),
     ],
@@ -87,6 +106,21 @@ def test_flags_win_over_the_file(write_yaml):
 def test_what_is_wrong_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments([*REQUIRED, *flags])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "ft", "--teacher", "copy"],
+        ["--method", "talr", "--teacher_name_or_path", "t"],
+        ["--method", "cd", "--text_column", "body"],
+        ["--method", "cd", "--max_document_tokens", "9"],
+    ],
+)
+def test_replay_by_kl_has_documents_and_a_teacher_of_its_own(flags):
+    with pytest.raises(ValueError, match="is for --method"):
+        parse_arguments([*REQUIRED, *flags, "--replay_file", "r"])
+    parse_arguments([*REQUIRED, *flags, "--replay_file", "r", "--replay_objective", "kl"])
 
 
 @pytest.mark.parametrize("flags", [["--method", "sft"], ["--num_splits", "two"], ["--learning_rate", "fast"]])
