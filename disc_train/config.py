@@ -93,7 +93,8 @@ class DiscArguments:
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."
-        " varlen: flash attention, CUDA and 16 bits. auto: flex on CUDA, sdpa elsewhere.",
+        " varlen: flash attention, CUDA and 16 bits. auto: sdpa; on CUDA flex where it saves work, by count, on the"
+        " run's own batches.",
         "auto",
     )
     dry_run: bool = _flag("Print the summary of what would run, and stop.", False)

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
-from disc_train.causal_lm import check_vocabulary, load_model, use_attention
+from disc_train.attention import prepare_attention
+from disc_train.causal_lm import check_vocabulary, load_model
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.packing import collator
 from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
@@ -39,7 +40,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     for model in (student, teacher):
         check_vocabulary(model, tokens[-1])
-        use_attention(model, disc.attention)
+    attention = prepare_attention(student, teacher, disc.attention, dataset, loop.train_batch_size)
 
     examples = evenly_spaced(dataset)
 
@@ -55,7 +56,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             describe_packing(dataset, loop.train_batch_size, collator(student, teacher)),
             ("student", describe_model(student)),
             ("teacher", describe_model(teacher)),
-            ("attention", describe_attention(student, teacher)),
+            ("attention", describe_attention(attention)),
             ("steps", describe_steps(loop, dataset, resumed_step)),
             *before.describe(dataset.noun),
         )
@@ -68,7 +69,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         loop,
         dataset,
         temperature=disc.temperature,
-        attention=disc.attention,
+        attention=attention,
         processing_class=tokenizer,
         callbacks=[_LogLastStep()],
     )

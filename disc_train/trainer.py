@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from disc_train import objectives
-from disc_train.causal_lm import use_attention
+from disc_train.attention import Attention, prepare_attention
 from disc_train.dataset import ExampleDataset
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
@@ -37,7 +37,8 @@ class DiscTrainer(Trainer):
             training either way, and the filter waits for the device at every micro-batch.
         train_dataset: the examples.
         temperature: of both models' distributions; the loss is multiplied by its square.
-        attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
+        attention: "auto", a backend as `disc_kernels.shared_prefix.attention_implementation` names it, or what
+            `disc_train.attention.prepare_attention` gave for these two models, which is then not done again.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
@@ -60,7 +61,7 @@ class DiscTrainer(Trainer):
         train_dataset: ExampleDataset,
         *,
         temperature: float = 2.0,
-        attention: str = "auto",
+        attention: str | dict[str, Attention] = "auto",
         **options: Any,
     ) -> None:
         if teacher is model:
@@ -84,8 +85,8 @@ class DiscTrainer(Trainer):
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
-        for prepared in (model, self.teacher):
-            use_attention(prepared, attention)
+        if isinstance(attention, str):
+            prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
         self.data_collator = collator(model, self.teacher)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
