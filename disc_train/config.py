@@ -136,6 +136,13 @@ class LoopArguments(TrainingArguments):
         default_factory=torch.accelerator.is_available,
         metadata={"help": "Copy batches through pinned memory. On where there is an accelerator to copy to."},
     )
+    dataloader_num_workers: int = field(
+        default_factory=lambda: int(torch.accelerator.is_available()),
+        metadata={
+            "help": "Processes that collate the next batches. One where there is an accelerator, which is enough for"
+            " models from 500 million parameters on. None elsewhere: it would take a core from the training."
+        },
+    )
     logging_nan_inf_filter: bool = _flag(
         "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
     )

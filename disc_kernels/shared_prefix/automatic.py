@@ -25,7 +25,7 @@ PAIRS_PER_HIDDEN = 6
 # what the products do.
 DENSE_PAIR = 3
 BLOCK = 128  # queries and keys that kernels which skip what nobody sees compute together
-# Of the work. FlexAttention compiles for about as long as 5 % of half an hour.
+# Taken to be worth the minutes for which FlexAttention compiles at the beginning of a run.
 LEAST_SAVING = 0.05
 
 
