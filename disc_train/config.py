@@ -103,7 +103,8 @@ class DiscArguments:
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."
-        " varlen: flash attention, CUDA and 16 bits. auto: flex on CUDA, sdpa elsewhere.",
+        " varlen: flash attention, CUDA and 16 bits. auto: sdpa; on CUDA flex where it saves work, by count, on the"
+        " run's own batches.",
         "auto",
     )
     dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
@@ -145,6 +146,13 @@ class LoopArguments(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available,
         metadata={"help": "Copy batches through pinned memory. On where there is an accelerator to copy to."},
+    )
+    dataloader_num_workers: int = field(
+        default_factory=lambda: int(torch.accelerator.is_available()),
+        metadata={
+            "help": "Processes that collate the next batches. One where there is an accelerator, which is enough for"
+            " models from 500 million parameters on. None elsewhere: it would take a core from the training."
+        },
     )
     logging_nan_inf_filter: bool = _flag(
         "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False

@@ -17,7 +17,8 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils.logging import disable_progress_bar
 
-from disc_train.causal_lm import check_vocabulary, load_model, use_attention
+from disc_train.attention import prepare_attention
+from disc_train.causal_lm import check_vocabulary, load_model
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.lora import add_lora, has_adapters
 from disc_train.objectives import AT_TEMPERATURE, WITH_TEACHER
@@ -60,7 +61,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     for model in (student, teacher):
         if model is not None:
             check_vocabulary(model, data.tokens[-1])
-            use_attention(model, disc.attention)
+    attention = prepare_attention(student, teacher, disc.attention, dataset, loop.train_batch_size)
 
     examples = evenly_spaced(data.own)
 
@@ -80,7 +81,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             describe_packing(dataset, loop.train_batch_size, collator(student, other, compared)),
             ("student", describe_model(student)),
             ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-            ("attention", describe_attention(student, other)),
+            ("attention", describe_attention(attention)),
             ("steps", describe_steps(loop, dataset, resumed_step)),
             *(before.describe(dataset.noun) if before else []),
         )
@@ -96,7 +97,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         temperature=disc.temperature,
         ce_weight=disc.ce_weight,
         kl_weight=disc.kl_weight,
-        attention=disc.attention,
+        attention=attention,
         processing_class=tokenizer,
         callbacks=[_LogLastStep()],
     )

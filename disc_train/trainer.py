@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from disc_train import objectives
-from disc_train.causal_lm import use_attention
+from disc_train.attention import Attention, prepare_attention
 from disc_train.dataset import ExampleDataset
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
@@ -44,7 +44,8 @@ class DiscTrainer(Trainer):
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.
-        attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
+        attention: "auto", a backend as `disc_kernels.shared_prefix.attention_implementation` names it, or what
+            `disc_train.attention.prepare_attention` gave for these two models, which is then not done again.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
@@ -70,7 +71,7 @@ class DiscTrainer(Trainer):
         temperature: float = 2.0,
         ce_weight: float = 0.0,
         kl_weight: float = 0.1,
-        attention: str = "auto",
+        attention: str | dict[str, Attention] = "auto",
         **options: Any,
     ) -> None:
         if method not in objectives.OBJECTIVES:
@@ -97,9 +98,8 @@ class DiscTrainer(Trainer):
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
-        use_attention(model, attention)
-        if self.teacher is not None:
-            use_attention(self.teacher, attention)
+        if isinstance(attention, str):
+            prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
         self.data_collator = collator(model, self.teacher or model, compare_all)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
