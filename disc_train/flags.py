@@ -12,9 +12,7 @@ from transformers import HfArgumentParser
 
 
 def flag(help: str, default: Any = None) -> Any:
-    """A dataclass field with a help text; a list as default is copied."""
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": help})
+    """A dataclass field with a help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -48,13 +46,13 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
         allow_abbrev=False,
     )
     known = {item.name for arguments in classes for item in fields(arguments) if item.init}
-    flags = list(argv)
-    if flags and not flags[0].startswith("-"):
-        flags = _yaml_flags(Path(flags[0]), known) + flags[1:]
-    _, unknown = parser.parse_known_args(flags)
+    given = list(argv)
+    if given and not given[0].startswith("-"):
+        given = _yaml_flags(Path(given[0]), known) + given[1:]
+    _, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
-    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    return parser.parse_args_into_dataclasses(given, look_for_args_file=False)
 
 
 def _yaml_flags(path: Path, known: set[str]) -> list[str]:
@@ -65,15 +63,15 @@ def _yaml_flags(path: Path, known: set[str]) -> list[str]:
         raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected 'flag: value' lines, got {type(settings).__name__}")
-    flags: list[str] = []
+    given: list[str] = []
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{path}: unknown key {key}{_nearest(str(key), known)}")
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            given += [f"--{key}", *map(str, value)]
         elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
+            given.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return given
 
 
 def _nearest(name: str, known: set[str]) -> str:
