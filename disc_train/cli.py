@@ -41,7 +41,8 @@ def _evaluate(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def _generate(argv: Sequence[str]) -> Callable[[], None]:
-    from disc_train.generate import parse_arguments, run
+    from disc_train.generation.config import parse_arguments
+    from disc_train.generation.run import run
 
     return partial(run, parse_arguments(argv))
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from disc_train.evaluation.batches import MAX_BATCH_TOKENS
+from disc_train.batches import MAX_BATCH_TOKENS
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
 
 

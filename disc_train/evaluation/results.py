@@ -60,7 +60,9 @@ class Evaluation:
             | {"items": len(s.items), "excluded": s.excluded}
             for s in self.series()
         ]
-        path.write_text(json.dumps({"summary": summary, **asdict(self)}, indent=1, default=float) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"summary": summary, **asdict(self)}, indent=1, default=float) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":

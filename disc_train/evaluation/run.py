@@ -15,7 +15,7 @@ from disc_train.evaluation.config import EvalArguments
 from disc_train.evaluation.divergence import divergences
 from disc_train.evaluation.generation import contains_answer, greedy_answers, is_answer, wanted_text
 from disc_train.evaluation.likelihood import choice_scores, likeliest, text_losses
-from disc_train.evaluation.models import check_same_tokens, load_for_evaluation, load_tokenizer
+from disc_train.loading import check_same_tokens, load_for_inference, load_tokenizer
 from disc_train.evaluation.probes import Probe, Question, read_documents, read_questions
 from disc_train.evaluation.report import write_comparison, write_report
 from disc_train.evaluation.results import CLOSED_BOOK, IN_CONTEXT, Evaluation, ProbeOutcome, TextOutcome
@@ -50,7 +50,7 @@ def evaluate(arguments: EvalArguments) -> Evaluation:
         for document in load_documents(path, None, arguments.text_column)
     ]
     device = torch.device("cpu" if arguments.use_cpu or not torch.cuda.is_available() else "cuda")
-    model = load_for_evaluation(name, arguments.dtype, device)
+    model = load_for_inference(name, arguments.dtype, device)
     found = Evaluation(settings=asdict(arguments), versions={each: version(each) for each in ("torch", "transformers")})
     for condition in (CLOSED_BOOK, IN_CONTEXT):
         found.probes += _ask(model, tokenizer, questions, condition, arguments)
@@ -123,7 +123,7 @@ def _read(
     reference, models = None, [model]
     if arguments.reference_name_or_path:
         check_same_tokens([text for _, text in texts], tokenizer, arguments.reference_name_or_path)
-        reference = load_for_evaluation(arguments.reference_name_or_path, arguments.dtype, model.device)
+        reference = load_for_inference(arguments.reference_name_or_path, arguments.dtype, model.device)
         models.append(reference)
     lengths = [length.tokens for each in models if (length := length_of(each.config, "model"))]
     whole = [tokenizer.encode(text, add_special_tokens=False) for _, text in texts]

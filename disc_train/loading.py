@@ -1,4 +1,4 @@
-"""Loading of what is evaluated: a model or an adapter, with its tokenizer."""
+"""Loading of what is evaluated or writes texts: a model or an adapter, with its tokenizer."""
 
 import json
 from importlib.util import find_spec
@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from disc_train.causal_lm import load_model, use_attention
 
 
-def load_for_evaluation(name_or_path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_for_inference(name_or_path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     """A causal language model, or an adapter with the model it was trained on, without dropout, on a device.
 
     Raises:
