@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.decoding import continue_batch, end_tokens
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length
+from disc_train.decoding import continue_batch, end_tokens
 from disc_train.evaluation.probes import Probe
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import head_of, log_probability
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
+from disc_train.causal_lm import head_of, log_probability
 from disc_train.evaluation.probes import Probe
 
 

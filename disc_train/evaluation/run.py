@@ -15,11 +15,11 @@ from disc_train.evaluation.config import EvalArguments
 from disc_train.evaluation.divergence import divergences
 from disc_train.evaluation.generation import contains_answer, greedy_answers, is_answer, wanted_text
 from disc_train.evaluation.likelihood import choice_scores, likeliest, text_losses
-from disc_train.loading import check_same_tokens, load_for_inference, load_tokenizer
 from disc_train.evaluation.probes import Probe, Question, read_documents, read_questions
 from disc_train.evaluation.report import write_comparison, write_report
 from disc_train.evaluation.results import CLOSED_BOOK, IN_CONTEXT, Evaluation, ProbeOutcome, TextOutcome
 from disc_train.evaluation.tasks import run_tasks
+from disc_train.loading import check_same_tokens, load_for_inference, load_tokenizer
 
 
 def run(arguments: EvalArguments) -> None:
