@@ -204,5 +204,5 @@ def _label(name: str, record: dict[str, Any], field: str, default: str) -> str:
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
-        raise ValueError(f"{name}: expected a {field} that is a text or a number, got {value!r}")
+        raise ValueError(f"{name}: {field!r} must be a text that is not empty, or a number, got {value!r}")
     return str(value)
