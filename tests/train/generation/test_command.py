@@ -1,4 +1,4 @@
-"""disc-generate: the records it writes, that an interrupted run gives the same file, and bad input in one clear line."""
+"""disc-generate: the records it writes, the same file whether interrupted or not, bad input in one clear line."""
 
 import json
 import math
