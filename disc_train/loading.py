@@ -10,13 +10,19 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from disc_train.causal_lm import load_model, use_attention
 
 
-def load_for_inference(name_or_path: str, dtype: str, device: torch.device) -> PreTrainedModel:
-    """A causal language model, or an adapter with the model it was trained on, without dropout, on a device.
+def load_for_inference(name_or_path: str, dtype: str, use_cpu: bool) -> PreTrainedModel:
+    """A causal language model, or an adapter with the model it was trained on, without dropout.
+
+    Args:
+        dtype: a torch dtype's name; "auto": bfloat16 on CUDA, float32 elsewhere.
+        use_cpu: leave an accelerator alone, if there is one.
 
     Raises:
         ValueError, OSError: it cannot be loaded, or its logits are not its head's on its hidden states.
         ImportError: an adapter, and no peft.
     """
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     if _base_of_adapter(name_or_path) and find_spec("peft") is None:

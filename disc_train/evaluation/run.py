@@ -1,5 +1,6 @@
 """One run of `disc-eval`: load, measure, write what was found."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -49,17 +50,19 @@ def evaluate(arguments: EvalArguments) -> Evaluation:
         for path in arguments.texts_file
         for document in load_documents(path, None, arguments.text_column)
     ]
-    device = torch.device("cpu" if arguments.use_cpu or not torch.cuda.is_available() else "cuda")
-    model = load_for_inference(name, arguments.dtype, device)
+    model, reference = load_for_inference(name, arguments.dtype, arguments.use_cpu), None
+    if arguments.reference_name_or_path:
+        check_same_tokens([text for _, text in texts], tokenizer, arguments.reference_name_or_path)
+        reference = load_for_inference(arguments.reference_name_or_path, arguments.dtype, arguments.use_cpu)
     found = Evaluation(settings=asdict(arguments), versions={each: version(each) for each in ("torch", "transformers")})
+    if arguments.tasks:  # first: what is wrong with their names shows at once
+        tasks = [task.strip() for task in arguments.tasks.split(",")]
+        found.tasks = run_tasks(model, tokenizer, tasks, arguments.batch_size, arguments.confirm_run_unsafe_code)
     for condition in (CLOSED_BOOK, IN_CONTEXT):
         found.probes += _ask(model, tokenizer, questions, condition, arguments)
     if questions and all(outcome.excluded for outcome in found.probes):
         raise ValueError(f"--probes_file: none of {len(questions):,} probes could be asked: {found.probes[0].excluded}")
-    found.texts = _read(model, tokenizer, texts, arguments)
-    if arguments.tasks:
-        tasks = [task.strip() for task in arguments.tasks.split(",")]
-        found.tasks = run_tasks(model, tokenizer, tasks, arguments.batch_size, arguments.confirm_run_unsafe_code)
+    found.texts = _read(model, reference, tokenizer, texts, arguments)
     return found
 
 
@@ -114,17 +117,14 @@ def _too_long(
 
 def _read(
     model: PreTrainedModel,
+    reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[tuple[str, str]],
     arguments: EvalArguments,
 ) -> list[TextOutcome]:
     """Read texts (group, text), each cut to what the models read, alone and beside the reference."""
     limits = arguments.batch_size, arguments.max_batch_tokens
-    reference, models = None, [model]
-    if arguments.reference_name_or_path:
-        check_same_tokens([text for _, text in texts], tokenizer, arguments.reference_name_or_path)
-        reference = load_for_inference(arguments.reference_name_or_path, arguments.dtype, model.device)
-        models.append(reference)
+    models = [model] if reference is None else [model, reference]
     lengths = [length.tokens for each in models if (length := length_of(each.config, "model"))]
     whole = [tokenizer.encode(text, add_special_tokens=False) for _, text in texts]
     read = [ids[: min(lengths, default=None)] for ids in whole]
@@ -132,10 +132,12 @@ def _read(
         check_vocabulary(each, max(map(max, filter(None, read)), default=0))
 
     losses = text_losses(model, read, *limits)
-    outcomes = [
-        TextOutcome(f"{group}:{number}", group, len(ids), len(all_ids) - len(ids), loss.tokens, loss.nats)
-        for number, ((group, _), ids, all_ids, loss) in enumerate(zip(texts, read, whole, losses, strict=True), start=1)
-    ]
+    outcomes: list[TextOutcome] = []
+    numbers: Counter[str] = Counter()
+    for (group, _), ids, all_ids, loss in zip(texts, read, whole, losses, strict=True):
+        numbers[group] += 1
+        cut = len(all_ids) - len(ids)
+        outcomes.append(TextOutcome(f"{group}:{numbers[group]}", group, len(ids), cut, loss.tokens, loss.nats))
     if reference is not None:
         for outcome, found in zip(outcomes, divergences(model, reference, read, *limits), strict=True):
             outcome.kl, outcome.entropy = found.kl, found.entropy

@@ -34,8 +34,7 @@ def run(arguments: GenerateArguments) -> None:
     """
     documents = load_documents(arguments.train_file, arguments.dataset_name, arguments.text_column)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
-    device = torch.device("cpu" if arguments.use_cpu or not torch.cuda.is_available() else "cuda")
-    model = load_for_inference(arguments.model_name_or_path, arguments.dtype, device)
+    model = load_for_inference(arguments.model_name_or_path, arguments.dtype, arguments.use_cpu)
     jobs, left_out = plan(arguments, documents, tokenizer, length_of(model.config, "model"))
     path = Path(arguments.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
