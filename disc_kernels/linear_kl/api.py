@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disc_kernels.linear_kl.agreement import prepare_shard
-from disc_kernels.linear_kl.function import Result, fused, prepare
+from disc_kernels.linear_kl.agreement import agree
+from disc_kernels.linear_kl.function import Call, Result, fused, prepare
 from disc_kernels.linear_kl.implementations import choose_implementation
 from disc_kernels.linear_kl.operator import traced_suffix_kl
 from disc_kernels.linear_kl.problem import LogitTransform, SuffixKLStats
 from disc_kernels.linear_kl.reference import reference_suffix_kl
+from disc_kernels.linear_kl.sharded_heads import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.validation import build_problem, check_options, is_traced
+from disc_kernels.linear_kl.vocab_group import VocabGroup
 
 
 def fused_suffix_kl(
@@ -139,25 +141,51 @@ def fused_suffix_kl(
         "vocab_size": vocab_size,
     }
     options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "skip_below": skip_below, "impl": impl}
+    vocab_group = vocabulary_group(arguments, vocab_group)
     if vocab_group is not None:
         if is_traced(student_hidden):
             raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
-        result = fused(prepare_shard(vocab_group, arguments, **options, return_stats=return_stats))
-    elif is_traced(student_hidden) and impl != "reference":
-        result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
+        result = fused(agree(vocab_group, {**arguments, **options, "return_stats": return_stats}, _shard_of_call))
     else:
-        max_workspace_bytes, skip_below = check_options(**options, reduction=reduction)
-        problem = build_problem(**arguments)
-        impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
-        if impl == "reference":
-            loss, stats = reference_suffix_kl(problem)
-            result = Result(loss, *stats, skipped=loss.new_zeros(()))
+        arguments = local_tensors(arguments, None)
+        if is_traced(student_hidden) and impl != "reference":
+            result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
         else:
-            result = fused(prepare(problem, teacher_index, impl, max_workspace_bytes, return_stats, skip_below))
+            result = _on_one_rank(arguments, **options, return_stats=return_stats)
     extra: list[SuffixKLStats | Tensor] = [SuffixKLStats(*result[1:5])] if return_stats else []
     if skip_below is not None:
         extra.append(result.skipped)
     return (result.loss, *extra) if extra else result.loss
+
+
+def _on_one_rank(
+    arguments: dict[str, Any],  # of `build_problem`
+    max_workspace_bytes: int | None,
+    skip_below: float | None,
+    impl: str | None,
+    return_stats: bool,
+) -> Result:
+    max_workspace_bytes, skip_below = check_options(max_workspace_bytes, skip_below, impl, arguments["reduction"])
+    problem = build_problem(**arguments)
+    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
+    if impl == "reference":
+        loss, stats = reference_suffix_kl(problem)
+        return Result(loss, *stats, skipped=loss.new_zeros(()))
+    return fused(prepare(problem, arguments["teacher_index"], impl, max_workspace_bytes, return_stats, skip_below))
+
+
+def _shard_of_call(arguments: dict[str, Any], group: VocabGroup) -> Call:
+    """This rank's part of a call, as `agree` takes it."""
+    given = dict(arguments)
+    max_bytes, skip_below, impl, statistics = map(
+        given.pop, ("max_workspace_bytes", "skip_below", "impl", "return_stats")
+    )
+    check_options(max_bytes, skip_below, impl, given["reduction"])
+    if skip_below is not None:
+        raise ValueError("skip_below: expected None with a vocab_group, which skips nothing")
+    problem = build_problem(**given, sharded=True)
+    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype, sharded=True)
+    return prepare(problem, given["teacher_index"], impl, max_bytes, statistics, skip_below=None, group=group)
 
 
 class FusedSuffixKLLoss(nn.Module):
