@@ -95,10 +95,10 @@ def _checked_group(group: Any) -> dist.ProcessGroup:
 
 def _described(arguments: dict[str, Any]) -> dict[str, Any]:
     described = {name: _description(name, value) for name, value in arguments.items()}
-    hidden = arguments["student_hidden"]
-    if isinstance(hidden, Tensor) and torch.amp.is_autocast_available(hidden.device.type):
-        enabled = torch.is_autocast_enabled(hidden.device.type)
-        described["autocast"] = str(torch.get_autocast_dtype(hidden.device.type)) if enabled else None
+    head = arguments["student_weight"]
+    if isinstance(head, Tensor) and torch.amp.is_autocast_available(head.device.type):
+        enabled = torch.is_autocast_enabled(head.device.type)
+        described["autocast"] = str(torch.get_autocast_dtype(head.device.type)) if enabled else None
     return described
 
 
@@ -112,14 +112,14 @@ def _description(name: str, value: Any) -> Any:
         return repr(value)
     if not isinstance(value, Tensor):
         return type(value).__name__
-    shape: list[Any] = list(value.shape)
+    shape = [str(size) for size in value.shape]
     if name.endswith(("_weight", "_bias")) and name != "row_weight":
         shape[:1] = ["shard"]
     gradient = " with a gradient" if torch.is_grad_enabled() and value.requires_grad else ""
     # Values decide how rows are sorted and divided; CRC-32 is the same in all processes, as Python's hash is not.
     on_host = name.endswith("_index") and value.device.type == "cpu" and value.dtype == torch.int64
     values = f", checksum {zlib.crc32(value.contiguous().numpy().tobytes()):08x}" if on_host else ""
-    return f"{value.dtype} {shape} on {value.device.type}{gradient}{values}"
+    return f"{value.dtype} [{', '.join(shape)}] on {value.device.type}{gradient}{values}"
 
 
 def _check_agreement(ranks: Sequence[Rank], failure: Exception | None) -> None:
