@@ -41,8 +41,7 @@ def local_tensors(arguments: dict[str, Any], vocab_group: dist.ProcessGroup | No
     Gradients go back as DTensors of the same placements.
 
     Raises:
-        ValueError: hidden states that are not replicated; heads that are not all divided over one group.
-        TypeError: another argument is a DTensor.
+        ValueError: heads that are not all divided over one group; another DTensor that is not replicated.
     """
     dtensors = {name: x for name, x in arguments.items() if _is_dtensor(x)}
     if not dtensors:

@@ -39,16 +39,19 @@ def run(program: str, ranks: int, folder: Path, device: str = "cpu") -> list[Any
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     if device == "cpu":
         environment["TRITON_INTERPRET"] = "1"
-    processes = [
-        subprocess.Popen([sys.executable, program, str(rank), str(ranks), str(folder), device], env=environment)
-        for rank in range(ranks)
-    ]
+    processes = []
+    for rank in range(ranks):
+        with (folder / f"{rank}.txt").open("w") as said:
+            command = [sys.executable, program, str(rank), str(ranks), str(folder), device]
+            processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said))
     try:
         codes = [process.wait(timeout=3 * TIMEOUT) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0] * ranks
+    for rank, code in enumerate(codes):
+        if code != 0:
+            pytest.fail(f"rank {rank} of {ranks}: {(folder / f'{rank}.txt').read_text()[-4000:]}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
