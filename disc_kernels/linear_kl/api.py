@@ -88,6 +88,7 @@ def fused_suffix_kl(
             whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
             the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
             they are rounded. Not with `skip_below`, `impl="reference"`, `torch.compile` or `torch.export`.
+            Heads that are DTensors need none: see below.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient, and
             the hidden states' where M is more than their rows, also once at 4 bytes an entry while they accumulate);
             None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row needs it.
@@ -109,6 +110,14 @@ def fused_suffix_kl(
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
         was retained, computes them again.
 
+        Weights and biases may be DTensors; their gradients come back with the same placements. `Shard(0)` over a mesh
+        dimension named "tp" is a shard of the vocabulary, and those ranks a `vocab_group`. Any other dimension, FSDP's
+        for instance, and one without a name, is gathered: once a call, kept until the backward, on top of
+        `max_workspace_bytes`. The gradient is then averaged over these ranks, as FSDP2 and DDP average theirs: what the
+        eager loss gives in the forward of the same `fully_shard` module. So each rank's loss is its own rows', and one
+        that should be the mean over all ranks' rows is to be scaled as for FSDP2 (a divide factor that was set there is
+        not known here). Hidden states may be DTensors that are replicated.
+
         In `torch.compile` and `torch.export` the call is one operator, `disc_kernels::fused_suffix_kl`. Another number
         of rows compiles nothing; another option does, a temperature for example. What depends on values, such as an
         index out of range, is raised when the graph runs. `impl="reference"` is traced like any torch code.
@@ -117,10 +126,12 @@ def fused_suffix_kl(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
             without a host synchronisation, where the index is on CUDA: there the device stops with the message. With
-            a `vocab_group`: ranks disagree, or one of them raises; then all do, with the same message.
+            a `vocab_group`: ranks disagree, or one of them raises; then all do, with the same message. DTensors that
+            are neither divided alike nor replicated, as above.
         NotImplementedError: `vocab_group` while a compiler traces the call.
         RuntimeError: in a backward with `create_graph=True`; when an input was changed in place before a backward that
-            computes gradients again.
+            computes gradients again; when a rank of the `vocab_group` does not take part within the group's timeout
+            (with NCCL alone its watchdog ends the process).
     """
     arguments: dict[str, Any] = {
         "student_hidden": student_hidden,

@@ -4,8 +4,10 @@ import datetime
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -177,6 +179,13 @@ def compute(rank: int, ranks: int, device: str) -> dict[str, Any]:
     for call, name, i in ONE_RANK:
         given = {name: WRONG[name][i]} if rank == 1 else {}
         results["one rank"][call, name, i] = error_of(call, vocab_group=group, **given)
+    # Not even what no check foresees may leave the other rank waiting.
+    with (
+        patch("disc_kernels.linear_kl.api.prepare", side_effect=MemoryError("none left"))
+        if rank == 1
+        else nullcontext()
+    ):
+        results["broken"] = error_of("fused", vocab_group=group)
     others = [dist.new_group([i]) for i in range(ranks)]
     results["other group"] = [error_of(call, vocab_group=others[1 - rank]) for call in CALLS]
     results["late"] = {name: late(rank, name) for name in (*CALLS, "backward")}
@@ -215,6 +224,11 @@ def test_what_one_rank_finds_wrong_all_raise(worlds, call, name, i):
         first
     )
     assert first == second
+
+
+def test_what_no_check_foresees(worlds):
+    for result in worlds[2]:
+        assert result["broken"] == "ValueError: vocab_group: rank 1 cannot take part: MemoryError: none left"
 
 
 def test_group_of_others(worlds):
