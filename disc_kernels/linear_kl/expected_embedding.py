@@ -98,8 +98,8 @@ def teacher_summary(
         teacher_transform: `LogitTransform(scale, softcap)` of the teacher; None: nothing.
         vocab_size: the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t, and the loss
             must be given it too.
-        vocab_group: as for `fused_suffix_kl`, DTensors too: heads and biases are this rank's shards, the summary is that of the whole
-            vocabulary on every rank. Each sends 4 numbers a row, and the rows of the embedding once.
+        vocab_group: as for `fused_suffix_kl`, DTensors too: heads and biases are this rank's shards, the summary is
+            that of the whole vocabulary on every rank. Each sends 4 numbers a row, and the rows of the embedding once.
         max_workspace_bytes: bound on the memory used beyond inputs and outputs; None: 256 MiB on the CPU, 2 GiB on
             CUDA, more where one row needs it.
         impl: as for `fused_suffix_kl`.
@@ -182,8 +182,9 @@ def expected_embedding_kl(
         student_bias: `[V_s]`; frozen. An entry of -inf takes the entry out of the student's distribution.
         student_scale: finite factor on the student's logits, not 0.
         vocab_size: the first `vocab_size` entries only.
-        vocab_group: as for `fused_suffix_kl`, DTensors too: head and bias are this rank's shard, everything else is the same on every
-            rank. Each sends 4 numbers a row and, once, the rows of the hidden gradient before they are rounded.
+        vocab_group: as for `fused_suffix_kl`, DTensors too: head and bias are this rank's shard, everything else is the
+            same on every rank. Each sends 4 numbers a row and, once, the rows of the hidden gradient before they are
+            rounded.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs, the gradient (where M is more than the
             rows of `student_hidden` also once at 4 bytes an entry), and its rows `[M, D_s]` that are kept for the
             backward; None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row

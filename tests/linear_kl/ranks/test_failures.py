@@ -130,7 +130,7 @@ WRONG = {
     "student_weight": [None, HEAD[0], HEAD.bfloat16(), torch.randn(500, 23)],
     "teacher_weight": ["head", torch.empty(500, 24, device="meta")],
     "student_index": [[0], torch.arange(6).int(), torch.tensor([9]), torch.zeros(6, dtype=torch.bfloat16)],
-    "teacher_index": [torch.zeros(2, 3, dtype=torch.int64), torch.tensor([-1])],
+    "teacher_index": [torch.zeros(2, 3, dtype=torch.int64), torch.tensor([-1]), torch.arange(6).to_sparse()],
     "summary_index": [torch.tensor([6]), torch.ones(6, requires_grad=True)],
     "row_weight": [[1.0], torch.ones(5), torch.ones(6, requires_grad=True)],
     "temperature": [0, "1", float("nan"), None],
