@@ -70,12 +70,12 @@ def from_summary(t, group):
 @pytest.mark.parametrize("call", [fused, summarised, from_summary])
 def test_sums_go_on_behind_the_next_product(events, lonely_group, call):
     call({name: torch.randn(shape) for name, shape in SHAPE.items()}, lonely_group)
-    chunks = events.count("start")
-    assert chunks >= 2 and events.count("wait") == chunks
-    waiting = 0
-    for i, event in enumerate(events):
-        waiting += {"start": 1, "wait": -1}.get(event, 0)
-        assert 0 <= waiting <= 2  # the rows of one chunk, and of the next when its own start
-        if event == "wait" and i + 1 < len(events):
-            assert events[i - 2 : i] == ["product", "start"]  # another chunk was multiplied and its sum started
+    assert events.count("start") == events.count("wait") >= 2
     assert events[-1] == "wait"
+    under_way = 0
+    for event in events[:-1]:
+        under_way += {"start": 1, "wait": -1}.get(event, 0)
+        if event == "wait":
+            assert under_way == 1  # this chunk's own sum, that began after its products
+        elif event == "product":
+            assert under_way <= 1
