@@ -122,15 +122,16 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayou
 
 
 @torch.no_grad()
-def use_attention(model: PreTrainedModel, attention: str) -> str:
+def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | None = None) -> str:
     """Switch a model to the attention that packed sequences need, and check that it computes what the loss expects.
 
-    With "auto", an implementation that fails the check is left for the next one with a warning: on CUDA for "sdpa",
+    With "auto", an implementation that fails the check is left for the next one with a warning: "flex" for "sdpa",
     at last for "eager". A model that cannot share a trunk keeps its own attention, whatever is asked for.
 
     Args:
         model: a causal language model on the device that it will run on; its mode (train or eval) is kept.
         attention: "auto", "sdpa", "flex" or "varlen", see `disc_kernels.shared_prefix.attention_implementation`.
+        flex_saving: what "auto" is told of the batches, see there.
 
     Returns:
         transformers' name of the implementation in use.
@@ -151,7 +152,7 @@ def use_attention(model: PreTrainedModel, attention: str) -> str:
         if not can_share(model.config):
             _check_rows(model, input_ids, _plain_hidden_states(model, input_ids))
             return model.config._attn_implementation
-        candidates = [attention_implementation(model.config, attention, device_type)]
+        candidates = [attention_implementation(model.config, attention, device_type, flex_saving)]
         if attention == "auto":
             candidates += [attention_implementation(model.config), "eager"]
         # The reference of every implementation: it leaves out nothing of what a model's attention does.

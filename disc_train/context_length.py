@@ -16,11 +16,12 @@ class ContextLength(NamedTuple):
 def context_length(model: str, teacher: str | None) -> ContextLength | None:
     """The smaller context of two models, given by name or path (no teacher: the model itself); None: no limit."""
     readers = {"model": model} | ({} if teacher is None else {"teacher": teacher})
-    lengths = [_of_config(AutoConfig.from_pretrained(name), reader) for reader, name in readers.items()]
+    lengths = [length_of(AutoConfig.from_pretrained(name), reader) for reader, name in readers.items()]
     return min(filter(None, lengths), key=lambda length: length.tokens, default=None)
 
 
-def _of_config(config: Any, reader: str) -> ContextLength | None:
+def length_of(config: Any, reader: str) -> ContextLength | None:
+    """What a model with this config reads."""
     config = config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for rope in (ropes, *ropes.values()):  # of the model, or of each layer type

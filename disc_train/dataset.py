@@ -198,3 +198,10 @@ class ReplayDataset(ExampleDataset):
             rng = random.Random(f"{self.seed}/{epoch}/replay")
             self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
         return self._drawn[1]
+
+
+def sample_batches(dataset: ExampleDataset, batch_size: int, examples: int = 256) -> list[list[Example]]:
+    """Batches of about so many examples, at least one batch, drawn at random: the same at every call."""
+    count = batch_size * max(1, examples // batch_size)
+    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
+    return [[dataset[i] for i in drawn[first : first + batch_size]] for first in range(0, len(drawn), batch_size)]

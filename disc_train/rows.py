@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
 from disc_kernels.shared_prefix import can_share
+from disc_kernels.shared_prefix.automatic import DENSE_PAIR, PAIRS_PER_HIDDEN
 from disc_train.reading import Reading
 
-# From operation counts: a layer's matrices take about 24 D^2 operations a token, attention over a dense mask 4 D for
-# each key, so as much at rows of 6 D. Softmax and mask, which move memory, are taken to cost twice what that does.
-DENSE_KEYS_PER_HIDDEN = 2
+# Times D, how many keys a token has to have before attention over a dense mask costs what a layer's matrices do.
+DENSE_KEYS_PER_HIDDEN = PAIRS_PER_HIDDEN // DENSE_PAIR
 CAPACITY_STEP = 1.25  # between the capacities that are tried
 
 
@@ -44,12 +44,18 @@ def row_rule(model: PreTrainedModel) -> RowRule:
     if not can_share(model.config):
         return RowRule(share=False)
     dense = model.config._attn_implementation in ("sdpa", "eager")  # transformers has no public name for it
-    return RowRule(dense_hidden_size=model.config.get_text_config().hidden_size if dense else None)
+    return dense_rows(model) if dense else ONE_ROW
+
+
+def dense_rows(model: PreTrainedModel) -> RowRule:
+    """The rule for a model whose attention runs over dense masks."""
+    return RowRule(dense_hidden_size=model.config.get_text_config().hidden_size)
 
 
 class Rows(NamedTuple):
     input_ids: Tensor  # [rows, L] int64; 0 where padded
-    layout: SharedPrefixLayout  # rows * L tokens, row after row; the padding at a row's end is trees of its own
+    layout: SharedPrefixLayout  # rows * L tokens, row after row; at a row's end is its padding, in trees of its own or,
+    # where every row is one sequence, as more of that: what is behind them no tokens see, so causal attention will do
     positions: list[np.ndarray]  # [length] int64 a reading: where in the flattened rows its tokens are
     tokens: int  # that are not padding
 
@@ -128,6 +134,7 @@ def _fill(order: Sequence[int], readings: Sequence[Reading], trees: Sequence[int
 def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
     length = max(row.length for row in rows)
     longest = max(reading.length for reading in readings)
+    alone = all(len(row.trunks) == 1 for row in rows) and not any(len(reading.own) for reading in readings)
     ids = np.zeros(len(rows) * length, dtype=np.int64)
     trees: list[tuple[int, list[tuple[int, int]]]] = []
     positions: dict[int, np.ndarray] = {}
@@ -144,9 +151,9 @@ def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
                     ids[end : end + len(own)] = own
                     branches.append((shared, len(own)))
                     end += len(own)
-            trees.append((trunk, branches))
-        # In pieces, since no position may be beyond those that the model has.
-        trees += [(min(longest, length - first), []) for first in range(row.length, length, longest)]
+            trees.append((length if alone else trunk, branches))
+        if not alone:  # in pieces, since no position may be beyond those that the model has
+            trees += [(min(longest, length - first), []) for first in range(row.length, length, longest)]
     return Rows(
         torch.from_numpy(ids).view(len(rows), length),
         SharedPrefixLayout.from_trees(trees),

@@ -94,7 +94,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             describe_packing(dataset, loop.train_batch_size, collator(student, other, compared)),
             ("student", describe_model(student)),
             ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-            ("attention", describe_attention(student, other)),
+            ("attention", describe_attention(trainer.attention)),
             ("steps", describe_steps(loop, dataset, resumed_step)),
             *(before.describe(dataset.noun) if before else []),
         )

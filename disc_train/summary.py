@@ -1,17 +1,16 @@
 """What will run, in plain words: data, tokens, models, steps."""
 
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
-from disc_kernels.shared_prefix import can_share
+from disc_train.attention import Attention
 from disc_train.config import DiscArguments
-from disc_train.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
+from disc_train.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset, sample_batches
 from disc_train.example import Example, Ids
 from disc_train.lora import has_adapters
 from disc_train.packing import PackedBatch, Usage
@@ -133,13 +132,10 @@ def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
 
 
 def describe_packing(
-    dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch], examples: int = 256
+    dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch]
 ) -> tuple[str, str]:
-    """A line on how well about so many examples, drawn at random, are packed in batches, at least one."""
-    count = batch_size * max(1, examples // batch_size)
-    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
-    tried = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
-    packed = [collate([dataset[i] for i in batch]) for batch in tried]
+    """A line on how well batches of the dataset are packed."""
+    packed = [collate(batch) for batch in sample_batches(dataset, batch_size)]
     usage = sum((batch["usage"] for batch in packed), Usage())
 
     def rows(side: Literal["input_ids", "teacher_input_ids"]) -> float:
@@ -185,16 +181,12 @@ def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, 
     return "the student without its adapters" if teacher is None else describe_model(teacher)
 
 
-def describe_attention(student: PreTrainedModel, teacher: PreTrainedModel) -> str:
-    """What both models run with, once `disc_train.causal_lm.use_attention` has prepared them."""
-
-    def describe(model: PreTrainedModel) -> str:
-        if can_share(model.config):
-            return model.config._attn_implementation  # transformers has no public name for it
-        return "the model's own: its layers do not let branches share a trunk, so every sequence has a padded row"
-
-    texts = describe(student), describe(teacher)
-    return texts[0] if texts[0] == texts[1] else f"student: {texts[0]}; teacher: {texts[1]}"
+def describe_attention(attention: Mapping[str, Attention]) -> str:
+    """What each model runs with, and why."""
+    texts = {role: f"{got.implementation} ({got.reason})" for role, got in attention.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{role}: {text}" for role, text in texts.items())
 
 
 def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def read_templates(teacher: str | None, student: str | None, tokenizer: PreTrain
             changed, or that decides what is written around it; a student's template that uses the prefix.
     """
     header, footer = _around_prefix("--teacher_template", teacher, tokenizer)
-    student_header = "" if student is None else _render("--student_template", student, tokenizer)
+    student_header = "" if student is None else render("--student_template", student, tokenizer)
     return Templates(encode(tokenizer, header), encode(tokenizer, footer), encode(tokenizer, student_header))
 
 
@@ -59,7 +59,7 @@ def _around_prefix(flag: str, template: str | None, tokenizer: PreTrainedTokeniz
         return "", ""
     pieces = []
     for probe in _PROBES:
-        pieces.append(_render(flag, template, tokenizer, prefix=probe).split(probe))
+        pieces.append(render(flag, template, tokenizer, prefix=probe).split(probe))
         found = len(pieces[-1]) - 1
         if found != 1:
             wrong = "drops the prefix or changes it" if found == 0 else f"writes the prefix {found} times"
@@ -72,7 +72,12 @@ def _around_prefix(flag: str, template: str | None, tokenizer: PreTrainedTokeniz
     return header, footer
 
 
-def _render(flag: str, template: str, tokenizer: PreTrainedTokenizerBase, **variables: str) -> str:
+def render(flag: str, template: str, tokenizer: PreTrainedTokenizerBase, **variables: str) -> str:
+    """What a template, or a .jinja file, writes, given `bos_token`, `eos_token`, `chat` and some variables.
+
+    Raises:
+        ValueError: naming the flag, an unreadable file or an error in the template.
+    """
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train import objectives
-from disc_train.causal_lm import use_attention
+from disc_train.attention import prepare_attention
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.lora import has_adapters, load_adapters
@@ -42,7 +42,8 @@ class DiscTrainer(Trainer):
 
     Args:
         model: the student, a causal language model.
-        teacher: another model object, usually with the same weights; it is frozen and moved to the student's device.
+        teacher: another model object, usually with the same weights; it is frozen and moved to the student's device,
+            or divided over the processes as the student is (FSDP2).
             None where method and data need none (ft, talr), or where `model` has adapters (`disc_train.lora`): the
             teacher is then `model` with them switched off.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
@@ -56,6 +57,7 @@ class DiscTrainer(Trainer):
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
+        attention: what `disc_train.attention.prepare_attention` gave the models.
         examples_read, usage: so far by this object, on all processes. The logs have the packing since the last ones:
             packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
             read than with a sequence for every target.
@@ -107,12 +109,12 @@ class DiscTrainer(Trainer):
         for prepared, trained in ((model, True), (self.teacher, False)):
             if prepared is not None:
                 self._place(prepared, trained)
-                use_attention(prepared, attention)
         self.method = method
         self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
+        self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
         self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
 
     @property

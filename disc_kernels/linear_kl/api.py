@@ -6,13 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disc_kernels.linear_kl.agreement import prepare_shard
-from disc_kernels.linear_kl.function import Result, fused, prepare
+from disc_kernels.linear_kl.agreement import agree
+from disc_kernels.linear_kl.function import Call, Result, fused, prepare
 from disc_kernels.linear_kl.implementations import choose_implementation
 from disc_kernels.linear_kl.operator import traced_suffix_kl
 from disc_kernels.linear_kl.problem import LogitTransform, SuffixKLStats
 from disc_kernels.linear_kl.reference import reference_suffix_kl
+from disc_kernels.linear_kl.sharded_heads import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.validation import build_problem, check_options, is_traced
+from disc_kernels.linear_kl.vocab_group import VocabGroup
 
 
 def fused_suffix_kl(
@@ -86,6 +88,7 @@ def fused_suffix_kl(
             whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
             the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
             they are rounded. Not with `skip_below`, `impl="reference"`, `torch.compile` or `torch.export`.
+            Heads that are DTensors need none: see below.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient, and
             the hidden states' where M is more than their rows, also once at 4 bytes an entry while they accumulate);
             None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row needs it.
@@ -107,6 +110,14 @@ def fused_suffix_kl(
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
         was retained, computes them again.
 
+        Weights and biases may be DTensors; their gradients come back with the same placements. `Shard(0)` over a mesh
+        dimension named "tp" is a shard of the vocabulary, and those ranks a `vocab_group`. Any other dimension, FSDP's
+        for instance, and one without a name, is gathered: once a call, kept until the backward, on top of
+        `max_workspace_bytes`. The gradient is then averaged over these ranks, as FSDP2 and DDP average theirs: what the
+        eager loss gives in the forward of the same `fully_shard` module. So each rank's loss is its own rows', and one
+        that should be the mean over all ranks' rows is to be scaled as for FSDP2 (a divide factor that was set there is
+        not known here). Hidden states may be DTensors that are replicated.
+
         In `torch.compile` and `torch.export` the call is one operator, `disc_kernels::fused_suffix_kl`. Another number
         of rows compiles nothing; another option does, a temperature for example. What depends on values, such as an
         index out of range, is raised when the graph runs. `impl="reference"` is traced like any torch code.
@@ -115,10 +126,12 @@ def fused_suffix_kl(
         TypeError: an argument of the wrong type or dtype.
         ValueError: shapes, devices, indices or options that do not fit. An index out of range is found on the device,
             without a host synchronisation, where the index is on CUDA: there the device stops with the message. With
-            a `vocab_group`: ranks disagree, or one of them raises; then all do, with the same message.
+            a `vocab_group`: ranks disagree, or one of them raises; then all do, with the same message. DTensors that
+            are neither divided alike nor replicated, as above.
         NotImplementedError: `vocab_group` while a compiler traces the call.
         RuntimeError: in a backward with `create_graph=True`; when an input was changed in place before a backward that
-            computes gradients again.
+            computes gradients again; when a rank of the `vocab_group` does not take part within the group's timeout
+            (with NCCL alone its watchdog ends the process).
     """
     arguments: dict[str, Any] = {
         "student_hidden": student_hidden,
@@ -139,25 +152,51 @@ def fused_suffix_kl(
         "vocab_size": vocab_size,
     }
     options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "skip_below": skip_below, "impl": impl}
+    vocab_group = vocabulary_group(arguments, vocab_group)
     if vocab_group is not None:
         if is_traced(student_hidden):
             raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
-        result = fused(prepare_shard(vocab_group, arguments, **options, return_stats=return_stats))
-    elif is_traced(student_hidden) and impl != "reference":
-        result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
+        result = fused(agree(vocab_group, {**arguments, **options, "return_stats": return_stats}, _shard_of_call))
     else:
-        max_workspace_bytes, skip_below = check_options(**options, reduction=reduction)
-        problem = build_problem(**arguments)
-        impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
-        if impl == "reference":
-            loss, stats = reference_suffix_kl(problem)
-            result = Result(loss, *stats, skipped=loss.new_zeros(()))
+        arguments = local_tensors(arguments, None)
+        if is_traced(student_hidden) and impl != "reference":
+            result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
         else:
-            result = fused(prepare(problem, teacher_index, impl, max_workspace_bytes, return_stats, skip_below))
+            result = _on_one_rank(arguments, **options, return_stats=return_stats)
     extra: list[SuffixKLStats | Tensor] = [SuffixKLStats(*result[1:5])] if return_stats else []
     if skip_below is not None:
         extra.append(result.skipped)
     return (result.loss, *extra) if extra else result.loss
+
+
+def _on_one_rank(
+    arguments: dict[str, Any],  # of `build_problem`
+    max_workspace_bytes: int | None,
+    skip_below: float | None,
+    impl: str | None,
+    return_stats: bool,
+) -> Result:
+    max_workspace_bytes, skip_below = check_options(max_workspace_bytes, skip_below, impl, arguments["reduction"])
+    problem = build_problem(**arguments)
+    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
+    if impl == "reference":
+        loss, stats = reference_suffix_kl(problem)
+        return Result(loss, *stats, skipped=loss.new_zeros(()))
+    return fused(prepare(problem, arguments["teacher_index"], impl, max_workspace_bytes, return_stats, skip_below))
+
+
+def _shard_of_call(arguments: dict[str, Any], group: VocabGroup) -> Call:
+    """This rank's part of a call, as `agree` takes it."""
+    given = dict(arguments)
+    max_bytes, skip_below, impl, statistics = map(
+        given.pop, ("max_workspace_bytes", "skip_below", "impl", "return_stats")
+    )
+    check_options(max_bytes, skip_below, impl, given["reduction"])
+    if skip_below is not None:
+        raise ValueError("skip_below: expected None with a vocab_group, which skips nothing")
+    problem = build_problem(**given, sharded=True)
+    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype, sharded=True)
+    return prepare(problem, given["teacher_index"], impl, max_bytes, statistics, skip_below=None, group=group)
 
 
 class FusedSuffixKLLoss(nn.Module):

@@ -12,36 +12,34 @@ then takes 2 products of 2 M V D operations a step. How they are computed is in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.expected_rows import (
+from disc_kernels.linear_kl.agreement import agree
+from disc_kernels.linear_kl.expected_plan import (
     LossCall,
-    RowLosses,
+    Planned,
     SummaryCall,
     TeacherSummary,
+    plan_loss,
+    plan_summary,
+)
+from disc_kernels.linear_kl.expected_rows import (
+    RowLosses,
     reference_row_losses,
     reference_summary,
     row_losses,
     summarise,
 )
+from disc_kernels.linear_kl.expected_validation import check_loss_call, check_summary_call
 from disc_kernels.linear_kl.implementations import choose_implementation, rows_backend
 from disc_kernels.linear_kl.problem import LogitTransform, Side, SuffixKLStats
-from disc_kernels.linear_kl.validation import (
-    REDUCTIONS,
-    check_choice,
-    check_count,
-    check_index,
-    check_number,
-    check_row_weight,
-    check_side,
-    check_tensor,
-    check_vocab_size,
-)
+from disc_kernels.linear_kl.sharded_heads import local_tensors, vocabulary_group
+from disc_kernels.linear_kl.validation import check_count
+from disc_kernels.linear_kl.vocab_group import VocabGroup
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,7 +98,8 @@ def teacher_summary(
         teacher_transform: `LogitTransform(scale, softcap)` of the teacher; None: nothing.
         vocab_size: the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t, and the loss
             must be given it too.
-        vocab_group: not available yet.
+        vocab_group: as for `fused_suffix_kl`, DTensors too: heads and biases are this rank's shards, the summary is
+            that of the whole vocabulary on every rank. Each sends 4 numbers a row, and the rows of the embedding once.
         max_workspace_bytes: bound on the memory used beyond inputs and outputs; None: 256 MiB on the CPU, 2 GiB on
             CUDA, more where one row needs it.
         impl: as for `fused_suffix_kl`.
@@ -111,28 +110,26 @@ def teacher_summary(
         so that the embedding has float32 accuracy: 3 products.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as for `fused_suffix_kl`.
+        TypeError, ValueError: as for `fused_suffix_kl`.
+        RuntimeError: with a `vocab_group`, as for `fused_suffix_kl`.
     """
-    _refuse_vocab_group(vocab_group)
-    temperature = _temperature(temperature)
-    device = check_tensor("teacher_hidden", teacher_hidden).device
-    teacher = check_side(
-        "teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform, device
-    )
-    # Of the student there is a head and no row.
-    check_tensor("student_weight", student_weight)
-    no_rows = student_weight.new_empty(0, student_weight.shape[-1] if student_weight.dim() else 0)
-    head = check_side("student", no_rows, student_weight, student_bias, None, None, device)
-    vocab_size = check_vocab_size(vocab_size, head.weight.shape[0], teacher.weight.shape[0])
-    wide = torch.promote_types(head.accumulate_dtype, teacher.accumulate_dtype)
-    teacher, head = (replace(side, vocab_size=vocab_size, accumulate_dtype=wide) for side in (teacher, head))
-    call = SummaryCall(teacher, head, temperature)
-    max_workspace_bytes = _workspace(max_workspace_bytes)
-    impl = choose_implementation(impl, device, wide)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):  # its rounding is in the operands already
-        if impl == "reference":
-            return reference_summary(call)
-        return summarise(call, rows_backend(impl), max_workspace_bytes)
+    arguments: dict[str, Any] = {
+        "teacher_hidden": teacher_hidden,
+        "teacher_weight": teacher_weight,
+        "student_weight": student_weight,
+        "teacher_index": teacher_index,
+        "temperature": temperature,
+        "teacher_bias": teacher_bias,
+        "student_bias": student_bias,
+        "teacher_transform": teacher_transform,
+        "vocab_size": vocab_size,
+        "max_workspace_bytes": max_workspace_bytes,
+        "impl": impl,
+    }
+    call = _prepared(arguments, vocab_group, _prepare_summary)
+    device_type = teacher_hidden.device.type
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):  # its rounding is in the operands already
+        return reference_summary(call) if isinstance(call, SummaryCall) else summarise(call)
 
 
 @_outside_graphs
@@ -185,7 +182,9 @@ def expected_embedding_kl(
         student_bias: `[V_s]`; frozen. An entry of -inf takes the entry out of the student's distribution.
         student_scale: finite factor on the student's logits, not 0.
         vocab_size: the first `vocab_size` entries only.
-        vocab_group: not available yet.
+        vocab_group: as for `fused_suffix_kl`, DTensors too: head and bias are this rank's shard, everything else is the
+            same on every rank. Each sends 4 numbers a row and, once, the rows of the hidden gradient before they are
+            rounded.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs, the gradient (where M is more than the
             rows of `student_hidden` also once at 4 bytes an entry), and its rows `[M, D_s]` that are kept for the
             backward; None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
@@ -204,61 +203,63 @@ def expected_embedding_kl(
 
     Raises:
         ValueError: the head requires a gradient while gradients are recorded: train it with `fused_suffix_kl`.
-        TypeError, ValueError, NotImplementedError: else as for `fused_suffix_kl`.
-        RuntimeError: when the backward is differentiated.
+        TypeError, ValueError: else as for `fused_suffix_kl`.
+        RuntimeError: when the backward is differentiated; with a `vocab_group`, as for `fused_suffix_kl`.
     """
-    _refuse_vocab_group(vocab_group)
-    check_choice("reduction", reduction, REDUCTIONS)
-    temperature = _temperature(temperature)
-    device = check_tensor("student_hidden", student_hidden).device
-    transform = LogitTransform(_scale(student_scale))
-    student = check_side("student", student_hidden, student_weight, student_bias, student_index, transform, device)
-    _refuse_trainable_head(student)
-    vocab_size = student.vocab_size if vocab_size is None else check_count("vocab_size", vocab_size)
-    if vocab_size > student.vocab_size:
-        raise ValueError(
-            f"vocab_size: expected at most {student.vocab_size}, the vocabulary rows of student_weight, "
-            f"got {vocab_size}"
-        )
-    _check_summary(summary, student)
-    wide = torch.promote_types(student.accumulate_dtype, summary.embedding.dtype)
-    student = replace(student, vocab_size=vocab_size, accumulate_dtype=wide)
-    if summary_index is not None:
-        summary_index = check_index("summary_index", summary_index, len(summary.embedding), "summary", device)
-    rows = _paired_rows(student, summary, summary_index)
-    row_weight = check_row_weight(row_weight, rows, device)
-
-    call = LossCall(
-        student=student,
-        summary=TeacherSummary(*(x.detach() for x in summary)),
-        summary_index=summary_index,
-        rows=rows,
-        temperature=temperature,
-        row_factor=_row_factor(row_weight, rows, reduction, student),
-        statistics=return_stats,
-    )
-    max_workspace_bytes = _workspace(max_workspace_bytes)
-    impl = choose_implementation(impl, device, wide)
-    if impl == "reference":
+    arguments: dict[str, Any] = {
+        "student_hidden": student_hidden,
+        "student_weight": student_weight,
+        "summary": summary,
+        "student_index": student_index,
+        "summary_index": summary_index,
+        "row_weight": row_weight,
+        "temperature": temperature,
+        "reduction": reduction,
+        "student_bias": student_bias,
+        "student_scale": student_scale,
+        "vocab_size": vocab_size,
+        "max_workspace_bytes": max_workspace_bytes,
+        "return_stats": return_stats,
+        "impl": impl,
+    }
+    call = _prepared(arguments, vocab_group, _prepare_loss)
+    if isinstance(call, LossCall):
         losses = reference_row_losses(call)
     else:
-        losses = row_losses(call, rows_backend(impl), max_workspace_bytes)
-    divergence = losses.divergence
-    loss = divergence if reduction == "none" else (divergence * call.row_factor).sum()
+        losses, call = row_losses(call), call.call
+    loss = losses.divergence if reduction == "none" else (losses.divergence * call.row_factor).sum()
     return (loss, _stats(losses, call)) if return_stats else loss
 
 
-def _row_factor(row_weight: Tensor | None, rows: int, reduction: str, student: Side) -> Tensor:
-    """[M], what the reduction multiplies each row with: 0 where every row is masked, not NaN."""
-    wide, device = student.accumulate_dtype, student.hidden.device
-    if row_weight is None or reduction == "none":
-        factor = torch.ones(rows, dtype=wide, device=device)
-    else:
-        factor = row_weight.to(wide)
-    if reduction != "mean":
-        return factor
-    total = factor.sum()
-    return factor / torch.where(total == 0, torch.inf, total)
+def _prepared(
+    arguments: dict[str, Any], vocab_group: Any, prepare: Callable[[dict[str, Any], VocabGroup | None], Any]
+) -> Any:
+    """What `prepare` makes of the arguments, without DTensors; of a shard, as all ranks of a group agree on it."""
+    vocab_group = vocabulary_group(arguments, vocab_group)
+    if vocab_group is None:
+        return prepare(local_tensors(arguments, None), None)
+    return agree(vocab_group, arguments, prepare)
+
+
+def _prepare_summary(arguments: dict[str, Any], group: VocabGroup | None) -> SummaryCall | Planned[SummaryCall]:
+    """The call, which is all that the reference needs, or planned."""
+    call = check_summary_call(arguments, sharded=group is not None)
+    impl, max_bytes = _means(arguments, call.head, group)
+    return call if impl == "reference" else plan_summary(call, rows_backend(impl), max_bytes, group)
+
+
+def _prepare_loss(arguments: dict[str, Any], group: VocabGroup | None) -> LossCall | Planned[LossCall]:
+    call = check_loss_call(arguments, sharded=group is not None)
+    impl, max_bytes = _means(arguments, call.student, group)
+    return call if impl == "reference" else plan_loss(call, rows_backend(impl), max_bytes, group)
+
+
+def _means(arguments: dict[str, Any], side: Side, group: VocabGroup | None) -> tuple[str, int | None]:
+    """(impl, max_workspace_bytes)"""
+    max_bytes = arguments["max_workspace_bytes"]
+    max_bytes = None if max_bytes is None else check_count("max_workspace_bytes", max_bytes)
+    device, dtype = side.hidden.device, side.accumulate_dtype
+    return choose_implementation(arguments["impl"], device, dtype, sharded=group is not None), max_bytes
 
 
 def _stats(losses: RowLosses, call: LossCall) -> SuffixKLStats:
@@ -272,79 +273,3 @@ def _stats(losses: RowLosses, call: LossCall) -> SuffixKLStats:
         teacher_entropy=entropy.to(divergence.dtype),
         agreement=torch.full_like(divergence, torch.nan),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
-
-
-def _refuse_vocab_group(vocab_group: Any) -> None:
-    if vocab_group is not None:
-        raise NotImplementedError("vocab_group: vocabulary-parallel heads are not available yet")
-
-
-def _refuse_trainable_head(student: Side) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in (("student_weight", student.weight), ("student_bias", student.bias)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: expected a tensor without requires_grad, got one with: a summary holds for the head it was "
-                "made with, so that head must stay frozen; use fused_suffix_kl to train it"
-            )
-
-
-def _temperature(value: Any) -> float:
-    temperature = check_number("temperature", value)
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    return temperature
-
-
-def _scale(value: Any) -> float:
-    scale = check_number("student_scale", value)
-    if scale == 0:
-        raise ValueError(f"student_scale: expected a number other than 0, got {scale}")
-    return scale
-
-
-def _workspace(max_workspace_bytes: Any) -> int | None:
-    return None if max_workspace_bytes is None else check_count("max_workspace_bytes", max_workspace_bytes)
-
-
-def _check_summary(summary: Any, student: Side) -> None:
-    if not isinstance(summary, TeacherSummary):
-        raise TypeError(f"summary: expected a TeacherSummary, got {type(summary).__name__}")
-    for name, tensor in summary._asdict().items():
-        check_tensor(f"summary.{name}", tensor)
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"summary.{name}: expected float32 or float64, got {tensor.dtype}")
-        if tensor.dtype != summary.embedding.dtype:
-            raise TypeError(
-                f"summary.{name}: expected {summary.embedding.dtype}, as summary.embedding, got {tensor.dtype}"
-            )
-        if tensor.device != student.hidden.device:
-            raise ValueError(
-                f"summary.{name}: expected device {student.hidden.device}, as the hidden states, got {tensor.device}"
-            )
-    shape, size = list(summary.embedding.shape), student.hidden_size
-    if len(shape) != 2 or shape[1] != size:
-        raise ValueError(f"summary.embedding: expected shape [S, {size}], as wide as student_weight, got {shape}")
-    for name in ("entropy", "bias"):
-        got = list(getattr(summary, name).shape)
-        if got != shape[:1]:
-            raise ValueError(f"summary.{name}: expected shape {shape[:1]}, as summary.embedding {shape}, got {got}")
-
-
-def _paired_rows(student: Side, summary: TeacherSummary, summary_index: Tensor | None) -> int:
-    compared, given = ("student_hidden", student.hidden_rows), ("summary", len(summary.embedding))
-    if student.index is not None:
-        compared = ("student_index", len(student.index))
-    if summary_index is not None:
-        given = ("summary_index", len(summary_index))
-    if compared[1] != given[1]:
-        raise ValueError(
-            f"{given[0]}: expected {compared[1]} rows, one for each row of {compared[0]}, got {given[1]}; "
-            "student_index and summary_index choose the rows that are compared"
-        )
-    return compared[1]

@@ -37,6 +37,21 @@ class Call:
     streams: bool  # if no gradient is asked for, no logits are written
     group: VocabGroup | None = None
 
+    @property
+    def head_rows(self) -> dict[str, int]:
+        sides = {"student_weight": self.problem.student, "teacher_weight": self.problem.teacher}
+        return {name: side.weight.shape[0] for name, side in sides.items()}
+
+    @property
+    def chunk_rows(self) -> int:
+        return self.plan.chunk_rows
+
+    def divided(self, entries: int, chunk_rows: int) -> Call:
+        """Of the first `entries` entries of the heads, in chunks of so many rows."""
+        student, teacher = (replace(x, vocab_size=entries) for x in (self.problem.student, self.problem.teacher))
+        problem = replace(self.problem, student=student, teacher=teacher)
+        return replace(self, problem=problem, plan=replace(self.plan, chunk_rows=chunk_rows))
+
 
 def prepare(
     problem: Problem,
@@ -223,6 +238,8 @@ def _chunk_loop(call: Call, row_scale: Tensor | None, gradients: GradientSums | 
         )
         if gradients is not None and gradient is not None:
             gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
+    if gradients is not None:
+        gradients.finish_chunks()
     if call.group is not None and problem.rows > 0:
         call.group.add_shares(stats, call.statistics)
     return stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from disc_kernels.linear_kl.problem import Problem, Side
 from disc_kernels.linear_kl.products import MAX_KEPT_COLUMNS, multiply_into, weight_tiles
-from disc_kernels.linear_kl.vocab_group import VocabGroup
+from disc_kernels.linear_kl.vocab_group import Adding, VocabGroup
 from disc_kernels.linear_kl.workspace import Plan
 
 
@@ -43,7 +44,7 @@ class GradientSums:
         scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
         self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
-        self.skip_below, self.group = skip_below, group
+        self.skip_below, self.adding = skip_below, Adding(group)
         self.absolute_sum, self.skipped_sum = torch.zeros(2, dtype=wide, device=problem.device)
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
@@ -72,8 +73,10 @@ class GradientSums:
         """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
         multiplied = self.hidden is not None or self.weight is not None
         kept = self._kept_columns(gradient) if self.skip_below is not None and multiplied else None
-        rows = None if self.hidden is None else self._hidden_rows(student, gradient, kept)
-        adding = None if rows is None or self.group is None else self.group.start_adding(rows)
+        if self.hidden is not None:
+            rows = self._hidden_rows(student, gradient, kept)
+            index = None if student.index is None else student.index[start:stop]
+            self.adding.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
         if self.weight is not None:
             if kept is None:
                 multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
@@ -81,13 +84,17 @@ class GradientSums:
                 self._add_kept_weight_rows(self.weight, gradient, hidden, kept)
         if self.bias is not None:
             self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
-        if adding is not None:
-            adding.wait()
-        if self.hidden is not None and rows is not None:
-            if student.index is None:
-                self.hidden[start:stop] = rows
-            else:
-                self.hidden.index_add_(0, student.index[start:stop], rows.to(self.hidden.dtype))
+
+    def finish_chunks(self) -> None:
+        """After the last chunk: all sums are complete."""
+        self.adding.finish()
+
+    @staticmethod
+    def _take_hidden_rows(total: Tensor, rows: Tensor, start: int, index: Tensor | None) -> None:
+        if index is None:
+            total[start : start + len(rows)] = rows
+        else:
+            total.index_add_(0, index, rows.to(total.dtype))
 
     def _hidden_rows(self, student: Side, gradient: Tensor, kept: Tensor | None) -> Tensor:
         """[R, D], but for the power of two."""

@@ -19,7 +19,9 @@ IMPLEMENTATIONS = ("triton", "torch", "reference")
 STREAMING_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 
-def choose_implementation(impl: str | None, device: torch.device, accumulate_dtype: torch.dtype) -> str:
+def choose_implementation(
+    impl: str | None, device: torch.device, accumulate_dtype: torch.dtype, sharded: bool = False
+) -> str:
     """`impl` if it can run there, which is never replaced by another; the device's default for None.
 
     Raises:
@@ -29,6 +31,8 @@ def choose_implementation(impl: str | None, device: torch.device, accumulate_dty
     if impl is None:
         return "triton" if on_cuda and accumulate_dtype == torch.float32 else "torch"
     check_choice("impl", impl, IMPLEMENTATIONS)
+    if impl == "reference" and sharded:
+        raise ValueError('impl: expected "triton" or "torch" with a vocab_group, got "reference"')
     if impl == "triton":
         if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(

@@ -95,13 +95,15 @@ def normalise_rows(
     """Softmax in place, for products of probabilities with a matrix: divide those by `total`.
 
     A row's largest weight is `PEAK` and a row is divided by what was stored: rounding to 16 bits leaves the largest
-    probability exact, a certain row stays certain, and float16 reaches down to 2^-39 of the largest.
+    probability exact, a certain row stays certain, and float16 reaches down to 2^-39 of the largest. A row without a
+    possible entry has maximum and log-sum -inf, weights 0 and entropy NaN.
     """
     for start in range(0, logits.shape[0], block_rows):
         rows = slice(start, start + block_rows)
         u, _ = scaled_logits(logits[rows], side, temperature)
         maximum[rows] = u.amax(-1)
-        u = u - maximum[rows].unsqueeze(1)
+        base = maximum[rows].masked_fill(maximum[rows] == -torch.inf, 0.0)  # -inf - -inf would be NaN
+        u = u - base.unsqueeze(1)
         e = u.exp()
         normaliser = e.sum(-1)
         log_sum[rows] = normaliser.log()

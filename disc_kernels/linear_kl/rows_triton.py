@@ -305,6 +305,7 @@ def _normalise_rows_kernel(
         u, _ = _load_logits(side, offsets, offsets < V, inverse_temperature)
         maximum, normaliser = online_logsumexp(u, maximum, normaliser)
     log_sum = tl.log(normaliser)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)  # -inf - -inf would be NaN
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
 
@@ -316,9 +317,9 @@ def _normalise_rows_kernel(
             offsets = start + tl.arange(0, BLOCK_V)
             mask = offsets < V
             u, _ = _load_logits(side, offsets, mask, inverse_temperature)
-            e = tl.exp(u - maximum)
+            e = tl.exp(u - base)
             if entropy_ptr is not None:
-                spread += tl.sum(zero_where(e, e * (u - maximum)), axis=0)
+                spread += tl.sum(zero_where(e, e * (u - base)), axis=0)
             if expected_bias_ptr is not None:
                 bias = tl.load(other_bias_ptr + offsets.to(tl.int64) * stride_ob, mask=mask, other=0.0).to(e.dtype)
                 expected_bias += tl.sum(zero_where(e, e * bias), axis=0)

@@ -69,13 +69,7 @@ def build_problem(
         )
     )
     rows = _paired_rows(student, teacher)
-    shards = student.weight.shape[0], teacher.weight.shape[0]
-    if not sharded:
-        vocab_size = check_vocab_size(vocab_size, *shards)
-    else:
-        if vocab_size is not None:
-            check_count("vocab_size", vocab_size)
-        vocab_size = min(shards)
+    vocab_size = check_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0], sharded)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
@@ -229,7 +223,12 @@ def _paired_rows(student: Side, teacher: Side) -> int:
     return counts[0]
 
 
-def check_vocab_size(vocab_size: int | None, student: int, teacher: int) -> int:
+def check_vocab_size(vocab_size: int | None, student: int, teacher: int, sharded: bool = False) -> int:
+    """How many entries of the heads, of so many vocabulary rows, are compared; see `build_problem` for `sharded`."""
+    if sharded:
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size)
+        return min(student, teacher)
     if vocab_size is None:
         if student != teacher:
             raise ValueError(

@@ -64,7 +64,7 @@ def merge(parts: VocabPart, divergence: str, dim: int = 0) -> VocabPart:
         student_sum.to(dtype),
         teacher_maximum,
         teacher_sum.to(dtype),
-        _expectation(log_a, parts.divergence + log_a - log_b, dim).to(dtype),
+        expectation(log_a, parts.divergence + log_a - log_b, dim).to(dtype),
     )
     if parts.student_entropy is None or parts.teacher_entropy is None or parts.agreement is None:
         return merged
@@ -72,8 +72,8 @@ def merge(parts: VocabPart, divergence: str, dim: int = 0) -> VocabPart:
     student_best, teacher_best = (m.argmax(dim, keepdim=True) for m in (parts.student_maximum, parts.teacher_maximum))
     same_entry = parts.agreement.gather(dim, student_best)
     return merged._replace(
-        student_entropy=_expectation(log_q, parts.student_entropy - log_q, dim).to(dtype),
-        teacher_entropy=_expectation(log_p, parts.teacher_entropy - log_p, dim).to(dtype),
+        student_entropy=expectation(log_q, parts.student_entropy - log_q, dim).to(dtype),
+        teacher_entropy=expectation(log_p, parts.teacher_entropy - log_p, dim).to(dtype),
         agreement=torch.where(student_best == teacher_best, same_entry, 0.0).squeeze(dim),
     )
 
@@ -104,7 +104,7 @@ def merge_normalisers(maximum: Tensor, total: Tensor, dim: int) -> tuple[Tensor,
     return top.squeeze(dim), whole.squeeze(dim), log_share
 
 
-def _expectation(log_share: Tensor, value: Tensor, dim: int) -> Tensor:
+def expectation(log_share: Tensor, value: Tensor, dim: int) -> Tensor:
     """Sum of share times value, where a share of 0 counts nothing."""
     share = log_share.exp()
     return (share * value).masked_fill_(share == 0, 0.0).sum(dim)

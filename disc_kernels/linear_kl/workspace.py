@@ -103,7 +103,8 @@ def plan(
     size = problem.accumulate_dtype.itemsize
     fixed_bytes, row_bytes = _fixed_and_row_bytes(problem, teacher_rows)
     if problem.sharded:
-        row_bytes += size * _SHARD_NUMBERS * (3 * ranks + 4)  # gathered, and what merges them
+        # Gathered, and what merges them; rows of the hidden gradient that are still being added up.
+        row_bytes += size * (_SHARD_NUMBERS * (3 * ranks + 4) + problem.student.hidden_size)
         fixed_bytes += size * _SHARED_STATISTICS * problem.rows
     sides = (problem.student, problem.teacher)
     # A tile exists as rounded copy and as widened copy.

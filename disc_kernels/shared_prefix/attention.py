@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from disc_kernels.shared_prefix.automatic import automatic
 from disc_kernels.shared_prefix.flex import flex_attention_forward
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import block_mask, check_rows, row_masks
+from disc_kernels.shared_prefix.masks import beside_sequences, block_mask, row_masks
 from disc_kernels.shared_prefix.model_config import (
     attention_dropout,
     attention_softcap,
@@ -29,21 +30,25 @@ FLEX = "shared_prefix_flex"
 VARLEN = "shared_prefix_varlen"
 
 
-def attention_implementation(config: Any, requested: str = "auto", device_type: str = "cpu") -> str:
+def attention_implementation(
+    config: Any, requested: str = "auto", device_type: str = "cpu", flex_saving: float | None = None
+) -> str:
     """The transformers `attn_implementation` that runs this model right on a packed sequence.
 
     "sdpa" takes dense masks: any device, memory quadratic in a row's length. "flex" takes block masks: memory linear in
     the sequence's length; it is compiled at the first calls and has no backward on the CPU. "varlen" is flash attention
     on gathered keys: 16 bits, CUDA only. Neither of the last two can drop attention weights out.
 
-    "auto" is "flex" on CUDA: it alone skips what no query sees without copying keys, and does windows and softcaps
-    with nothing installed beside torch. That is an argument, not a result: it was not measured on a GPU. Elsewhere,
-    for models with attention dropout, and for models that cannot share a trunk, "auto" is "sdpa".
+    "auto" is "flex" on CUDA, unless it would save less than a twentieth of a layer's work over "sdpa" on batches such
+    as the run's, or the model has attention dropout or cannot share a trunk; then, and elsewhere, it is "sdpa". The
+    work is counted, not measured. It is never "varlen", which would round a float32 model to 16 bits, and which copies
+    a trunk's keys and values once for every branch.
 
     Args:
         config: the model's config.
         requested: "auto", "sdpa", "flex" or "varlen".
         device_type: the type of the device that the model runs on.
+        flex_saving: of `disc_kernels.shared_prefix.flex_saving`; None: nothing is known of the batches.
 
     Returns:
         "sdpa"; "eager", which "auto" gives in its place where attention logits are softcapped (Gemma 2), since
@@ -56,26 +61,23 @@ def attention_implementation(config: Any, requested: str = "auto", device_type: 
     """
     if requested not in ("auto", "sdpa", "flex", "varlen"):
         raise ValueError(f"attention: expected 'auto', 'sdpa', 'flex' or 'varlen', got {requested!r}")
-    if requested in ("flex", "varlen") and attention_dropout(config):
+    wanted = automatic(config, device_type, flex_saving).implementation if requested == "auto" else requested
+    if wanted in ("flex", "varlen") and attention_dropout(config):
         raise ValueError(
-            f"attention: {requested!r} cannot drop out attention weights, expected a {model_name(config)} config"
+            f"attention: {wanted!r} cannot drop out attention weights, expected a {model_name(config)} config"
             f" with an attention dropout of 0, got {attention_dropout(config)}; set it to 0, or use 'sdpa'"
         )
-    if requested == "varlen":
+    if wanted == "varlen":
         find_kernel(attention_softcap(config), device_type)
         return _register(VARLEN, varlen_attention_forward)
-    if requested == "flex" or (
-        requested == "auto" and device_type == "cuda" and can_share(config) and not attention_dropout(config)
-    ):
+    if wanted == "flex":
         return _register(FLEX, flex_attention_forward)
-    if attention_softcap(config) is None:
-        return "sdpa"
-    if requested == "auto":
-        return "eager"
-    raise ValueError(
-        f"attention: 'sdpa' leaves out the softcap of attention logits of {model_name(config)} models"
-        f" (attn_logit_softcapping={attention_softcap(config)}); expected 'auto' or 'flex'"
-    )
+    if wanted == "sdpa" and attention_softcap(config) is not None:
+        raise ValueError(
+            f"attention: 'sdpa' leaves out the softcap of attention logits of {model_name(config)} models"
+            f" (attn_logit_softcapping={attention_softcap(config)}); expected 'auto' or 'flex'"
+        )
+    return wanted
 
 
 def attention_mask(
@@ -109,14 +111,14 @@ def attention_mask(
             layer type in a config without `sliding_window`.
     """
     if not can_share(config):
-        problem = _beside_sequences(layout, rows, most=2)
+        problem = beside_sequences(layout, rows, most=2)
         if problem is not None:
             raise ValueError(
                 f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its"
                 f" padding, got {problem}"
             )
         return None
-    if implementation in ("sdpa", "eager") and _beside_sequences(layout, rows, most=1) is None:
+    if implementation in ("sdpa", "eager") and beside_sequences(layout, rows, most=1) is None:
         return None
     windows = layer_windows(config)
     masks = {layer_type: _mask(layout, implementation, window, dtype, rows) for layer_type, window in windows.items()}
@@ -135,19 +137,6 @@ def _mask(layout: SharedPrefixLayout, implementation: str, window: int | None, d
         return visible
     # Every query sees itself, so that -inf never fills a row.
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
-
-
-def _beside_sequences(layout: SharedPrefixLayout, rows: int, most: int) -> str | None:
-    """What a row holds that is not one of at most `most` sequences; None: nothing."""
-    check_rows(layout, rows)
-    segments = layout.segments
-    first, tree = segments[:, 0], segments[:, 2]
-    trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
-    if (first != tree).any():
-        return f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
-    if (trees_in_row > most).any():
-        return f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
-    return None
 
 
 def _register(implementation: str, function: Callable[..., tuple[Tensor, None]]) -> str:

@@ -58,6 +58,19 @@ def check_rows(layout: SharedPrefixLayout, rows: int) -> None:
         )
 
 
+def beside_sequences(layout: SharedPrefixLayout, rows: int, most: int) -> str | None:
+    """What a row holds that is not one of at most `most` sequences; None: nothing. Raises as `check_rows` does."""
+    check_rows(layout, rows)
+    segments = layout.segments
+    first, tree = segments[:, 0], segments[:, 2]
+    trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
+    if (first != tree).any():
+        return f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
+    if (trees_in_row > most).any():
+        return f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
+    return None
+
+
 def block_mask(layout: SharedPrefixLayout, block_size: int = 128, *, window: int | None = None) -> BlockMask:
     """The mask for `torch.nn.attention.flex_attention`, of shape [1, 1, L, L] and on the layout's device.
 

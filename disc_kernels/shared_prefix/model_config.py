@@ -57,6 +57,13 @@ def layer_windows(config: Any) -> dict[str, int | None]:
     return {layer_type: window if layer_type == "sliding_attention" else None for layer_type in sorted(set(types))}
 
 
+def window_shares(config: Any) -> dict[int | None, float]:
+    """The share of the layers that each window of `layer_windows` has."""
+    windows = layer_windows(config)
+    types = _layer_types(text_config(config)) or list(windows)
+    return {window: types.count(layer_type) / len(types) for layer_type, window in windows.items()}
+
+
 def attention_softcap(config: Any) -> float | None:
     """The soft cap of a model's attention logits (Gemma 2)."""
     return getattr(text_config(config), "attn_logit_softcapping", None)

@@ -4,7 +4,6 @@ python examples/python_docs/run.py --output_dir runs/python_docs
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from disc_train.causal_lm import use_attention
 from disc_train.cli import main as disc_train
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
-from disc_train.evaluate import kl_to_reference
+from disc_train.evaluation import kl_to_reference, perplexity
 from disc_train.example import Example
 from disc_train.objectives import batch_rows, cross_entropy, divergence
 from disc_train.packing import pack
@@ -51,16 +50,6 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
             )
         )
     return torch.cat(columns, dim=1).mean(dim=1)
-
-
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    total, tokens = 0.0, 0
-    for text in texts:
-        ids = torch.tensor([tokenizer.encode(text)])
-        total += float(model(input_ids=ids, labels=ids).loss) * (ids.numel() - 1)
-        tokens += ids.numel() - 1
-    return math.exp(total / tokens)
 
 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -1,8 +1,10 @@
 """The same problems and the same comparison on a GPU, and what only a GPU shows: peak memory, host synchronisations."""
 
+import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +91,20 @@ def test_streaming(build_everything, loss_of, monkeypatch, dtype, divergence):
     streamed = loss_of(problem, problem.leaves(), "triton", return_stats=True)[1]
     for name, expected in chunks._asdict().items():
         torch.testing.assert_close(getattr(streamed, name), expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_two_ranks_on_one_gpu(tmp_path):
+    """What `ranks/test_vocab_group.py` does with processes on the CPU: two ranks, over gloo, by Triton."""
+    program = Path(__file__).parent / "ranks" / "test_vocab_group.py"
+    spec = importlib.util.spec_from_file_location("vocab_group_ranks", program)
+    ranks = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = ranks  # dataclasses look their module up
+    spec.loader.exec_module(ranks)
+    results = ranks.world.run(str(program), 2, tmp_path, "cuda")
+    names = [name for name, case in ranks.CASES.items() if case.impl == "triton"]
+    assert names
+    for name in names:
+        ranks.assert_as_one_process([result["answers"][name] for result in results], name)
 
 
 def test_compiled(build, gpu_impl):

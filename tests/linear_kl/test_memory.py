@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels import fused_suffix_kl
@@ -173,14 +172,6 @@ def test_peak_by_divergence_and_shape(measure, problem, divergence, shape, reduc
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_peak_by_dtype_and_shape(measure, problem, shape, reduction, dtype):
     check(measure, problem(dtype=dtype, reduction=reduction, **shape), "torch")
-
-
-@pytest.fixture
-def lonely_group(tmp_path):
-    """A process group of this process alone, which goes the way of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

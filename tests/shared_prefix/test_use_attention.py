@@ -54,11 +54,11 @@ def first_choice_is_wrong(monkeypatch):
     def set_up(function):
         AttentionInterface.register(WRONG, function)
         real = causal_lm.attention_implementation
-        # Only the call for the device that is there names the device's type.
+        # Only the call for the device that is there names it.
         monkeypatch.setattr(
             causal_lm,
             "attention_implementation",
-            lambda config, requested="auto", device_type=None: WRONG if device_type else real(config, requested),
+            lambda config, requested="auto", *device: WRONG if device else real(config, requested),
         )
 
     real_mask = causal_lm.attention_mask

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
+from disc_train import attention
 from disc_train.cli import main
 
 
@@ -276,6 +277,20 @@ def test_the_logs_say_how_well_batches_are_packed(disc_train, tmp_path):
     for entry in logs:
         assert 0.5 < entry["packing_efficiency"] <= 1
         assert entry["packing_saving"] > 1.2
+
+
+def test_models_are_prepared_once(disc_train, capsys, monkeypatch):
+    """Which runs each of them several times."""
+    prepared, use_attention = [], attention.use_attention
+
+    def counted(model, *rest):
+        prepared.append(model)
+        return use_attention(model, *rest)
+
+    monkeypatch.setattr(attention, "use_attention", counted)
+    assert disc_train("--max_steps", 1) == 0
+    assert len(prepared) == len({id(model) for model in prepared}) == 2
+    assert "attention     sdpa (flex trains on CUDA only)\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_stops_after_the_summary(disc_train, capsys, tmp_path):

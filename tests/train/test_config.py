@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from disc_train.config import DiscArguments, LoopArguments, parse_arguments
 
@@ -34,6 +35,15 @@ def test_copies_from_pinned_memory_are_not_waited_for(pinned):
     assert loop.accelerator_config.non_blocking == (pinned == "true")
     _, loop = parse_arguments([*REQUIRED, "--accelerator_config", '{"even_batches": false}'])
     assert (loop.accelerator_config.even_batches, loop.accelerator_config.non_blocking) == (False, False)
+
+
+@pytest.mark.parametrize("accelerator", [True, False])
+def test_another_process_collates_where_there_is_an_accelerator(accelerator, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    _, loop = parse_arguments(REQUIRED)
+    assert loop.dataloader_num_workers == accelerator
+    _, loop = parse_arguments([*REQUIRED, "--dataloader_num_workers", "3"])
+    assert loop.dataloader_num_workers == 3
 
 
 def test_yaml_values_are_read_as_flags_are(write_yaml):

@@ -87,7 +87,7 @@ def test_trees_stay_in_one_row_where_they_can():
 def test_without_sharing_every_sequence_has_a_row():
     arranged = arrange([*_sequences(3, 5), *_sequences(3)], RowRule(share=False))
     assert arranged.input_ids.tolist() == [[0, 1, 2, 0, 0], [1000, 1001, 1002, 1003, 1004]]  # the third is the first
-    assert arranged.layout.tree_id.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert arranged.layout.tree_id.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     assert arranged.tokens == 8
 
 

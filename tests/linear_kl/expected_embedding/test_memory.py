@@ -72,13 +72,26 @@ RUNS = [
     for name, case in CASES.items()
 ]
 RUNS += [pytest.param("triton", 3, *CASES["bfloat16"], id="triton-3-bfloat16")]
+# With a vocab_group; it makes no difference to the other cases.
+SHARDS = [
+    pytest.param("torch", workspaces, *CASES[name], id=f"shard-{workspaces}-{name}")
+    for workspaces in (1, 3)
+    for name in ("float32", "wide student", "many rows")
+]
 
 
-@pytest.mark.parametrize("impl, workspaces, shape, how", RUNS)
-def test_peak_of_a_summary(measure, smallest, impl, shape, how, workspaces):
+@pytest.fixture
+def vocab_group(request):
+    """None but for a shard, which is one of one."""
+    return request.getfixturevalue("lonely_group") if "shard" in request.node.callspec.id else None
+
+
+@pytest.mark.parametrize("impl, workspaces, shape, how", RUNS + SHARDS)
+def test_peak_of_a_summary(measure, smallest, impl, shape, how, workspaces, vocab_group):
     t = inputs(**shape)
     given = (t["teacher_hidden"], t["teacher_weight"], t["student_weight"])
     options = {"student_bias": torch.randn(len(given[1])), "teacher_transform": LogitTransform(2.0, 9.0)}
+    options |= {"vocab_group": vocab_group}
 
     def make(*tensors, **more):
         with torch.autocast("cpu", how.get("autocast"), enabled="autocast" in how):
@@ -91,15 +104,15 @@ def test_peak_of_a_summary(measure, smallest, impl, shape, how, workspaces):
     assert largest < 4 * len(given[0]) * len(given[1])
 
 
-@pytest.mark.parametrize("impl, workspaces, shape, how", RUNS)
+@pytest.mark.parametrize("impl, workspaces, shape, how", RUNS + SHARDS)
 @pytest.mark.parametrize("chosen", [False, True], ids=["all rows", "chosen rows"])
-def test_peak_of_a_step(measure, smallest, impl, shape, how, workspaces, chosen):
+def test_peak_of_a_step(measure, smallest, impl, shape, how, workspaces, chosen, vocab_group):
     """Workspace, statistics, the gradient, and the rows of it that are kept for the backward."""
     t = inputs(**shape)
     rows = len(t["student_hidden"])
     hidden, weight = t["student_hidden"].requires_grad_(), t["student_weight"]
     summary = TeacherSummary(torch.randn(rows, weight.shape[1]), torch.zeros(rows), torch.zeros(rows))
-    options = {"student_bias": torch.randn(len(weight)), "return_stats": True}
+    options = {"student_bias": torch.randn(len(weight)), "return_stats": True, "vocab_group": vocab_group}
     if chosen:
         options |= {"student_index": torch.randint(rows, (rows,)), "summary_index": torch.randint(rows, (rows,))}
         options |= {"row_weight": torch.rand(rows)}

@@ -84,7 +84,7 @@ BAD_LOSS = {
     "hidden type": ({"student_hidden": [1.0]}, TypeError, "student_hidden: expected a tensor, got list"),
     "impl": ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'torch', 'reference', got 'cuda'"),
     "max_workspace_bytes": ({"max_workspace_bytes": 0}, ValueError, "max_workspace_bytes: expected at least 1, got 0"),
-    "vocab_group": ({"vocab_group": object()}, NotImplementedError, "vocab_group"),
+    "vocab_group": ({"vocab_group": object()}, TypeError, "vocab_group: expected a torch.distributed.ProcessGroup"),
 }
 BAD_MAKING = {
     "transform": ({"teacher_transform": 30.0}, TypeError, "teacher_transform: expected a LogitTransform, got float"),
@@ -109,7 +109,7 @@ BAD_MAKING = {
     "teacher_hidden": ({"teacher_hidden": torch.zeros(4, 5)}, ValueError, "teacher_hidden: expected last dimension 6"),
     "teacher_index": ({"teacher_index": rows(4)}, ValueError, "teacher_index: expected rows from 0 to 3"),
     "impl": ({"impl": "cuda"}, ValueError, "impl: expected one of"),
-    "vocab_group": ({"vocab_group": object()}, NotImplementedError, "vocab_group"),
+    "vocab_group": ({"vocab_group": object()}, TypeError, "vocab_group: expected a torch.distributed.ProcessGroup"),
 }
 
 

@@ -1,10 +1,11 @@
-"""Choices are scored as a forward over each alone would; the KL is the full-logit one."""
+"""Choices and texts are scored as a forward over each alone would, with full logits."""
 
 import pytest
 import torch
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from disc_train.evaluate import Probe, choice_accuracy, kl_to_reference
+from disc_train.evaluation import Probe, choice_accuracy, choice_scores, perplexity
 
 CHOICES = [" Merin.", " the northern tower of red stone.", " spring.", " her life!"]
 PROMPTS = [
@@ -16,13 +17,17 @@ PROMPTS = [
 
 
 @torch.no_grad()
-def _likeliest(model, tokenizer, prompt, choices):
+def _scores(model, tokenizer, prompt, choices):
     scores = []
     for choice in choices:
         before, ids = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, choice))
         log_probabilities = log_softmax(model(torch.tensor([before + ids])).logits[0], dim=-1)
         scores.append(sum(log_probabilities[len(before) + i - 1, token] for i, token in enumerate(ids)) / len(ids))
-    return int(torch.stack(scores).argmax())
+    return torch.stack(scores)
+
+
+def _likeliest(model, tokenizer, prompt, choices):
+    return int(_scores(model, tokenizer, prompt, choices).argmax())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
@@ -54,17 +59,37 @@ def test_bad_probes_are_named(make_model, tokenizer):
         choice_accuracy(make_model(), tokenizer, [Probe("a", ["b"], 0), Probe("a", [""], 0)])
 
 
+def test_scores_are_means_of_log_probabilities(make_model, tokenizer):
+    model = make_model("gemma2").eval()
+    contexts = ["", "Trains cross the river twice a day. ", "", "A plaque tells her story. "]
+    probes = [Probe(prompt, CHOICES, 0, context) for prompt, context in zip(PROMPTS, contexts, strict=True)]
+    expected = [_scores(model, tokenizer, probe.context + probe.prompt, CHOICES).tolist() for probe in probes]
+    for limits in ((1,), (64,), (64, 100)):
+        assert choice_scores(model, tokenizer, probes, *limits) == [pytest.approx(each, rel=1e-4) for each in expected]
+
+
+def test_a_model_that_cannot_share_a_prompt(tokenizer):
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **{"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4},
+        **{"num_hidden_layers": 2, "num_key_value_heads": 2, "full_attn_idxs": [1], "initializer_range": 0.2},
+    )
+    model = Lfm2ForCausalLM(config).eval()
+    expected = [_scores(model, tokenizer, prompt, CHOICES).tolist() for prompt in PROMPTS]
+    found = choice_scores(model, tokenizer, [Probe(prompt, CHOICES, 0) for prompt in PROMPTS])
+    assert found == [pytest.approx(each, rel=1e-4) for each in expected]
+
+
 @torch.no_grad()
-def test_kl_to_a_reference(make_model, perturbed, tokenizer):
-    reference = make_model("gemma2").eval()
-    model = perturbed(reference)
-    texts = [*PROMPTS, ""]
-    rows = []
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_perplexity(architecture, make_model, tokenizer):
+    model = make_model(architecture).eval()
+    losses = []
     for text in PROMPTS:
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-        q, p = (log_softmax(m(ids).logits[0], dim=-1) for m in (model, reference))
-        rows.append(kl_div(q, p, log_target=True, reduction="none").sum(-1))
-    assert kl_to_reference(model, reference, tokenizer, texts) == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
-    assert kl_to_reference(reference, reference, tokenizer, texts) == pytest.approx(0.0, abs=1e-7)
-    with pytest.raises(ValueError, match="texts"):
-        kl_to_reference(model, reference, tokenizer, [""])
+        losses.append(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    expected = torch.cat(losses).mean().exp().item()
+    for batch_size in (1, 3, 64):
+        assert perplexity(model, tokenizer, [*PROMPTS, "", "a"], batch_size) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="at least two tokens"):
+        perplexity(model, tokenizer, ["", "a"])

@@ -1,0 +1,118 @@
+"""Heads and hidden states that are DTensors: the plain tensors they are computed with here, and over which ranks.
+
+Two engines give `Shard(0)` heads, for opposite reasons. Under tensor parallelism the ranks read the same tokens and
+each keeps its part of the vocabulary: they share it, as in `vocab_group.py`. Under FSDP the ranks read different tokens
+and only the memory is divided: each needs the whole head. What tells them apart is the name of the mesh's dimension:
+
+    "tp"        The name in PyTorch's tutorials, torchtitan, accelerate and transformers. `Shard(0)` over it stays
+                divided; anything else over it is made whole, by ranks that all compute the same.
+    any other   Gathered, once a call. The gradient is averaged over the ranks while it is scattered to them, which is
+                what FSDP2 does with its own gradients (`set_gradient_divide_factor` aside, which a parameter does not
+                show), and DDP.
+
+A mesh without names, as `fully_shard` makes by default and transformers 5.17 for a `tp_plan`, counts as "any other". It
+is right even for tensor parallelism, where the average is one of equal gradients; it only costs the memory and work
+that names would save. Both kinds may occur together, on a mesh with two dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+TENSOR_PARALLEL = "tp"
+HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_bias")
+HIDDEN = ("student_hidden", "teacher_hidden")
+
+
+def vocabulary_group(arguments: dict[str, Any], vocab_group: Any) -> Any:
+    """`vocab_group`, or where it is None the ranks that share the vocabulary of a head; None where none do."""
+    if vocab_group is not None:
+        return vocab_group
+    groups = (_group_of(arguments.get(name)) for name in HEADS)
+    return next((group for group in groups if group is not None), None)
+
+
+def local_tensors(arguments: dict[str, Any], vocab_group: dist.ProcessGroup | None) -> dict[str, Any]:
+    """The arguments with plain tensors for DTensors: of heads the shard of the `vocab_group`, or else the whole.
+
+    Gradients go back as DTensors of the same placements.
+
+    Raises:
+        ValueError: heads that are not all divided over one group; another DTensor that is not replicated.
+    """
+    dtensors = {name: x for name, x in arguments.items() if _is_dtensor(x)}
+    if not dtensors:
+        return arguments
+    divided = vocab_group is not None and not dtensors.keys().isdisjoint(HEADS)
+    for name, x in arguments.items():
+        if name in HEADS:
+            if divided and x is not None:
+                _check_divided(name, x, dist.get_process_group_ranks(vocab_group))
+        elif name in dtensors:
+            _check_replicated(name, x)
+    local = {name: _local_head(name, x) if name in HEADS else _local_replica(x) for name, x in dtensors.items()}
+    return arguments | local
+
+
+def _is_dtensor(x: Any) -> bool:
+    if not isinstance(x, Tensor) or type(x) in (Tensor, nn.Parameter):
+        return False  # and what it costs to import DTensor is spared
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
+
+
+def _tensor_parallel_dim(x: Any) -> int | None:
+    names = x.device_mesh.mesh_dim_names or ()
+    return names.index(TENSOR_PARALLEL) if TENSOR_PARALLEL in names else None
+
+
+def _group_of(head: Any) -> dist.ProcessGroup | None:
+    """The ranks that share the vocabulary of `head`."""
+    dim = _tensor_parallel_dim(head) if _is_dtensor(head) else None
+    if dim is None or not head.placements[dim].is_shard(0) or head.device_mesh.size(dim) == 1:
+        return None
+    return head.device_mesh.get_group(dim)
+
+
+def _check_divided(name: str, head: Any, ranks: list[int]) -> None:
+    group = _group_of(head)
+    if group is not None and dist.get_process_group_ranks(group) == ranks:
+        return
+    got = f"{list(head.placements)} over {head.device_mesh}" if _is_dtensor(head) else "a plain tensor"
+    raise ValueError(
+        f'{name}: expected a DTensor with Shard(0) over a mesh dimension "{TENSOR_PARALLEL}" of the ranks {ranks}, '
+        f"because these share the vocabulary of all heads, got {got}; or pass all heads' shards as plain tensors "
+        "(`.to_local()`) with a vocab_group"
+    )
+
+
+def _check_replicated(name: str, x: Any) -> None:
+    if not all(placement.is_replicate() for placement in x.placements):
+        raise ValueError(
+            f"{name}: expected a plain tensor, or a DTensor with placements "
+            f"{['Replicate()'] * x.device_mesh.ndim} over {x.device_mesh}, got {list(x.placements)}; "
+            "redistribute it, or pass `.to_local()` where a mesh's ranks read different tokens"
+        )
+
+
+def _local_head(name: str, head: Any) -> Tensor:
+    """This rank's shard of the vocabulary, or all of it."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    head = head.detach() if name.startswith("teacher") else head
+    shared = _tensor_parallel_dim(head)
+    placements: list[Any] = [Replicate()] * head.device_mesh.ndim
+    gradients: list[Any] = [Partial("avg")] * head.device_mesh.ndim
+    if shared is not None:
+        placements[shared] = head.placements[shared] if _group_of(head) else Replicate()
+        gradients[shared] = placements[shared]
+    return head.redistribute(placements=placements).to_local(grad_placements=gradients)
+
+
+def _local_replica(x: Any) -> Tensor:
+    """Gradients are those of all that the ranks compute together, so equal on each."""
+    return x.to_local(grad_placements=x.placements)

@@ -1,0 +1,134 @@
+"""What was found, for people: tables in Markdown, a chart, runs side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from disc_train.evaluation.chart import draw
+from disc_train.evaluation.results import FILE_NAME, Evaluation, Series, difference
+
+Cell = tuple[str, str, str]  # table, row, measure
+
+
+def write_report(found: Evaluation, folder: Path) -> str:
+    """Write evaluation.json, .md and .png into a folder; return the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found.write(folder / FILE_NAME)
+    series = found.series()
+    settings = found.settings
+    lines = [f"# {settings['model_name_or_path']}", ""]
+    if settings["reference_name_or_path"]:
+        lines += [f"The reference is {settings['reference_name_or_path']}.", ""]
+    lines += _tables({_cell(each): _value(each) for each in series}, _excluded(series))
+    lines += _notes(found)
+    return _finish(lines, {settings["model_name_or_path"]: series}, folder / "evaluation")
+
+
+def write_comparison(runs: Sequence[str], folder: Path) -> str:
+    """Write comparison.md and .png of finished runs, given by folder or JSON file; return the Markdown.
+
+    Raises:
+        ValueError: a run that is none, or runs that measured nothing in common with the first.
+    """
+    paths = [Path(run, FILE_NAME) if Path(run).is_dir() else Path(run) for run in runs]
+    found = [{_cell(each): each for each in Evaluation.read(path).series()} for path in paths]
+    base, *others = found
+    for run, other in zip(runs[1:], others, strict=True):
+        if not base.keys() & other.keys():
+            raise ValueError(f"--compare: {run} has measured nothing that {runs[0]} has")
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [chr(ord("A") + number) if number < 26 else str(number) for number in range(len(runs))]
+    lines = ["# Runs side by side", "", *(f"- {letter}: {run}" for letter, run in zip(letters, runs, strict=True)), ""]
+    cells: dict[Cell, str] = {}
+    for cell in dict.fromkeys(cell for series in found for cell in series):
+        table, row, measure = cell
+        for letter, series in zip(letters, found, strict=True):
+            if cell in series:
+                change = "" if series is base or cell not in base else _change(series[cell], base[cell])
+                cells[table, f"{row}: {measure}", letter] = _value(series[cell]) + change
+    lines += _tables(cells, {})
+    lines += [
+        "In brackets: the difference from A and its standard error, both over the items that both runs have;"
+        " for shares then how many items were gained and lost.",
+        "",
+    ]
+    named = {f"{letter}: {run}": list(each.values()) for letter, run, each in zip(letters, runs, found, strict=True)}
+    return _finish(lines, named, folder / "comparison")
+
+
+def _finish(lines: list[str], runs: dict[str, list[Series]], path: Path) -> str:
+    if not draw(runs, path.with_suffix(".png")):
+        lines += ["No chart was drawn: it needs matplotlib (pip install matplotlib).", ""]
+    text = "\n".join(lines)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _tables(cells: dict[Cell, str], excluded: dict[tuple[str, str], int]) -> list[str]:
+    """A Markdown table for each of "Probes", "Texts", "Tasks" that has cells; rows and columns as they first come."""
+    lines = []
+    for table in dict.fromkeys(table for table, _, _ in cells):
+        here = {(row, column): text for (name, row, column), text in cells.items() if name == table}
+        columns = list(dict.fromkeys(column for _, column in here))
+        left_out = {row: count for (name, row), count in excluded.items() if name == table}
+        header = ["", *columns, *(["left out"] if left_out else [])]
+        lines += [f"## {table}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        for row in dict.fromkeys(row for row, _ in here):
+            values = [here.get((row, column), "-") for column in columns]
+            values += [f"{left_out[row]:,}"] if left_out else []
+            lines.append(f"| {' | '.join([row, *values])} |")
+        lines.append("")
+    return lines
+
+
+def _excluded(series: Sequence[Series]) -> dict[tuple[str, str], int]:
+    return {(each.table, each.row): each.excluded for each in series if each.table != "Tasks"}
+
+
+def _notes(found: Evaluation) -> list[str]:
+    """What was left out or cut, and how to read the rest."""
+    lines = [
+        f"- left out: {each.id}, {each.condition}: {each.excluded}"
+        for each in found.probes
+        if each.excluded is not None
+    ]
+    for group in dict.fromkeys(each.group for each in found.texts):
+        here = [each for each in found.texts if each.group == group]
+        cut = [each.cut for each in here if each.cut]
+        lines.append(
+            f"- {group}: {len(here):,} texts, {sum(each.tokens for each in here):,} tokens read; {len(cut):,} cut"
+            f" ({sum(cut):,} tokens dropped); {sum(not each.predicted for each in here):,} too short to predict a token"
+        )
+    lines.append("- ± standard error over items, n their number; loss, KL and entropy in nats a token")
+    return [*lines, ""]
+
+
+def _cell(series: Series) -> Cell:
+    return series.table, series.row, series.measure
+
+
+def _value(series: Series) -> str:
+    if series.value is None:
+        return "- (n 0)"
+    error = series.standard_error
+    if series.unit == "share":
+        shown = f"{series.value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
+    else:
+        shown = f"{series.value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    return f"{shown} (n {len(series.items):,})" if series.unit in ("share", "score") else shown
+
+
+def _change(run: Series, base: Series) -> str:
+    change = difference(run, base)
+    if change is None:
+        return " (not the same items)"
+    if run.unit == "perplexity":  # the loss has the difference
+        return ""
+    scale, digits = (100, 1) if run.unit == "share" else (1, 4)
+    text = f"{scale * change.value:+.{digits}f}"
+    if change.standard_error is not None:
+        text += f" ± {scale * change.standard_error:.{digits}f}"
+    if run.unit in ("share", "score") and len(run.items) > 1:
+        text += f"; +{change.gained} -{change.lost}"
+    if change.unmatched:
+        text += f"; {change.unmatched} in one run only"
+    return f" ({text})"

@@ -1,0 +1,64 @@
+"""Loading of what is evaluated or writes texts: a model or an adapter, with its tokenizer."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from disc_train.causal_lm import load_model, use_attention
+
+
+def load_for_inference(name_or_path: str, dtype: str, use_cpu: bool) -> PreTrainedModel:
+    """A causal language model, or an adapter with the model it was trained on, without dropout.
+
+    Args:
+        dtype: a torch dtype's name; "auto": bfloat16 on CUDA, float32 elsewhere.
+        use_cpu: leave an accelerator alone, if there is one.
+
+    Raises:
+        ValueError, OSError: it cannot be loaded, or its logits are not its head's on its hidden states.
+        ImportError: an adapter, and no peft.
+    """
+    accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
+    device = accelerator or torch.device("cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if _base_of_adapter(name_or_path) and find_spec("peft") is None:
+        raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
+    model = load_model(name_or_path, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
+    use_attention(model, "sdpa")  # also checks that hidden states and head give the model's logits
+    return model.eval()
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, or where an adapter comes without one that of the model it was trained on.
+
+    Raises:
+        ValueError, OSError: there is none.
+    """
+    base = _base_of_adapter(name_or_path)
+    alone = base is not None and not Path(name_or_path, "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(base if alone else name_or_path)
+
+
+def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
+    """Raise ValueError if a reference's tokenizer, where it comes with one, reads a text as other tokens."""
+    try:
+        other = load_tokenizer(reference)
+    except (OSError, ValueError):  # weights alone
+        return
+    for text in texts:
+        if tokenizer.encode(text, add_special_tokens=False) != other.encode(text, add_special_tokens=False):
+            raise ValueError(
+                "--reference_name_or_path: expected a model with the same tokenizer, got one that reads the text"
+                f" {text[:40]!r}... as other tokens"
+            )
+
+
+def _base_of_adapter(name_or_path: str) -> str | None:
+    config = Path(name_or_path, "adapter_config.json")
+    if not config.is_file():
+        return None
+    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
