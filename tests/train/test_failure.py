@@ -81,8 +81,9 @@ ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_step
 @pytest.mark.parametrize(
     ("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)]
 )
-def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path):
+def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path, resumes):
     """The signal reaches one process and the workers of its data loader; all stop behind one step."""
+    resumes(world)
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
     run = start(*RUN, *flags, "--save_steps", 2, "--output_dir", folder, world=world)
