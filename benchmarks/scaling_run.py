@@ -98,7 +98,7 @@ def data_parallel(
 ) -> Step:
     teacher.forward = partial(hidden_states, teacher)  # type: ignore[method-assign]
     student.forward = partial(distillation, student, teacher, batch)  # type: ignore[method-assign]
-    wrapped = DistributedDataParallel(student)
+    wrapped = DistributedDataParallel(student) if plan.ranks > 1 else student
 
     def step() -> Tensor:
         loss = scale * wrapped()
@@ -172,9 +172,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.own = slice(group.rank() * len(x), (group.rank() + 1) * len(x))
-        gathered = x.new_empty(group.size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
-        return gathered
+        gathered = x.new_empty(group.size(), *x.shape)
+        dist.all_gather(list(gathered), x.contiguous(), group=group)
+        return gathered.flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
