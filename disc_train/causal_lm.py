@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
+from disc_train.sharding import within
 
 
 class Head(NamedTuple):
@@ -90,6 +91,9 @@ def common_vocabulary(student: Head, teacher: Head) -> int | None:
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> Tensor:
     """The decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
 
+    Where a model's parameters are divided over processes, `head_of` gives a whole weight after this, until the backward
+    pass.
+
     Args:
         model: a causal language model that `use_attention` has prepared; it runs with what that picked.
         input_ids: [rows, L] int64. Several rows only with "sdpa", "eager" or a model that cannot share a trunk.
@@ -98,7 +102,12 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefi
     Raises:
         ValueError: the model cannot run such a layout, see `disc_kernels.shared_prefix.attention_mask`.
     """
-    return model.get_decoder()(**_inputs(model, input_ids, layout)).last_hidden_state
+
+    def decode() -> Tensor:
+        hidden = model.get_decoder()(**_inputs(model, input_ids, layout)).last_hidden_state
+        return within(model.get_output_embeddings(), lambda hidden: hidden, hidden)
+
+    return within(model, decode)
 
 
 def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> dict[str, Any]:
@@ -162,11 +171,11 @@ def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | N
 
 def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The hidden states [1, L, D] of one text, once they are known to give the logits of a call without a layout."""
-    head = head_of(model)
     alone = SharedPrefixLayout.from_trees([(input_ids.shape[1], [])]).to(input_ids.device)
     with _explained(model, model.config._attn_implementation):
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(model, input_ids, alone)
+    head = head_of(model)
 
     # Values that are not finite pass: the first training step reports those, with its documents. The bounds leave room
     # for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real faults are further off.

@@ -1,6 +1,7 @@
 """The commands `disc-train`, `disc-eval` and `disc-generate`.
 
-Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted.
+Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted, 143 if it
+was terminated.
 """
 
 import sys
@@ -54,12 +55,16 @@ def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv
         return int(exit_.code or 0)
     except (ValueError, ImportError) as error:
         return _failed(command, error, 2)
+    from disc_train.termination import Terminated
+
     try:
         work()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _failed(command, error, 1)
     except KeyboardInterrupt:
         return _failed(command, "interrupted", 130)
+    except Terminated as ending:
+        return _failed(command, ending, 143)
     return 0
 
 

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 
 from disc_train.flags import check_flag, check_literals, parse_flags
@@ -165,6 +167,8 @@ class LoopArguments(TrainingArguments):
             raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
 

@@ -1,24 +1,16 @@
 """One run of `disc-train`: load, say what will run, train, save, say what came of it."""
 
 import os
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerState,
-    set_seed,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from disc_train.attention import prepare_attention
+from disc_train.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.causal_lm import check_vocabulary, load_model
+from disc_train.checkpoints import find_checkpoint, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.lora import add_lora, has_adapters
 from disc_train.objectives import AT_TEMPERATURE, WITH_TEACHER
@@ -35,6 +27,7 @@ from disc_train.summary import (
     show,
 )
 from disc_train.teacher import load_teacher
+from disc_train.termination import Terminated
 from disc_train.trainer import DiscTrainer
 from disc_train.training_data import load_training_data
 
@@ -44,24 +37,44 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
+        Terminated: SIGTERM stopped the training, which can be resumed.
     """
-    checkpoint = None if disc.dry_run else find_checkpoint(loop)
     if loop.disable_tqdm:
         disable_progress_bar()
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
-    tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-    data = load_training_data(disc, loop, tokenizer)
-    dataset = data.dataset
-    resumed_step = steps_done(checkpoint, count_steps(loop, len(dataset))[0])
-    check_teacher_tokenizer(disc, tokenizer, data.tokens)
+    with same_on_all_processes(loop) as facts:
+        checkpoint = None if disc.dry_run else find_checkpoint(loop)
+        tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+        data = load_training_data(disc, loop, tokenizer)
+        dataset = data.dataset
+        steps = count_steps(loop, len(dataset))[0]
+        resumed_step = steps_done(checkpoint, steps, str(loop.output_dir))
+        check_teacher_tokenizer(disc, tokenizer, data.tokens)
+        if loop.world_size > 1:
+            facts |= settings_of(disc, loop)
+            facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
     set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
-    student = load_student(disc).to(loop.device)  # type: ignore[arg-type]
+    student = load_student(disc)
     compared = disc.method in WITH_TEACHER
     teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None
     for model in (student, teacher):
         if model is not None:
             check_vocabulary(model, data.tokens[-1])
-    attention = prepare_attention(student, teacher, disc.attention, dataset, loop.train_batch_size)
+    if disc.dry_run:
+        loop.output_dir = os.curdir  # which is there already: the Trainer makes the folder that it is given
+    trainer = DiscTrainer(
+        student,
+        teacher,
+        loop,
+        dataset,
+        method=disc.method,
+        temperature=disc.temperature,
+        ce_weight=disc.ce_weight,
+        kl_weight=disc.kl_weight,
+        attention=disc.attention,
+        processing_class=tokenizer,
+        callbacks=[_LogLastStep()],
+    )
 
     examples = evenly_spaced(data.own)
 
@@ -81,32 +94,27 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             describe_packing(dataset, loop.train_batch_size, collator(student, other, compared)),
             ("student", describe_model(student)),
             ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-            ("attention", describe_attention(attention)),
+            ("attention", describe_attention(trainer.attention)),
             ("steps", describe_steps(loop, dataset, resumed_step)),
             *(before.describe(dataset.noun) if before else []),
         )
     if disc.dry_run:
         return
 
-    trainer = DiscTrainer(
-        student,
-        teacher,
-        loop,
-        dataset,
-        method=disc.method,
-        temperature=disc.temperature,
-        ce_weight=disc.ce_weight,
-        kl_weight=disc.kl_weight,
-        attention=attention,
-        processing_class=tokenizer,
-        callbacks=[_LogLastStep()],
-    )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and resumed_step == steps:  # the run was stopped between its last step and here
+        trainer.restore(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.termination.agreed:
+        raise Terminated(
+            f"terminated behind step {trainer.state.global_step} of {steps}, which is saved: the same command with"
+            " --resume_from_checkpoint true goes on from there"
+        )
     trainer.save_model()
     trainer.save_state()
     after = signal()
     if speaks:
-        lines = _outcome(trainer, result, describe_method(disc))
+        lines = _outcome(trainer, describe_method(disc))
         if before and after:
             lines.append(_learned(before, after, trainer.noun))
         what = "adapters" if has_adapters(student) else "model"
@@ -126,67 +134,6 @@ def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopAr
     if has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None:
         return None
     return load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
-
-
-def find_checkpoint(loop: LoopArguments) -> str | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        ValueError: a new run in a folder that holds one, a folder that cannot be written to, or nothing to go on from.
-    """
-    folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--output_dir: expected a folder that can be written to, got {folder}")
-    last = _last_checkpoint(folder)
-    if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"--output_dir: {folder} already holds a run: continue it with --resume_from_checkpoint {last},"
-                " or choose another folder"
-            )
-        if any((folder / name).exists() for name in ("config.json", "trainer_state.json")):
-            raise ValueError(f"--output_dir: {folder} already holds a model: choose another folder")
-        return None
-    if wanted.lower() == "true":  # the last one of this run; YAML's true arrives as True
-        checkpoint = last
-    elif Path(wanted, "trainer_state.json").is_file():
-        checkpoint = wanted
-    else:
-        checkpoint = _last_checkpoint(Path(wanted))
-    if checkpoint is None:
-        raise ValueError(
-            "--resume_from_checkpoint: expected a checkpoint, a folder with checkpoints, or true for the last one in"
-            f" --output_dir ({folder}), got {wanted}, which has none"
-        )
-    return checkpoint
-
-
-def steps_done(checkpoint: str | None, steps: int) -> int:
-    """The optimizer steps behind a checkpoint; 0 for none.
-
-    Raises:
-        ValueError: no step is left, where the Trainer would do one more.
-    """
-    if checkpoint is None:
-        return 0
-    done = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json"))).global_step
-    if done >= steps:
-        raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
-            " raise --max_steps or --num_train_epochs"
-        )
-    return done
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last complete one: what is written last is there. A run may have been stopped while it saved."""
-    complete = {
-        int(step): path
-        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := path.name.rpartition("-")[2]).isdecimal() and (path / "trainer_state.json").is_file()
-    }
-    return str(complete[max(complete)]) if complete else None
 
 
 def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
@@ -214,16 +161,17 @@ class _LogLastStep(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
 
-def _outcome(trainer: DiscTrainer, result: TrainOutput, loss: str) -> list[tuple[str, str]]:
-    seconds, noun = result.metrics["train_runtime"], trainer.noun
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    lines = [
-        (
-            "steps",
-            f"{result.global_step:,}; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second"
-            f" {trainer.examples_read / seconds:.1f} {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens",
+def _outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
+    noun, history = trainer.noun, trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    pace = ""
+    if trainer.examples_read:
+        seconds = history[-1]["train_runtime"]
+        pace = (
+            f"; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second {trainer.examples_read / seconds:.1f}"
+            f" {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens"
         )
-    ]
+    lines = [("steps", f"{trainer.state.global_step:,}{pace}")]
     if losses:
         lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, {loss}, of the first and last logged steps"))
     return lines

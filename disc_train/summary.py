@@ -171,7 +171,8 @@ def describe_model(model: PreTrainedModel) -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
     what = "trained, in adapters" if has_adapters(model) else "trained"
-    return f"{type(model).__name__}, {total:,} parameters, {trained:,} {what}, {dtype}"
+    name = type(model).__name__.removeprefix("FSDP")  # PyTorch's mark on models that are divided over processes
+    return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}"
 
 
 def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> str:

@@ -1,7 +1,11 @@
 """`transformers.Trainer` with the loss of a method; all but the loss and its normalisation is theirs."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import astuple
+from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -9,13 +13,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train import objectives
-from disc_train.attention import Attention, prepare_attention
+from disc_train.attention import prepare_attention
+from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
+from disc_train.sharding import forget_gathered, own_part, shard, taking_whole_values
 from disc_train.teacher import freeze
+from disc_train.termination import StopOnSigterm, apart
 
 
 class DiscTrainer(Trainer):
@@ -34,7 +42,8 @@ class DiscTrainer(Trainer):
 
     Args:
         model: the student, a causal language model.
-        teacher: another model object, usually with the same weights; it is frozen and moved to the student's device.
+        teacher: another model object, usually with the same weights; it is frozen and moved to the student's device,
+            or divided over the processes as the student is (FSDP2).
             None where method and data need none (ft, talr), or where `model` has adapters (`disc_train.lora`): the
             teacher is then `model` with them switched off.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
@@ -44,11 +53,11 @@ class DiscTrainer(Trainer):
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.
-        attention: "auto", a backend as `disc_kernels.shared_prefix.attention_implementation` names it, or what
-            `disc_train.attention.prepare_attention` gave for these two models, which is then not done again.
+        attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
+        attention: what `disc_train.attention.prepare_attention` gave the models.
         examples_read, usage: so far by this object, on all processes. The logs have the packing since the last ones:
             packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
             read than with a sequence for every target.
@@ -71,7 +80,7 @@ class DiscTrainer(Trainer):
         temperature: float = 2.0,
         ce_weight: float = 0.0,
         kl_weight: float = 0.1,
-        attention: str | dict[str, Attention] = "auto",
+        attention: str = "auto",
         **options: Any,
     ) -> None:
         if method not in objectives.OBJECTIVES:
@@ -89,18 +98,36 @@ class DiscTrainer(Trainer):
             train_dataset=train_dataset,
             **options,
         )
+        if args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError("--fsdp: expected an accelerator in every process, accelerate shards no model on the CPU")
         self.add_callback(_EpochSetter(train_dataset))
+        self.termination = StopOnSigterm()
+        self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = None if teacher is None else freeze(teacher).to(args.device)  # type: ignore[arg-type]
+        self.teacher = None if teacher is None else freeze(teacher)
+        for prepared, trained in ((model, True), (self.teacher, False)):
+            if prepared is not None:
+                self._place(prepared, trained)
         self.method = method
         self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
-        if isinstance(attention, str):
-            prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
-        self.data_collator = collator(model, self.teacher or model, compare_all)  # type: ignore[assignment]
+        self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
+        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained, without what the Trainer wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def _place(self, model: PreTrainedModel, trained: bool) -> None:
+        """Move a model to this process's device, or its part of it."""
+        if self.is_fsdp_enabled:
+            shard(model, self.accelerator, trained=trained)
+        else:
+            model.to(self.args.device)  # type: ignore[arg-type]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
@@ -112,10 +139,13 @@ class DiscTrainer(Trainer):
         """The micro-batches of one optimizer step, and the examples in them, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         usage = sum((batch["usage"] for batch in batches), Usage())
-        counts = torch.tensor([sum(batch["num_examples"] for batch in batches), *astuple(usage)])
+        counts = torch.tensor(
+            [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(usage)]
+        )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        examples, *usage_of_all = counts.tolist()
+        terminated, examples, *usage_of_all = counts.tolist()
+        self.termination.agreed = terminated > 0
         self.examples_read += examples
         self.usage += Usage(*usage_of_all)
         if self.method == "talr" and (len(batches) > 1 or self.args.world_size > 1):
@@ -155,6 +185,8 @@ class DiscTrainer(Trainer):
             with self.accelerator.autocast():
                 return function(student, batch)
 
+        if model is student:
+            return forward(batch)
         with patch.object(student, "forward", forward):
             return model(batch)
 
@@ -177,21 +209,62 @@ class DiscTrainer(Trainer):
             self._logged_usage = self.usage
         super().log(logs, *args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        forget_gathered(self.student)  # by measurements of the model as it was
+        return super().train(*args, **kwargs)
+
+    def restore(self, checkpoint: str) -> None:
+        """Take a checkpoint's weights and state without training on, when all its steps are done."""
+        forget_gathered(self.student)
+        self._load_from_checkpoint(checkpoint)
+        self.state = load_state(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, but what has a checkpoint's name is complete, whenever the run is stopped."""
+        folder = Path(self._get_output_dir(trial))
+        unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_local_process_zero():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it saved
+        self.accelerator.wait_for_everyone()
+        with (
+            patch.object(self, "_get_output_dir", lambda trial: str(unfinished)),
+            patch.object(self, "_push_from_checkpoint"),
+            # A sharded model is written once more, whole: not for the sake of adapters, which have a file of their own.
+            patch("transformers.trainer.save_fsdp_model") if has_adapters(self.student) else nullcontext(),
+        ):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        # One process a file system: where nodes share it, the main process leaves nothing to the others.
+        with self.args.main_process_first(local=False):
+            if self.is_local_process_zero() and unfinished.exists():
+                move_into_place(unfinished / name, folder / name)
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
-        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(
-                    f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
-                    " intact"
-                )
+        names, parameters = zip(*self.student.named_parameters(), strict=True)
+        broken = torch.stack([~torch.isfinite(own_part(parameter)).all() for parameter in parameters]).int()
+        if self.is_fsdp_enabled:
+            broken = self.accelerator.reduce(broken)
+            if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
+                self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if broken.any():
+            name = names[int(broken.argmax())]
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
+                " intact"
+            )
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's, which does not look for adapters in a transformers model."""
-        student = self.accelerator.unwrap_model(self.model)
-        if has_adapters(student):
-            load_adapters(student, resume_from_checkpoint)
+        if has_adapters(self.student):
+            with taking_whole_values(self.student):
+                load_adapters(self.student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

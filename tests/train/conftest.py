@@ -1,13 +1,23 @@
 """Tiny models of several architectures and a byte-level tokenizer, made on the spot, and a few documents."""
 
+import contextlib
 import copy
+import gc
 import json
+import multiprocessing
+import os
 import random
+import socket
+import sys
+import time
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -19,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from disc_train.cli import main
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import Document
 from disc_train.splits import tokenize_document
@@ -151,3 +162,106 @@ def write_documents(tmp_path):
         return path
 
     return write
+
+
+def run_command(argv, environment, folder, log, prepare):
+    """What a started process does: the command, in an environment and a folder, with its output in a file."""
+    gc.freeze()  # what was imported is not looked through for garbage
+    multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders
+    os.setsid()  # as torchrun does
+    os.chdir(folder)
+    os.environ |= environment
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if prepare is not None:
+        prepare()
+    sys.exit(main(argv))
+
+
+class Started:
+    """Processes of one run; `wait` gives their exit codes, negative for a signal, and `logs` what they printed."""
+
+    def __init__(self, processes, logs):
+        self.processes, self.paths = processes, logs
+
+    def wait(self, timeout=120):
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hung = [process for process in self.processes if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung, "\n".join(self.logs)
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def logs(self):
+        return [path.read_text() for path in self.paths]
+
+
+@pytest.fixture(scope="session")
+def _warm():
+    """Starts processes that have imported all there is to import, in a tenth of a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["disc_train.run", "transformers.models.llama.modeling_llama", __name__])
+    return context
+
+
+@pytest.fixture
+def start(_warm, model_folder, write_documents, sentences, tmp_path):
+    """start(*flags, world=1, by_rank=None, folders=None, prepare=None): the command in some processes, on 8 documents.
+
+    `by_rank` has each rank's own flags, `folders` the one it is started in; `prepare` is called before the command.
+    """
+    documents = write_documents([" ".join(text) for text in (*sentences, sentences[2][::-1])])
+    runs, numbers = [], iter(range(1000))
+
+    def run(*flags, world=1, by_rank=None, folders=None, prepare=None, environment=None):
+        argv = [
+            *("--model_name_or_path", model_folder, "--train_file", documents, "--output_dir", tmp_path / "out"),
+            *("--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", *flags),
+        ]
+        with contextlib.closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes, logs = [], []
+        for rank in range(world):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            own = [str(part) for part in (*argv, *(by_rank[rank] if by_rank else ()))]
+            logs.append(tmp_path / f"log-{next(numbers)}")
+            described = {name: str(value) for name, value in place.items()} if world > 1 else {}
+            described |= environment or {}
+            folder = folders[rank] if folders else tmp_path
+            processes.append(_warm.Process(target=run_command, args=(own, described, folder, logs[-1], prepare)))
+            processes[-1].start()
+        runs.append(Started(processes, logs))
+        return runs[-1]
+
+    yield run
+    for started in runs:
+        for process in started.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """weights(folder): every weight of a saved model, in one float32 tensor."""
+
+    def read(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def resumes():
+    """resumes(world): skip a test where transformers cannot load an optimizer into several processes on the CPU."""
+
+    def check(world):
+        if world > 1 and Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("this transformers cannot load an optimizer into several processes on the CPU")
+
+    return check

@@ -102,9 +102,7 @@ def test_what_both_models_got_is_said_once():
     assert describe_attention({"student": same, "teacher": same}) == "sdpa (as asked for)"
 
 
-@pytest.mark.parametrize("beforehand", [False, True])
-def test_models_are_prepared_once(beforehand, make_model, make_dataset, monkeypatch, tmp_path):
-    """By the trainer, or before it as the command does."""
+def test_models_are_prepared_once(make_model, make_dataset, monkeypatch, tmp_path):
     prepared, use_attention = [], attention.use_attention
 
     def counted(model, *rest):
@@ -112,9 +110,8 @@ def test_models_are_prepared_once(beforehand, make_model, make_dataset, monkeypa
         return use_attention(model, *rest)
 
     monkeypatch.setattr(attention, "use_attention", counted)
-    student, teacher, dataset = make_model(), make_model(), make_dataset()
-    args = TrainingArguments(tmp_path, use_cpu=True)
-    got = prepare_attention(student, teacher, "auto", dataset, args.train_batch_size) if beforehand else "auto"
-    DiscTrainer(student, teacher, args, dataset, attention=got)
+    student, teacher = make_model(), make_model()
+    trainer = DiscTrainer(student, teacher, TrainingArguments(tmp_path, use_cpu=True), make_dataset())
     assert prepared == [student, teacher]
     assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    assert [got.implementation for got in trainer.attention.values()] == ["sdpa", "sdpa"]

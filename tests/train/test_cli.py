@@ -348,8 +348,28 @@ def test_a_folder_with_a_model_is_not_written_over(fails, model_folder):
 
 
 def test_nothing_to_resume_from(fails, tmp_path):
-    assert f"({tmp_path / 'out'}), got true, which has none" in fails("--resume_from_checkpoint", "true")
-    assert "got nowhere, which has none" in fails("--resume_from_checkpoint", "nowhere")
+    assert f"({tmp_path / 'out'}), got nowhere, which has none" in fails("--resume_from_checkpoint", "nowhere")
+
+
+def test_the_flag_to_resume_can_always_be_given(disc_train, fails, model_folder, tmp_path):
+    """A scheduler that starts a run again does not know whether it had saved anything."""
+    flags = ("--resume_from_checkpoint", "true", "--save_strategy", "no")
+    assert disc_train(*flags) == 0
+    assert not torch.equal(_weights(tmp_path / "out"), _weights(model_folder))
+    assert "already holds a model" in fails(*flags)
+
+
+def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, capsys):
+    flags = ("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true")
+    assert disc_train(*flags) == 0
+    weights = _weights(tmp_path / "out").clone()
+    for name in ("trainer_state.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    capsys.readouterr()
+    assert disc_train(*flags) == 0
+    assert "  steps         1\n" in capsys.readouterr().out
+    assert torch.equal(_weights(tmp_path / "out"), weights)
+    assert disc_train(*flags) == 1
 
 
 @pytest.mark.parametrize(
@@ -486,26 +506,3 @@ def test_help_and_a_light_import():
     assert shown.returncode == 0
     assert "usage: disc-train [CONFIG.yaml] [--flag value ...]" in shown.stdout
     assert "--sentence_tokenization" in shown.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["disc", "talr"])
-def test_two_processes_take_the_steps_of_one(method, disc_train, model_folder, tmp_path, sentences):
-    flags = ("--method", method)
-    flags += ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--num_train_epochs", "2")
-    texts = [
-        " ".join(text) for text in sentences[:6]
-    ]  # an even number: processes repeat documents to have as many each
-    assert disc_train(*flags, "--per_device_train_batch_size", 6, documents=texts) == 0
-    documents = tmp_path / "documents.jsonl"
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *("-m", "disc_train.cli", "--model_name_or_path", str(model_folder), "--train_file", str(documents)),
-            *("--output_dir", str(tmp_path / "two"), "--use_cpu", "true", "--per_device_train_batch_size", "3", *flags),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert launched.returncode == 0, launched.stderr
-    assert torch.allclose(_weights(tmp_path / "two"), _weights(tmp_path / "out"), atol=1e-6)

@@ -1,0 +1,82 @@
+"""Processes that train together find out, before they do, that they mean the same run.
+
+One small exchange of Python objects. So processes that were given different flags or files, or of which one cannot go
+on, all end with the same error, where collectives that do not fit each other would wait forever.
+"""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainingArguments
+
+from disc_train.config import DiscArguments, LoopArguments
+from disc_train.dataset import ExampleDataset
+
+OWN = {"local_rank"}  # what each process has its own of
+
+
+@contextmanager
+def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
+    """Do something on every process that has to succeed, with the same result, on all of them.
+
+    Yields:
+        An empty dict for what must be the same: a name, as messages have it, and a value that can be compared.
+
+    Raises:
+        ValueError: on all processes alike, naming the first thing they disagree on, or what failed on one of them.
+        TimeoutError: some processes have not come this far within `--ddp_timeout` seconds.
+    """
+    facts: dict[str, Any] = {}
+    failure = None
+    try:
+        yield facts
+    except (ValueError, OSError, ImportError) as error:
+        if args.world_size == 1:
+            raise
+        failure = error
+    if args.world_size == 1:
+        return
+    everyone: list[Any] = [None] * args.world_size
+    try:
+        dist.all_gather_object(everyone, (facts, None if failure is None else str(failure)))
+    except RuntimeError as error:
+        raise TimeoutError(
+            f"process {args.process_index} of {args.world_size} waited for the others, but one has ended or did not"
+            f" come within {args.ddp_timeout} seconds (--ddp_timeout)"
+        ) from error
+    failures = {number: text for number, (_, text) in enumerate(everyone) if text is not None}
+    if failure is not None and len(failures) == args.world_size and len(set(failures.values())) == 1:
+        raise failure
+    if failures:
+        number, text = next(iter(failures.items()))
+        raise ValueError(f"process {number} of {args.world_size} cannot go on: {text}")
+    for name in facts:
+        values = [theirs.get(name) for theirs, _ in everyone]
+        for number, value in enumerate(values):
+            if value != values[0]:
+                raise ValueError(
+                    f"{name}: expected the same on all {args.world_size} processes, got {values[0]} on process 0 and"
+                    f" {value} on process {number}"
+                )
+
+
+def settings_of(disc: DiscArguments, loop: LoopArguments) -> dict[str, Any]:
+    """Every flag and its value."""
+    values = {**vars(disc), **loop.to_dict()}
+    return {f"--{name}": repr(value) for name, value in values.items() if name not in OWN}
+
+
+def describe_data(dataset: ExampleDataset) -> str:
+    """How much there is to read, with a checksum of it."""
+    checksum = 0
+    for number in range(len(dataset)):
+        example = dataset[number]
+        pieces = [example.teacher_trunk, example.student_trunk]
+        for branch in example.branches:
+            pieces += [branch.target, branch.teacher.lead, branch.student.lead]
+        for piece in pieces:
+            checksum = zlib.crc32(piece.tobytes(), checksum)
+    return f"{len(dataset):,} {dataset.noun}s (checksum {checksum:08x})"

@@ -1,0 +1,94 @@
+"""Checkpoints: found, complete or not there at all, continued.
+
+One is written in a folder `unfinished` beside its place and moved there when everything is in it. A process that is
+killed while it saves leaves that folder, which is never read; the next save begins by removing it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from disc_train.config import LoopArguments
+
+UNFINISHED = "unfinished"
+MODEL_FILES = ("config.json", "adapter_config.json", TRAINER_STATE_NAME)
+
+
+def find_checkpoint(loop: LoopArguments) -> str | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    With `--resume_from_checkpoint true` a run that has no checkpoint yet begins anew, so that a scheduler can repeat
+    one command line until the run is done.
+
+    Raises:
+        ValueError: a new run in a folder that holds one, a folder that cannot be written to, or nothing to go on from.
+    """
+    folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--output_dir: expected a folder that can be written to, got {folder}")
+    if wanted is not None and wanted.lower() != "true":  # YAML's true arrives as True
+        checkpoint = wanted if _is_complete(Path(wanted)) else _last_checkpoint(Path(wanted))
+        if checkpoint is None:
+            raise ValueError(
+                "--resume_from_checkpoint: expected a checkpoint, a folder with checkpoints, or true for the last one"
+                f" in --output_dir ({folder}), got {wanted}, which has none"
+            )
+        return checkpoint
+    last = _last_checkpoint(folder)
+    if last is not None and wanted is None:
+        raise ValueError(
+            f"--output_dir: {folder} already holds a run: continue it with --resume_from_checkpoint true, or choose"
+            " another folder"
+        )
+    if last is None and any((folder / name).exists() for name in MODEL_FILES):
+        raise ValueError(f"--output_dir: {folder} already holds a model: choose another folder")
+    return last
+
+
+def steps_done(checkpoint: str | None, steps: int, output_dir: str) -> int:
+    """The optimizer steps behind a checkpoint; 0 for none. All of them if a run was stopped before it saved its model.
+
+    Raises:
+        ValueError: nothing is left to do.
+    """
+    if checkpoint is None:
+        return 0
+    done = load_state(checkpoint).global_step
+    if done > steps or (done == steps and Path(output_dir, TRAINER_STATE_NAME).exists()):
+        raise ValueError(
+            f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
+            " raise --max_steps or --num_train_epochs"
+        )
+    return done
+
+
+def load_state(checkpoint: str) -> TrainerState:
+    """How far the training was that wrote a checkpoint."""
+    return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+
+
+def move_into_place(written: Path, place: Path) -> None:
+    """Rename a finished checkpoint; one that is there already gives way, and is never seen in parts."""
+    if place.exists():  # of a run that was continued from an earlier one
+        place.rename(written.parent / "replaced")
+    written.rename(place)
+    shutil.rmtree(written.parent)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    # Of folders that another program wrote in place: this is what `transformers.Trainer` writes last.
+    return (checkpoint / TRAINER_STATE_NAME).is_file()
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    complete = {
+        int(step): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := path.name.rpartition("-")[2]).isdecimal() and _is_complete(path)
+    }
+    return str(complete[max(complete)]) if complete else None

@@ -1,0 +1,199 @@
+"""FSDP2: a model divided over processes is trained, measured, saved and resumed as one in one piece."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch.profiler import profile
+
+from disc_train.sharding import own_part
+from disc_train.trainer import DiscTrainer
+
+
+SHARDED = ("--fsdp",)
+STEPS = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_steps", 3, "--logging_steps", 1)
+
+
+def shard_on_the_cpu():
+    """accelerate divides models over accelerators only; PyTorch over any devices. So accelerate is told otherwise."""
+    real = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+def count_what_is_sent():
+    """Prints, for every step, the collectives, and the share of both models that a process holds behind it."""
+    shard_on_the_cpu()
+    real = DiscTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        with profile() as profiled:
+            loss = real(self, *args, **kwargs)
+        names = [event.name for event in profiled.events()]
+        counts = [names.count(f"c10d::{name}") for name in ("_allgather_base_", "_reduce_scatter_base_")]
+        held = [sum(own_part(part).numel() for part in model.parameters()) for model in (self.model, self.teacher)]
+        print("step:", *counts, *held)
+        return loss
+
+    DiscTrainer.training_step = step
+
+
+@pytest.fixture
+def train(start, tmp_path):
+    """train(name, *flags, world=1): a run in a folder of that name, which is returned; of several processes, sharded.
+
+    What the first process printed is in a file `log` there.
+    """
+
+    def run(name, *flags, world=1, by_config=True, saves="no", **options):
+        if world > 1:
+            flags = (*(SHARDED if by_config else ()), *flags)
+            options.setdefault("prepare", shard_on_the_cpu)
+        flags = (*STEPS, "--save_strategy", saves, *flags, "--output_dir", tmp_path / name)
+        started = start(*flags, world=world, **options)
+        assert set(started.wait()) == {0}, started.logs
+        (tmp_path / name / "log").write_text(started.logs[0])
+        return tmp_path / name
+
+    return run
+
+
+def _losses(folder):
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def _batch(documents, accumulated=1):
+    return "--per_device_train_batch_size", documents, "--gradient_accumulation_steps", accumulated
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_steps_of_one_process(tied, train, weights, make_model, model_folder):
+    """Loss, weights, and the signal before and after."""
+    make_model(tie_word_embeddings=tied).save_pretrained(model_folder)
+    whole = train("whole", *_batch(4))
+    parts = train("parts", *_batch(1, 2), "--gradient_checkpointing", "true", world=2)
+    assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5)
+    signals = [
+        re.findall(r"signal +([\d.]+) -> ([\d.]+) nats", (folder / "log").read_text()) for folder in (whole, parts)
+    ]
+    assert signals[0] == signals[1] and len(signals[0]) == 1
+
+
+def test_sixteen_bits_over_float32_weights(train, weights, model_folder):
+    """As far from one process's weights as rounding in other places takes it, and no step is lost to rounding."""
+    small = ("--bf16", "true", "--learning_rate", "1e-3")
+    whole = train("whole", *_batch(4), *small)
+    parts = train("parts", *_batch(2), *small, world=2)
+    moved = weights(whole) - weights(model_folder)
+    assert (weights(parts) - weights(whole)).norm() < 0.05 * moved.norm()
+    assert load_file(parts / "model.safetensors")["lm_head.weight"].dtype == torch.float32
+    assert _losses(parts) == pytest.approx(_losses(whole), rel=0.02)
+
+
+@pytest.mark.parametrize("kept", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_resumed_bit_for_bit(kept, train, weights, make_model, model_folder):
+    make_model(attention_dropout=0.2).save_pretrained(model_folder)
+    config = json.dumps({"state_dict_type": kept})
+    flags = (*_batch(2), "--fsdp_config", config, "--save_steps", 1, "--optim", "adamw_torch", "--num_train_epochs", 2)
+    whole = train("whole", *flags, "--max_steps", -1, world=2, saves="steps")
+    last = whole / "checkpoint-3"
+    parts = train("parts", *flags, "--max_steps", -1, "--resume_from_checkpoint", last, world=2, saves="steps")
+    assert torch.equal(weights(parts), weights(whole))
+    assert not torch.equal(weights(parts), weights(model_folder))
+
+
+def test_what_is_gathered_and_held(train, make_model):
+    """Of embeddings, two layers, and norm with head: each once forward, all but the last again for the backward pass.
+
+    The teacher's head stays whole, once it is. Gradients are reduced once each.
+    """
+    folder = train("parts", *_batch(4), world=2, prepare=count_what_is_sent)
+    steps = [list(map(int, line.split()[1:])) for line in (folder / "log").read_text().splitlines() if "step:" in line]
+    total = make_model().num_parameters()
+    head = sum(parameter.numel() for parameter in (make_model().lm_head.weight, make_model().model.norm.weight))
+    assert len(steps) == 3
+    for all_gathers, reduce_scatters, of_student, of_teacher in steps[1:]:
+        assert (all_gathers, reduce_scatters) == (4 + 3 + 3, 4)
+        assert of_student == total / 2
+        assert of_teacher == (total - head) / 2 + head
+
+
+def test_set_up_by_accelerate(train, weights):
+    """By what `accelerate launch` makes of its configuration file."""
+    whole = train("whole", *_batch(4))
+    environment = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }
+    parts = train("parts", *_batch(2), world=2, by_config=False, environment=environment)
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
+
+
+def break_a_part():
+    """Puts a NaN into the second process's part, behind the last step."""
+    shard_on_the_cpu()
+    real = DiscTrainer.save_model
+
+    def save(self, *args, **kwargs):
+        if self.args.process_index == 1:
+            own_part(self.model.lm_head.weight).data[3] = math.nan
+        real(self, *args, **kwargs)
+
+    DiscTrainer.save_model = save
+
+
+def test_weights_broken_in_one_part_are_not_saved(start, tmp_path):
+    flags = (*STEPS, *SHARDED, "--max_steps", 1, "--save_steps", 1, "--output_dir", tmp_path / "out")
+    run = start(*flags, world=2, prepare=break_a_part)
+    assert run.wait() == [1, 1]
+    assert all("step 1: lm_head.weight is not finite after it" in log for log in run.logs)
+    assert not list((tmp_path / "out").glob("**/*.safetensors"))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_adapters(sharded, start, tmp_path, resumes):
+    """Trained as in one process, saved alone, and resumed."""
+    resumes(1 if sharded else 2)
+    # With an epsilon this large Adam's steps follow the gradients, not their rounding.
+    flags = (*STEPS, "--optim", "adamw_torch", "--adam_epsilon", "1e-2", "--lora_rank", 4, "--lora_dropout", 0)
+    assert start(*flags, *_batch(4), "--output_dir", tmp_path / "whole").wait() == [0]
+    flags = (*flags, *_batch(2), *(SHARDED if sharded else ()), "--save_steps", 1)
+    several = {"world": 2, "prepare": shard_on_the_cpu if sharded else None}
+    for name, more in (("parts", ()), ("again", ("--resume_from_checkpoint", tmp_path / "parts" / "checkpoint-2"))):
+        run = start(*flags, *more, "--output_dir", tmp_path / name, **several)
+        assert run.wait() == [0, 0], run.logs
+    whole, parts, again = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts", "again")
+    )
+    assert whole.keys() == parts.keys() == again.keys()
+    for name, value in whole.items():
+        assert torch.allclose(parts[name], value, rtol=0, atol=1e-6), name
+        assert torch.equal(parts[name], again[name]), name
+    assert all(value.abs().max() > 1e-4 for name, value in whole.items() if "lora_B" in name)
+    assert not [path for path in (tmp_path / "parts").rglob("*model*") if not path.name.startswith("adapter_model")]
+
+
+def test_without_accelerators_nothing_could_be_sharded(start):
+    run = start(*SHARDED, world=2)
+    assert run.wait() == [1, 1]
+    assert "--fsdp: expected an accelerator in every process" in run.logs[0]
