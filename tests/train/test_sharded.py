@@ -14,7 +14,6 @@ from torch.profiler import profile
 from disc_train.sharding import own_part
 from disc_train.trainer import DiscTrainer
 
-
 SHARDED = ("--fsdp",)
 STEPS = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_steps", 3, "--logging_steps", 1)
 
