@@ -16,37 +16,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config
 
 from benchmarks.accuracy import Wrong
 from benchmarks.cost_model import Model, Plan
+from benchmarks.scaling_steps import compute_dtype, divide, prepare_calls
 from benchmarks.step_cases import TINY, Shape
 from benchmarks.step_run import BOUNDS
-from disc_kernels import fused_suffix_kl
-from disc_train.causal_lm import head_of, hidden_states
 from disc_train.example import NO_IDS, Branch, Example, Place
-from disc_train.objectives import suffix_kl
-from disc_train.packing import PackedBatch, collator
+from disc_train.packing import collator
 
 SHAPE = replace(TINY, name="tiny, head not tied", tie_word_embeddings=False)
-TEMPERATURE = 2.0
 TIMEOUT = 300  # s, of a world
 COMPARED = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
 
@@ -61,7 +54,7 @@ def model_of(shape: Shape) -> Model:
         shape.num_attention_heads,
         shape.num_key_value_heads,
         shape.vocab_size,
-        qkv_bias=shape.config.model_type == "qwen2",
+        qkv_bias=shape.config is Qwen2Config,
     )
 
 
@@ -75,133 +68,6 @@ def examples(first: int, count: int, vocab: int) -> list[Example]:
         branches = [Branch(ids[start : start + suffix], Place(start), Place(0)) for start in starts]
         made.append(Example(str(number), ids, NO_IDS, branches))
     return made
-
-
-def distillation(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The batch's loss, summed over its documents; each model reads through its own call."""
-    with torch.no_grad():
-        teacher_hidden = teacher(batch["teacher_input_ids"], batch["teacher_layout"])
-    student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
-    pair = (student_hidden, head_of(student)), (teacher_hidden, head_of(teacher))
-    return TEMPERATURE**2 * suffix_kl(*pair, batch, TEMPERATURE, reduction="sum")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Steps. Each function divides the models and returns the call that is a step: it leaves the gradient of the mean loss
-# of all ranks' documents on the parameters, and gives this rank's part of that mean. `scale` is 1 / all documents.
-
-Step = Callable[[], Tensor]
-
-
-def data_parallel(
-    plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float
-) -> Step:
-    teacher.forward = partial(hidden_states, teacher)  # type: ignore[method-assign]
-    student.forward = partial(distillation, student, teacher, batch)  # type: ignore[method-assign]
-    wrapped = DistributedDataParallel(student) if plan.ranks > 1 else student
-
-    def step() -> Tensor:
-        loss = scale * wrapped()
-        (plan.ranks * loss).backward()  # gradients are averaged over ranks
-        return loss.detach()
-
-    return step
-
-
-def sharded(plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float) -> Step:
-    teacher.forward = partial(hidden_states, teacher)  # type: ignore[method-assign]
-    student.forward = partial(distillation, student, teacher, batch)  # type: ignore[method-assign]
-    mesh = _mesh(plan, plan.shard)
-    for model in (student, teacher):
-        _shard(model, model.get_decoder().layers, mesh, plan)
-
-    def step() -> Tensor:
-        loss = scale * student()
-        (plan.ranks * loss).backward()
-        teacher.reshard()  # type: ignore[operator]  # its head was needed for longer than its forward
-        return loss.detach()
-
-    return step
-
-
-def divided_vocabulary(
-    plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float
-) -> Step:
-    """Decoders sharded over all ranks; of the heads each rank has a part, and sees all rows of its group."""
-    mesh, heads = _mesh(plan, plan.shard), _mesh(plan, plan.vocab)
-    copies, group = heads.get_group("copies"), heads.get_group("parts")
-    for model in (student, teacher):
-        part = model.lm_head.weight.chunk(plan.vocab)[group.rank()].detach().clone()
-        model.lm_head.weight = nn.Parameter(part, requires_grad=model is student)
-        _shard(model.get_decoder(), model.get_decoder().layers, mesh, plan, reshard_root=model is teacher)
-    dtype = _compute_dtype(plan)
-
-    def rows(hidden: Tensor, index: np.ndarray) -> Tensor:
-        return _Gather.apply(hidden.flatten(0, 1)[torch.from_numpy(index)], group)
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            teacher_rows = rows(
-                hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"]), batch["teacher_index"]
-            )
-        student_rows = rows(hidden_states(student, batch["input_ids"], batch["layout"]), batch["student_index"])
-        of_group = fused_suffix_kl(
-            student_rows,
-            student.lm_head.weight.to(dtype),
-            teacher_rows,
-            teacher.lm_head.weight.to(dtype),
-            row_weight=_Gather.apply(batch["row_weight"], group),
-            temperature=TEMPERATURE,
-            reduction="sum",
-            vocab_group=group,
-        )
-        loss = scale * TEMPERATURE**2 * of_group
-        (plan.ranks * loss).backward()
-        head = student.lm_head.weight.grad
-        if copies.size() > 1:
-            dist.all_reduce(head, group=copies)
-        head /= plan.ranks
-        return loss.detach() / plan.vocab
-
-    return step
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' rows, of which each has as many; every rank has the gradient of all of them."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.own = slice(group.rank() * len(x), (group.rank() + 1) * len(x))
-        gathered = x.new_empty(group.size(), *x.shape)
-        dist.all_gather(list(gathered), x.contiguous(), group=group)
-        return gathered.flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.own], None
-
-
-def _compute_dtype(plan: Plan) -> torch.dtype:
-    return torch.float32 if plan.compute_bytes == 4 else torch.bfloat16
-
-
-def _mesh(plan: Plan, parts: int) -> DeviceMesh:
-    """Copies of neighbouring ranks that hold a part each."""
-    return init_device_mesh("cpu", (plan.ranks // parts, parts), mesh_dim_names=("copies", "parts"))
-
-
-def _shard(
-    root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, plan: Plan, reshard_root: bool | None = None
-) -> None:
-    policy = MixedPrecisionPolicy(_compute_dtype(plan), torch.float32, cast_forward_inputs=False)
-    mesh = mesh if mesh.size(0) > 1 else mesh["parts"]
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_root)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting and measuring
 
 
 class CollectiveBytes(TorchDispatchMode):
@@ -240,7 +106,7 @@ class World:
 
     ranks: int
     plans: list[Plan]
-    sizes: dict[str, int]  # of `Shape`, that differ from `SHAPE`'s
+    sizes: dict[str, Any]  # of `Shape`, that differ from `SHAPE`'s
     documents: int  # a rank and step
     rounds: int  # that are timed
 
@@ -252,15 +118,14 @@ class World:
 def measure(world: World, plan: Plan, rank: int, expected: dict[str, Tensor]) -> dict[str, Any]:
     teacher = world.shape.teacher("cpu")
     student = world.shape.student(teacher)
-    teacher = teacher.to(_compute_dtype(plan))  # type: ignore[arg-type]
+    teacher = teacher.to(compute_dtype(plan))  # type: ignore[arg-type]
     own = examples(rank * world.documents, world.documents, world.shape.vocab_size)
     batch = collator(student, teacher)(own)
-    divide = divided_vocabulary if plan.vocab > 1 else data_parallel if plan.shard == 1 else sharded
     step = divide(plan, student, teacher, batch, 1 / (world.ranks * world.documents))
 
     loss = step()
     dist.all_reduce(loss)
-    errors = _errors({"loss": loss} | _gradients(student, plan), expected, _compute_dtype(plan))
+    errors = _errors({"loss": loss} | _gradients(student, plan), expected, compute_dtype(plan))
     step()  # DDP arranges its buckets after the first
     with CollectiveBytes() as counter:
         step()
@@ -285,22 +150,28 @@ def one_process(world: World) -> dict[str, Tensor]:
     teacher = world.shape.teacher("cpu")
     student = world.shape.student(teacher)
     batch = collator(student, teacher)(examples(0, world.ranks * world.documents, world.shape.vocab_size))
-    teacher.forward = partial(hidden_states, teacher)  # type: ignore[method-assign]
-    loss = distillation(student, teacher, batch) / (world.ranks * world.documents)
+    prepare_calls(student, teacher, batch)
+    loss = student() / (world.ranks * world.documents)
     loss.backward()
-    return {"loss": loss.detach()} | {name: student.get_parameter(name).grad for name in COMPARED}
+    return {"loss": loss.detach()} | {name: _gradient(student, name) for name in COMPARED}
 
 
 def _gradients(student: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     gradients = {}
     for name in COMPARED:
-        gradient = student.get_parameter(name).grad
+        gradient = _gradient(student, name)
         gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
     if plan.vocab > 1:  # the first group's ranks are this group's in order
         parts = [torch.empty_like(gradients["lm_head.weight"]) for _ in range(plan.ranks)]
         dist.all_gather(parts, gradients["lm_head.weight"])
         gradients["lm_head.weight"] = torch.cat(parts[: plan.vocab])
     return gradients
+
+
+def _gradient(student: PreTrainedModel, name: str) -> Tensor:
+    gradient = student.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
 
 
 def _errors(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
@@ -310,10 +181,6 @@ def _errors(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dt
         if not errors[name] <= BOUNDS[dtype]:
             raise Wrong(f"relative error of {name} {errors[name]:.1e}")
     return errors
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Worlds
 
 
 def run_world(world: World) -> list[dict[str, Any]]:

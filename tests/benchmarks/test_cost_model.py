@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -23,9 +22,9 @@ from benchmarks.cost_model import (
     operations,
     predict,
 )
-from benchmarks.scaling_run import SHAPE, World, distillation, examples, model_of, run_world
+from benchmarks.scaling_run import SHAPE, World, examples, model_of, run_world
+from benchmarks.scaling_steps import prepare_calls
 from benchmarks.step_cases import QWEN_7B
-from disc_train.causal_lm import hidden_states
 from disc_train.packing import collator
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
@@ -60,8 +59,8 @@ def _step(count):
     for model in (student, teacher):
         model.set_attn_implementation("eager")
     batch = collator(student, teacher)(examples(0, count, SMALL.vocab_size))
-    teacher.forward = partial(hidden_states, teacher)
-    return batch, lambda: distillation(student, teacher, batch).backward()
+    prepare_calls(student, teacher, batch)
+    return batch, lambda: student().backward()
 
 
 def test_documents_are_packed_as_counted():
