@@ -7,24 +7,24 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from disc_train.example import Branch, Example, Place
+from disc_train.example import NO_IDS, Branch, Example, Place
 from disc_train.splits import Split, TokenizedDocument, check_split_options, choose_splits
 from disc_train.templates import NO_TEMPLATES, Templates
 
+MIN_TOKENS = 2  # of a document without a context: its first token is never predicted
 DRAWS = 20  # how often splits are drawn for a document before it counts as too short
 
 
 class ExampleDataset(Dataset[Example]):
     """Examples that are the same in every epoch.
 
-    Attributes:
+    Args:
         noun: what an example is called in messages.
     """
 
-    noun = "record"
-
-    def __init__(self, examples: Sequence[Example]) -> None:
+    def __init__(self, examples: Sequence[Example], noun: str = "record") -> None:
         self.examples = examples
+        self.noun = noun
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -34,6 +34,23 @@ class ExampleDataset(Dataset[Example]):
 
     def set_epoch(self, epoch: int) -> None:
         """Give the examples of this epoch from now on."""
+
+
+def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
+    """An example for each document of at least 2 tokens: all of it is the target, and nothing stands before it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    nothing = Place(0)
+    examples = [
+        Example(document.name, NO_IDS, NO_IDS, [Branch(document.input_ids, teacher=nothing, student=nothing)])
+        for document in documents
+        if len(document.input_ids) >= MIN_TOKENS
+    ]
+    if not examples:
+        raise ValueError(f"expected a document of at least {MIN_TOKENS} tokens, got {len(documents)} shorter ones")
+    return ExampleDataset(examples, noun="document")
 
 
 class DocumentDataset(ExampleDataset):

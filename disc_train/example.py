@@ -44,6 +44,7 @@ class Example:
         name: for messages.
         teacher_trunk, student_trunk: what the branches have in common before their targets, read once for all.
         branches: at least one; all weigh the same.
+        replayed: not taught by the method: the student is held to what the teacher says of it.
 
     Raises:
         ValueError: naming the example: no branch, a target without a token that can be predicted, or a branch that
@@ -54,6 +55,7 @@ class Example:
     teacher_trunk: Ids
     student_trunk: Ids
     branches: Sequence[Branch]
+    replayed: bool = False
 
     def __post_init__(self) -> None:
         if not self.branches:

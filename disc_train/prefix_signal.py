@@ -16,10 +16,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from disc_train.causal_lm import head_of, hidden_states, log_probability
+from disc_train.causal_lm import log_probability
 from disc_train.dataset import ExampleDataset
 from disc_train.example import Branch, Example
-from disc_train.objectives import suffix_kl
+from disc_train.objectives import Side, batch_rows, divergence, teacher_side
 from disc_train.packing import collator
 
 MIN_GAIN = 0.02  # nats a token: half a nat over a target of 25 tokens, less than one choice between two
@@ -82,7 +82,7 @@ def evenly_spaced(dataset: ExampleDataset, count: int = 100) -> list[Example]:
 @torch.no_grad()
 def measure_signal(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | None,
     examples: Sequence[Example],
     *,
     temperature: float,
@@ -91,41 +91,36 @@ def measure_signal(
 
     Args:
         student, teacher: prepared by `disc_train.causal_lm.use_attention`, on one device; the student's mode (train or
-            eval) is kept.
+            eval) is kept. No teacher: the student without its adapters.
     """
     training = student.training
     student.eval()
-    student_head, teacher_head = head_of(student), head_of(teacher)
-    collate = collator(student, teacher)
+    collate = collator(student, teacher or student)
     longest = max(_teacher_reads(branch) for example in examples for branch in example.branches)
     signal = Signal([], [], [])
     for number, example in enumerate(examples):
         batch = send_to_device(collate([example]), student.device)
         weight, targets = batch["row_weight"], batch["targets"]
-        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
-        divergence = suffix_kl(
-            (student_hidden, student_head), (teacher_hidden, teacher_head), batch, temperature, reduction="none"
-        )
-        signal.divergence.append(float(divergence @ weight))
+        rows = batch_rows(student, teacher, batch)
+        assert rows.teacher is not None
+        signal.divergence.append(float(divergence(rows, temperature, reduction="none") @ weight))
 
-        own = log_probability(teacher_head, _rows(teacher_hidden, batch["teacher_index"]), targets) @ weight
-        none = log_probability(student_head, _rows(student_hidden, batch["student_index"]), targets) @ weight
+        own = _log_probability(rows.teacher, targets) @ weight
+        none = _log_probability(rows.student, targets) @ weight
         signal.over_none.append(float(own - none))
 
         other = _another(examples, number)
         if other is not None:
             batch = send_to_device(collate([_behind(other, example, longest)]), student.device)
-            hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
-            behind = log_probability(teacher_head, _rows(hidden, batch["teacher_index"]), targets) @ weight
+            behind = _log_probability(teacher_side(student, teacher, batch), targets) @ weight
             signal.over_other.append(float(own - behind))
     student.train(training)
     return signal
 
 
-def _rows(hidden: Tensor, index: np.ndarray) -> Tensor:
-    """[M, D]: rows of hidden states [rows, L, D]."""
-    return hidden.flatten(0, 1)[index]
+def _log_probability(side: Side, targets: Tensor) -> Tensor:
+    """[M], in nats."""
+    return log_probability(side.head, side.hidden.flatten(0, 1)[side.index], targets)
 
 
 def _another(examples: Sequence[Example], number: int) -> Example | None:

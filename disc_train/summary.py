@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
@@ -110,12 +111,19 @@ def describe_packing(
     tried = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
     packed = [collate([dataset[i] for i in batch]) for batch in tried]
     usage = sum((batch["usage"] for batch in packed), Usage())
-    rows = [sum(len(batch[side]) for batch in packed) / len(packed) for side in ("teacher_input_ids", "input_ids")]
+
+    def rows(side: Literal["input_ids", "teacher_input_ids"]) -> float:
+        return sum(0 if (ids := batch[side]) is None else len(ids) for batch in packed) / len(packed)
+
+    teacher, student = rows("teacher_input_ids"), rows("input_ids")
+    readers, where = "the student reads", f"{student:.1f} rows"
+    if teacher:
+        readers, where = "both models read", f"{teacher:.1f} rows of the teacher and {student:.1f} of the student"
     padding = 1 - usage.efficiency
     return (
         "packing",
-        f"both models read {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass"
-        f" for every target, in {rows[0]:.1f} rows of the teacher and {rows[1]:.1f} of the student; "
+        f"{readers} {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass for"
+        f" every target, in {where}; "
         + (f"{padding:.1%} padding" if padding else "no padding")
         + f" ({len(packed):,} tried)",
     )

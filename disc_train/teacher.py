@@ -1,4 +1,8 @@
-"""The teacher: a frozen copy of the model that the student starts from, or another model with the same tokenizer."""
+"""The teacher: a frozen copy of the model that the student starts from, another model with the same tokenizer, or the
+student itself with its adapters switched off."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -15,3 +19,19 @@ def load_teacher(name_or_path: str, student: PreTrainedModel, args: TrainingArgu
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """No gradients, no dropout."""
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def reading_as_teacher(teacher: PreTrainedModel | None, student: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The teacher; for None the student as it was before its adapters: they are off meanwhile, and so is dropout."""
+    if teacher is not None:
+        yield teacher
+        return
+    training = student.training
+    student.eval()
+    student.disable_adapters()
+    try:
+        yield student
+    finally:
+        student.enable_adapters()
+        student.train(training)

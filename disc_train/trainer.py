@@ -1,23 +1,25 @@
-"""`transformers.Trainer` with the loss of context distillation; all but the loss and its normalisation is theirs."""
+"""`transformers.Trainer` with the loss of a method; all but the loss and its normalisation is theirs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from disc_train import objectives
 from disc_train.causal_lm import use_attention
 from disc_train.dataset import ExampleDataset
+from disc_train.lora import has_adapters
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.teacher import freeze
 
 
 class DiscTrainer(Trainer):
-    """Train `model` to predict in its context what `teacher` predicts in another, behind a document's beginning, say.
+    """Train `model` by one of the methods of `disc_train.objectives`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
     they are spread over micro-batches and processes::
@@ -33,10 +35,15 @@ class DiscTrainer(Trainer):
     Args:
         model: the student, a causal language model.
         teacher: another model object, usually with the same weights; it is frozen and moved to the student's device.
+            None where method and data need none (ft, talr), or where `model` has adapters (`disc_train.lora`): the
+            teacher is then `model` with them switched off.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
             training either way, and the filter waits for the device at every micro-batch.
         train_dataset: the examples.
-        temperature: of both models' distributions; the loss is multiplied by its square.
+        method: disc, cd, ft, ft_kl or talr; `disc_train.dataset` has the examples for each.
+        temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
+        ce_weight: disc and cd: of the cross-entropy on the same tokens.
+        kl_weight: ft_kl: of the KL from the teacher.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
@@ -46,8 +53,8 @@ class DiscTrainer(Trainer):
             read than with a sequence for every target.
 
     Raises:
-        ValueError: `teacher` is `model`; a model fails the checks of `disc_train.causal_lm.use_attention`; one process
-            would use several GPUs.
+        ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of
+            `disc_train.causal_lm.use_attention`; one process would use several GPUs.
         FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """
@@ -55,16 +62,20 @@ class DiscTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         args: TrainingArguments,
         train_dataset: ExampleDataset,
         *,
+        method: str = "disc",
         temperature: float = 2.0,
+        ce_weight: float = 0.0,
+        kl_weight: float = 0.1,
         attention: str = "auto",
         **options: Any,
     ) -> None:
-        if teacher is model:
-            raise ValueError("teacher: expected a model object of its own, got the one that is trained")
+        if method not in objectives.OBJECTIVES:
+            raise ValueError(f"method: expected one of {', '.join(objectives.OBJECTIVES)}, got {method!r}")
+        _check_teacher(model, teacher, needed=method in objectives.WITH_TEACHER)
         if args.n_gpu > 1:
             raise ValueError(
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
@@ -79,14 +90,17 @@ class DiscTrainer(Trainer):
         self.add_callback(_EpochSetter(train_dataset))
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        self.teacher = freeze(teacher).to(args.device)  # type: ignore[arg-type]
-        self.temperature = temperature
+        self.teacher = None if teacher is None else freeze(teacher).to(args.device)  # type: ignore[arg-type]
+        self.method = method
+        self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
-        for prepared in (model, self.teacher):
-            use_attention(prepared, attention)
-        self.data_collator = collator(model, self.teacher)  # type: ignore[assignment]
+        use_attention(model, attention)
+        if self.teacher is not None:
+            use_attention(self.teacher, attention)
+        compare_all = method in objectives.WITH_TEACHER
+        self.data_collator = collator(model, self.teacher or model, compare_all)  # type: ignore[assignment]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
@@ -104,23 +118,42 @@ class DiscTrainer(Trainer):
         examples, *usage_of_all = counts.tolist()
         self.examples_read += examples
         self.usage += Usage(*usage_of_all)
+        if self.method == "talr" and (len(batches) > 1 or self.args.world_size > 1):
+            self.settings = self.settings._replace(tau=self._tau(batches))
         return batches, examples
+
+    @torch.no_grad()
+    def _tau(self, batches: list[PackedBatch]) -> Tensor:
+        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each."""
+        means = [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
+        values = torch.cat(means)
+        return objectives.median(torch.tensor(gather_object(values.tolist()), device=values.device))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """This batch's part of the step's loss: its examples' losses over the number of examples in the step."""
-        student = self.accelerator.unwrap_model(model)
 
-        def loss_of(batch: PackedBatch) -> Tensor:
-            with self.accelerator.autocast():
-                return objectives.distill(student, self.teacher, batch, temperature=self.temperature)
+        def loss_of(student: PreTrainedModel, batch: PackedBatch) -> Tensor:
+            return objectives.batch_loss(self.method, student, self.teacher, batch, self.settings)
 
-        # Through the forward of whatever wraps the student, not around it: there DDP prepares to reduce gradients.
-        with patch.object(student, "forward", loss_of):
-            loss = model(inputs)
+        loss = self._through(model, inputs, loss_of)
         # DDP averages gradients over processes, but the loss is a sum over the examples of all of them.
         return loss * (self.accelerator.num_processes / num_items_in_batch)
+
+    def _through(
+        self, model: nn.Module, batch: Any, function: Callable[[PreTrainedModel, PackedBatch], Tensor]
+    ) -> Tensor:
+        """`function` of the student and a batch, run as the forward of whatever wraps the student, not around it: there
+        DDP prepares to reduce gradients."""
+        student = self.accelerator.unwrap_model(model)
+
+        def forward(batch: PackedBatch) -> Tensor:
+            with self.accelerator.autocast():
+                return function(student, batch)
+
+        with patch.object(student, "forward", forward):
+            return model(batch)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; a loss that is not finite ends the training."""
@@ -150,6 +183,15 @@ class DiscTrainer(Trainer):
                     " intact"
                 )
         super().save_model(output_dir, _internal_call)
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> None:
+    if teacher is model:
+        raise ValueError("teacher: expected a model object of its own, got the one that is trained")
+    if needed and teacher is None and not has_adapters(model):
+        raise ValueError("teacher: expected a model, which this method compares the student with, got None")
+    if teacher is not None and not needed:
+        raise ValueError(f"teacher: expected None, this method compares with no teacher, got {type(teacher).__name__}")
 
 
 class _EpochSetter(TrainerCallback):

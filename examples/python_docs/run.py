@@ -7,19 +7,20 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from prepare import CONTEXT, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import head_of, hidden_states, log_probability, use_attention
+from disc_train.causal_lm import use_attention
 from disc_train.cli import main as disc_train
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
 from disc_train.evaluate import kl_to_reference
 from disc_train.example import Example
-from disc_train.objectives import suffix_kl
+from disc_train.objectives import batch_rows, cross_entropy, divergence
 from disc_train.packing import pack
 from disc_train.splits import tokenize_document
 
@@ -36,18 +37,16 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
 
     The means over all tokens that both predict: not the first of a suffix, which the student cannot.
     """
-    heads = head_of(student), head_of(teacher)
     columns = []
     for example in examples:
-        batch = pack([example])
-        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
-        teacher_hidden = hidden_states(teacher, batch["teacher_input_ids"], batch["teacher_layout"])
+        rows = batch_rows(student, teacher, pack([example]))
+        assert rows.teacher is not None
         columns.append(
             torch.stack(
                 [
-                    -log_probability(heads[0], student_hidden.flatten(0, 1)[batch["student_index"]], batch["targets"]),
-                    -log_probability(heads[1], teacher_hidden.flatten(0, 1)[batch["teacher_index"]], batch["targets"]),
-                    suffix_kl((student_hidden, heads[0]), (teacher_hidden, heads[1]), batch, 1.0, reduction="none"),
+                    cross_entropy(rows, reduction="none"),
+                    cross_entropy(replace(rows, student=rows.teacher), reduction="none"),
+                    divergence(rows, temperature=1.0, reduction="none"),
                 ]
             )
         )

@@ -13,7 +13,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from disc_train.causal_lm import use_attention
 from disc_train.contexts import load_records
 from disc_train.dataset import DocumentDataset
-from disc_train.objectives import distill
+from disc_train.objectives import Settings, batch_loss
 from disc_train.packing import collator, pack
 from disc_train.rows import RowRule
 from disc_train.templates import read_templates
@@ -152,7 +152,7 @@ def compare(make_model, perturbed):
 
         for prepared in (student, teacher):
             use_attention(prepared, "auto")
-        got = distill(student, teacher, make_batch(student, teacher), temperature=TEMPERATURE)
+        got = batch_loss("cd", student, teacher, make_batch(student, teacher), Settings(TEMPERATURE))
         got.backward()
         gradients = [
             float((parameter.grad - wanted.grad).norm() / wanted.grad.norm())
