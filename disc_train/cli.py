@@ -1,35 +1,69 @@
-"""The `disc-train` command.
+"""The commands `disc-train`, `disc-eval` and `disc-generate`.
 
 Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `disc-train [CONFIG.yaml] [--flag value ...]`. Errors a user can mend are one line on stderr."""
-    # Imported here: torch and transformers take seconds.
+    return _run("disc-train", _train, argv)
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """Run `disc-eval [CONFIG.yaml] [--flag value ...]`."""
+    return _run("disc-eval", _evaluate, argv)
+
+
+def generate(argv: Sequence[str] | None = None) -> int:
+    """Run `disc-generate [CONFIG.yaml] [--flag value ...]`."""
+    return _run("disc-generate", _generate, argv)
+
+
+# Each reads a command line and returns what it asks for. Imports are inside: torch and transformers take seconds.
+
+
+def _train(argv: Sequence[str]) -> Callable[[], None]:
     from disc_train.config import parse_arguments
     from disc_train.run import run
 
+    return partial(run, *parse_arguments(argv))
+
+
+def _evaluate(argv: Sequence[str]) -> Callable[[], None]:
+    from disc_train.evaluation.config import parse_arguments
+    from disc_train.evaluation.run import run
+
+    return partial(run, parse_arguments(argv))
+
+
+def _generate(argv: Sequence[str]) -> Callable[[], None]:
+    from disc_train.generate import parse_arguments, run
+
+    return partial(run, parse_arguments(argv))
+
+
+def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None) -> int:
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+        work = read(sys.argv[1:] if argv is None else argv)
     except SystemExit as exit_:  # argparse has printed its help, or what is wrong
         return int(exit_.code or 0)
     except (ValueError, ImportError) as error:
-        return _failed(error, 2)
+        return _failed(command, error, 2)
     try:
-        run(*arguments)
+        work()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        return _failed(error, 1)
+        return _failed(command, error, 1)
     except KeyboardInterrupt:
-        return _failed("interrupted", 130)
+        return _failed(command, "interrupted", 130)
     return 0
 
 
-def _failed(error: Exception | str, code: int) -> int:
-    print(f"disc-train: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _failed(command: str, error: Exception | str, code: int) -> int:
+    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

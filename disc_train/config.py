@@ -1,17 +1,15 @@
 """The settings of `disc-train`, from flags and YAML: what is trained on what; the loop's are transformers' own."""
 
-import difflib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
 import torch
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
+from disc_train.flags import check_flag, check_literals, parse_flags
+from disc_train.flags import flag as _flag
 from disc_train.splits import check_language, check_split_options
 
 METHODS_AVAILABLE = ("disc", "cd")
@@ -27,10 +25,6 @@ DOCUMENT_FLAGS = (
     "teacher_template",
     "student_template",
 )
-
-
-def _flag(help: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -99,9 +93,7 @@ class DiscArguments:
     dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                self._check(name, getattr(self, name) in get_args(hint), f"one of {', '.join(get_args(hint))}")
+        check_literals(self)
         self._check("method", self.method in METHODS_AVAILABLE, "disc or cd (the others are not available yet)")
         self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto or copy (the others are not available yet)")
         self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
@@ -120,8 +112,7 @@ class DiscArguments:
             raise ValueError(f"expected one of --train_file and --dataset_name, got {got}")
 
     def _check(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"--{name}: expected {expected}, got {getattr(self, name)}")
+        check_flag(self, name, holds, expected)
 
 
 @dataclass
@@ -159,52 +150,7 @@ class LoopArguments(TrainingArguments):
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:
-    """Read `[CONFIG.yaml] [--flag value ...]`; a flag on the command line wins over the file.
-
-    Raises:
-        ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
-        SystemExit: from argparse, after it has printed help or what is wrong with a value.
-    """
-    parser = HfArgumentParser(
-        [DiscArguments, LoopArguments],  # type: ignore[list-item]
-        prog="disc-train",
-        usage="disc-train [CONFIG.yaml] [--flag value ...]",
-        description="Teach a language model the content of documents by context distillation.",
-        allow_abbrev=False,
-    )
-    flags = list(argv)
-    if flags and not flags[0].startswith("-"):
-        flags = _yaml_flags(Path(flags[0])) + flags[1:]
-    _, unknown = parser.parse_known_args(flags)
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0])}")
-    disc, loop = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+    """Read `[CONFIG.yaml] [--flag value ...]`, see `disc_train.flags.parse_flags`."""
+    description = "Teach a language model the content of documents by context distillation."
+    disc, loop = parse_flags("disc-train", description, argv, DiscArguments, LoopArguments)
     return disc, loop
-
-
-def _yaml_flags(path: Path) -> list[str]:
-    """A YAML file as flags, so that its values are read exactly as those on the command line are (3e-6 is a number)."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected 'flag: value' lines, got {type(settings).__name__}")
-    flags: list[str] = []
-    for key, value in settings.items():
-        if key not in _known_flags():
-            raise ValueError(f"{path}: unknown key {key}{_nearest(str(key))}")
-        if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        elif value is not None:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
-def _known_flags() -> set[str]:
-    return {item.name for arguments in (DiscArguments, LoopArguments) for item in fields(arguments) if item.init}
-
-
-def _nearest(name: str) -> str:
-    matches = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), _known_flags(), n=1)
-    return f"; did you mean {matches[0]}?" if matches else ""

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.chat import Message, chat_text, encode
+from disc_train.chat import Message, chat_text, check_messages, encode, reply_text
 from disc_train.context_length import ContextLength
 from disc_train.example import Branch, Example, Ids, Place
 from disc_train.records import Fields, check_text, read_records
@@ -75,12 +75,7 @@ def _checked(name: str, field: str, value: Any) -> str | list[Message]:
         return check_text(name, field, value)
     if not isinstance(value, list):
         raise ValueError(f"{name}: {field!r} must be a string or a list of messages, got {type(value).__name__}")
-    for message in value:
-        if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
-            raise ValueError(f"{name}: {field!r} must be a string or a list of messages with role and content")
-        check_text(name, f"{field}.role", message["role"])
-        check_text(name, f"{field}.content", message["content"])
-    return value
+    return check_messages(name, field, value)
 
 
 def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
@@ -110,7 +105,4 @@ def _answer(
     """What the chat template writes for the target after the prompt of its context."""
     if isinstance(context, str):
         raise ValueError("a target of chat messages needs contexts of chat messages (an empty student_context apart)")
-    conversation = chat_text(tokenizer, [*context, *target], generation_prompt=False)
-    if not conversation.startswith(prompt):
-        raise ValueError("the chat template does not continue the prompt with the target; give the target as text")
-    return conversation.removeprefix(prompt)
+    return reply_text(tokenizer, context, prompt, target[0])

@@ -18,7 +18,7 @@ from disc_train.causal_lm import use_attention
 from disc_train.cli import main as disc_train
 from disc_train.dataset import DocumentDataset
 from disc_train.documents import load_documents
-from disc_train.evaluate import kl_to_reference
+from disc_train.evaluation import kl_to_reference
 from disc_train.example import Example
 from disc_train.objectives import batch_rows, cross_entropy, divergence
 from disc_train.packing import pack

@@ -15,7 +15,7 @@ from probes import load_probes, read_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from disc_train.cli import main as disc_train
-from disc_train.evaluate import choice_accuracy, kl_to_reference
+from disc_train.evaluation import choice_accuracy, kl_to_reference
 
 HERE = Path(__file__).resolve().parent
 OUTPUT = Path("runs") / "tiny-demo"

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
-from disc_train.evaluate import choice_accuracy
+from disc_train.evaluation import choice_accuracy
 
 VOCAB_SIZE = 1536
 TOKENS_PER_STEP = 2000

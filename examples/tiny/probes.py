@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.evaluate import Probe
+from disc_train.evaluation import Probe
 
 END = "<|endoftext|>"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from disc_train.evaluate import choice_accuracy
+from disc_train.evaluation import choice_accuracy
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 

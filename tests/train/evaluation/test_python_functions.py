@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from disc_train.evaluate import Probe, choice_accuracy, kl_to_reference
+from disc_train.evaluation import Probe, choice_accuracy, kl_to_reference
 
 CHOICES = [" Merin.", " the northern tower of red stone.", " spring.", " her life!"]
 PROMPTS = [
