@@ -1,7 +1,7 @@
 """The runs to make, from a YAML file: every method over its learning rates and seeds, and the controls."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,9 @@ class Control:
 @dataclass(frozen=True)
 class Grid:
     model: Path  # folder of the initial model and its tokenizer
+    pretraining_steps: int  # of examples/tiny/pretrain.py: the names in its texts are not used again
     device: str
-    min_reading: float  # the gate: an initial model that reads fewer facts in context is no teacher
+    min_accuracy: float  # the gate: an initial model that does worse, at reading in context say, is no teacher
     methods: tuple[Row, ...]
     controls: tuple[Control, ...]
 
@@ -106,12 +107,9 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
         )
     return Grid(
         model=Path(config["model"]),
+        pretraining_steps=config["pretraining_steps"],
         device=config["device"],
-        min_reading=config["min_reading"],
+        min_accuracy=config["min_accuracy"],
         methods=tuple(row(name, settings, config["seeds"]) for name, settings in methods.items()),
         controls=tuple(controls),
     )
-
-
-def to_json(cell: Cell) -> dict[str, Any]:
-    return asdict(cell)

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
-sys.path.append(str(TINY))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
 
 import world
 from probes import END
@@ -15,6 +14,7 @@ from probes import END
 from disc_train.documents import Document
 from disc_train.evaluation import Probe
 
+TINY = Path(world.__file__).parent
 FORMS = ("stated", "reworded", "asked")
 
 

@@ -33,9 +33,7 @@ def own_sentences(
         pad_token_id=tokenizer.pad_token_id,
     )
     read = model.generate(**prompt, generation_config=config)
-    return [
-        name + tokenizer.decode(ids, skip_special_tokens=True) for ids in read[:, prompt["input_ids"].shape[1] :]
-    ]
+    return [name + tokenizer.decode(ids, skip_special_tokens=True) for ids in read[:, prompt["input_ids"].shape[1] :]]
 
 
 def share_true(sentences: Sequence[tuple[str, world.Entity]]) -> float:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 from cells import Cell, Grid, read_grid
+from page import write_page
+from plot import write_plot
 from results import Initial, Results
 from update import Laboratory
 
@@ -52,6 +54,8 @@ def make_runs(grid: Grid, results: Results, jobs: int) -> None:
     with ProcessPoolExecutor(jobs, context, _open_laboratory, (grid,)) as pool:
         for stage in (tasks, cells):
             missing = [task for task in stage if task not in results]
+            if missing:
+                results.add_environment(environment())
             start = time.monotonic()
             futures = {pool.submit(_result, task): task for task in missing}
             try:
@@ -81,8 +85,8 @@ def check_gate(grid: Grid, results: Results, tasks: Sequence[Initial]) -> None:
 
 def environment() -> dict[str, str]:
     return {
-        "machine": f"{platform.machine()} {torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}",
-        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "Python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -98,9 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     output_dir = args.output_dir or Path("runs") / "reproduction" / args.grid.stem
     try:
         grid = read_grid(args.grid, args.seeds)
-        results = Results(output_dir / "runs.jsonl", environment())
+        results = Results(output_dir / "runs.jsonl")
         make_runs(grid, results, args.jobs)
         write_page(grid, results, output_dir)
+        write_plot(grid, results, output_dir / "tradeoff.png")
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

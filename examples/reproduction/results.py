@@ -21,12 +21,16 @@ class Results:
 
     A last line that was cut off, by an interruption in the middle of writing, is taken off the file.
 
+    Attributes:
+        environments: where the results came from: versions and machines, each once.
+
     Raises:
         ValueError: naming the line: no JSON of a result.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.environments: list[dict[str, str]] = []
         self._found: dict[Cell | Initial, dict[str, Any]] = {}
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole, _, cut_off = text.rpartition("\n")
@@ -35,10 +39,13 @@ class Results:
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
                 record = json.loads(line)
+                if "environment" in record:
+                    self.environments.append(record["environment"])
+                    continue
                 task = Cell(**record["run"]) if "run" in record else Initial(**record["initial"])
+                self._found[task] = record["result"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: expected the result of a run, got {line[:80]!r}") from error
-            self._found[task] = record["result"]
 
     def __contains__(self, task: Cell | Initial) -> bool:
         return task in self._found
@@ -50,7 +57,16 @@ class Results:
 
     def add(self, task: Cell | Initial, result: dict[str, Any]) -> None:
         key = {"run": asdict(task)} if isinstance(task, Cell) else {"initial": task._asdict()}
+        self._write(key | {"result": result})
+        self._found[task] = result
+
+    def add_environment(self, environment: dict[str, str]) -> None:
+        """Say where the results that follow come from."""
+        if environment not in self.environments:
+            self._write({"environment": environment})
+            self.environments.append(environment)
+
+    def _write(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(key | {"result": result}) + "\n")
-        self._found[task] = result
+            file.write(json.dumps(record) + "\n")

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -136,8 +135,8 @@ class Laboratory:
             return batch
 
         trainer.data_collator = counted
-        start = time.perf_counter()
+        start = time.process_time()
         trainer.train()
-        compute["seconds"] = round(time.perf_counter() - start, 2)
+        compute["seconds"] = round(time.process_time() - start, 2)
         compute["steps"] = trainer.state.global_step
         return compute
