@@ -30,6 +30,10 @@ class Cell:
     ce_weight: float = 0.0
     updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher
 
+    def __post_init__(self) -> None:
+        if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
+            raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
+
 
 @dataclass(frozen=True)
 class Row:

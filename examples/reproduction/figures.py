@@ -10,7 +10,7 @@ from measures import GROUPS, SKILLS
 from results import Initial, Results
 
 CATEGORIES = {"old facts": ("old facts",), "skills": SKILLS, "reading": ("reading",)}
-TOLERANCE = 20.0  # points lost, up to which the area under the frontier is taken
+TOLERANCE = 10.0  # points lost, up to which the area under the frontier is taken
 ALLOWED = 5.0  # points lost in any category by the learning rate that a method is shown with
 
 
@@ -46,7 +46,7 @@ def finished(cells: Iterable[Cell], results: Results) -> list[dict[str, float]]:
 
 
 def area_under_frontier(points: Iterable[tuple[float, float]], start: float) -> float:
-    """The best uptake to be had for at most L points lost, averaged over L from 0 to 20: percent.
+    """The best uptake to be had for at most L points lost, averaged over L from 0 to 10: percent.
 
     Args:
         points: (points lost, uptake in percent), one a learning rate.
@@ -61,14 +61,14 @@ def area_under_frontier(points: Iterable[tuple[float, float]], start: float) -> 
     return (area + best * (TOLERANCE - reached)) / TOLERANCE
 
 
-def areas(row: Row, results: Results) -> dict[int, float]:
-    """The area under a method's frontier, by seed."""
+def areas(row: Row, results: Results, form: str = "asked") -> dict[int, float]:
+    """The area under a method's frontier, by seed, with uptake in one form of words."""
     result = {}
     for seed in dict.fromkeys(cell.seed for cell in row.cells):
         cells = [cell for cell in row.cells if cell.seed == seed]
         initial = results[Initial(seed, cells[0].documents, cells[0].said)]
-        points = [(run["points lost"], run["asked"]) for run in finished(cells, results)]
-        result[seed] = area_under_frontier(points, 100 * initial["closed_book"]["asked"]["accuracy"])
+        points = [(run["points lost"], run[form]) for run in finished(cells, results)]
+        result[seed] = area_under_frontier(points, 100 * initial["closed_book"][form]["accuracy"])
     return result
 
 
@@ -92,3 +92,11 @@ def best_rate(row: Row, results: Results) -> float | None:
         if len(runs) == len(cells) and max(losses) <= ALLOWED:
             allowed[rate] = fmean(run["asked"] for run in runs)
     return max(allowed, key=allowed.__getitem__, default=None)
+
+
+def bracketed(row: Row, results: Results) -> bool:
+    """Whether the best learning rate has others on both sides, and the largest loses all that the area is about."""
+    tried = rates(row)
+    runs = finished(at_rate(row, tried[-1]), results)
+    reached = not runs or fmean(run["points lost"] for run in runs) >= TOLERANCE
+    return reached and best_rate(row, results) in tried[1:-1]

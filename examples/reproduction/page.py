@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from cells import Cell, Control, Grid, Row
 from corpus import FORMS
-from figures import ALLOWED, CATEGORIES, TOLERANCE, areas, at_rate, best_rate, finished, rates
+from figures import ALLOWED, CATEGORIES, TOLERANCE, areas, at_rate, best_rate, bracketed, finished, rates
 from measures import GROUPS, SKILLS
 from results import Initial, Results
 
@@ -38,10 +38,10 @@ def page(grid: Grid, results: Results, discussion: str = "") -> str:
         _initial_table(grid, results),
         "## Each method's frontier\n",
         _frontier_table(grid, results),
-        "Area: the best share of new facts (asked) to be had for at most L points lost, averaged over L from 0 to"
-        f" {TOLERANCE:.0f}; points lost are the mean of old facts, skills and reading. Rate: the learning rate with the"
+        "Area: the best share of new facts, asked or reworded, to be had for at most L points lost, averaged over L from"
+        f" 0 to {TOLERANCE:.0f}; points lost are the mean of old facts, skills and reading. Rate: the learning rate with the"
         f" most new facts of those that lose at most {ALLOWED:.0f} points in each of the three; the columns after it"
-        " are at that rate.",
+        f" are at that rate. {_bracketing(grid, results)}",
         "## At that learning rate\n",
         _table_at_best(grid, results, [f"NLL {form}" for form in FORMS] + list(KL) + list(COST)),
         "Items lost and gained, one by one:\n",
@@ -60,6 +60,13 @@ def page(grid: Grid, results: Results, discussion: str = "") -> str:
 
 def _environments(results: Results) -> str:
     return "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in results.environments)
+
+
+def _bracketing(grid: Grid, results: Results) -> str:
+    beyond = [row.name for row in grid.methods if not bracketed(row, results)]
+    if beyond:
+        return f"Learning rates beyond those tried may be better for: {', '.join(beyond)}."
+    return f"All rates tried bracket the best one and reach a loss of {TOLERANCE:.0f} points."
 
 
 def _initial_table(grid: Grid, results: Results) -> str:
@@ -86,8 +93,11 @@ def _frontier_table(grid: Grid, results: Results) -> str:
     for row in grid.methods:
         area = areas(row, results)
         less = "" if row is grid.methods[0] else _spread([area[seed] - base[seed] for seed in area], "+.1f")
-        lines.append([row.name, _spread(list(area.values())), less, *_at_best(row, results, columns)])
-    return _table(["method", "area", f"less {grid.methods[0].name}'s", "rate", *columns], lines)
+        reworded = list(areas(row, results, "reworded").values())
+        line = [row.name, _spread(list(area.values())), less, _spread(reworded), *_at_best(row, results, columns)]
+        lines.append(line)
+    header = ["method", "area", f"less {grid.methods[0].name}'s", "area, reworded", "rate"]
+    return _table([*header, *columns], lines)
 
 
 def _table_at_best(grid: Grid, results: Results, columns: Sequence[str]) -> str:
@@ -98,7 +108,7 @@ def _table_at_best(grid: Grid, results: Results, columns: Sequence[str]) -> str:
 def _at_best(row: Row, results: Results, columns: Sequence[str]) -> list[str]:
     """The best learning rate and figures with it."""
     rate = best_rate(row, results)
-    return ["none"] + [""] * len(columns) if rate is None else _line(at_rate(row, rate), results, columns)
+    return ["none", *[""] * len(columns)] if rate is None else _line(at_rate(row, rate), results, columns)
 
 
 def _by_rate(row: Row, results: Results, columns: Sequence[str]) -> list[list[str]]:

@@ -21,7 +21,6 @@ import torch
 import transformers
 from cells import Cell, Grid, read_grid
 from page import write_page
-from plot import write_plot
 from results import Initial, Results
 from update import Laboratory
 
@@ -101,12 +100,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     output_dir = args.output_dir or Path("runs") / "reproduction" / args.grid.stem
     try:
+        from plot import write_plot  # needs matplotlib, better missed before the runs than after them
+
         grid = read_grid(args.grid, args.seeds)
         results = Results(output_dir / "runs.jsonl")
         make_runs(grid, results, args.jobs)
         write_page(grid, results, output_dir)
         write_plot(grid, results, output_dir / "tradeoff.png")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"{output_dir / 'results.md'}")

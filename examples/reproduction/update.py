@@ -70,7 +70,7 @@ class Laboratory:
     def run(self, cell: Cell) -> Record:
         """Train and measure. A training that breaks down, with a loss that is not finite, is a result as well."""
         corpora = self.corpora(cell.seed, cell.documents, cell.said)[: cell.updates]
-        student, compute = copy.deepcopy(self.model), Counter()
+        student, compute = copy.deepcopy(self.model), Counter[str]()
         try:
             for corpus in corpora:
                 teacher = copy.deepcopy(student)
@@ -135,8 +135,8 @@ class Laboratory:
             return batch
 
         trainer.data_collator = counted
-        start = time.process_time()
+        start = time.perf_counter()
         trainer.train()
-        compute["seconds"] = round(time.process_time() - start, 2)
+        compute["seconds"] = round(time.perf_counter() - start, 2)
         compute["steps"] = trainer.state.global_step
         return compute
