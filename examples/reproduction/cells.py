@@ -71,11 +71,15 @@ class Grid:
 def read_grid(path: Path, seeds: int | None = None) -> Grid:
     """Read a grid; `seeds` takes the first so many seeds of every row only.
 
+    A file may be `like` another beside it: what it does not say is as it is there.
+
     Raises:
         ValueError: naming the file and the row: an unknown setting, a control of a method that is not there, or no
             learning rates.
     """
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "like" in config:
+        config = yaml.safe_load((path.parent / config["like"]).read_text(encoding="utf-8")) | config
     common = config["common"]
 
     def row(name: str, settings: dict[str, Any], seed_numbers: list[int]) -> Row:
@@ -87,7 +91,7 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
         return Row(
             name,
             tuple(
-                Cell(**common | changed | {"seed": seed, "learning_rate": float(rate)})
+                Cell(**common | changed | {"seed": seed, "learning_rate": rate * config["rate_factor"]})
                 for seed in seed_numbers[:seeds]
                 for rate in settings["learning_rates"]
             ),

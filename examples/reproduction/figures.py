@@ -19,7 +19,8 @@ def figures(run: dict[str, Any]) -> dict[str, float]:
     uptake, kept = run["uptake"], run["kept"]
     result = {form: 100 * uptake[form]["accuracy"] for form in FORMS}
     result |= {f"NLL {form}": uptake[form]["nll"] for form in FORMS}
-    result |= {f"{group}, {what}": kept[group][what] for group in GROUPS for what in ("lost", "gained")}
+    result |= {f"{group} lost": kept[group]["lost"] for group in GROUPS}
+    result["gained"] = sum(kept[group]["gained"] for group in GROUPS)
     result |= {skill: 100 * kept[skill]["accuracy"] for skill in SKILLS}
     result |= shares_kept(kept)
     for category, groups in CATEGORIES.items():

@@ -12,6 +12,12 @@ from results import Initial, Results
 
 COST = ("steps", "student tokens", "teacher tokens", "seconds")
 KL = ("KL new documents", "KL other text")
+FRONTIER = (
+    "Area: the best share of new facts, asked or reworded, to be had for at most L points lost, averaged over L from 0"
+    f" to {TOLERANCE:.0f}; points lost are the mean of old facts, skills and reading. Rate: the learning rate with the"
+    f" most new facts, asked, of those that lose at most {ALLOWED:.0f} points in each of the three; the columns after"
+    " it are at that rate."
+)
 
 
 def write_page(grid: Grid, results: Results, folder: Path) -> None:
@@ -31,22 +37,20 @@ def page(grid: Grid, results: Results, discussion: str = "") -> str:
     sections = [
         "# New knowledge against old skills",
         f"{len(cells)} runs, {broken} of which broke down; {_environments(results)}. Mean ± standard deviation over"
-        " seeds; shares in percent, KL and negative log-likelihood (NLL) in nats a token. `protocol.md` says what was"
-        " fixed before the runs were made and what each figure is. Written by `page.py` from `runs.jsonl`.",
+        " seeds; shares in percent, KL and negative log-likelihood (NLL) in nats a token. The protocol,"
+        " `examples/reproduction/protocol.md`, says what was fixed before the runs were made and what each figure is."
+        " Written from `runs.jsonl` by `page.py`.",
         "![new facts against what was kept: a curve a method, a point a learning rate](tradeoff.png)",
-        "## The initial model\n",
+        "## The initial model",
         _initial_table(grid, results),
-        "## Each method's frontier\n",
+        "## Each method's frontier",
         _frontier_table(grid, results),
-        "Area: the best share of new facts, asked or reworded, to be had for at most L points lost, averaged over L from"
-        f" 0 to {TOLERANCE:.0f}; points lost are the mean of old facts, skills and reading. Rate: the learning rate with the"
-        f" most new facts of those that lose at most {ALLOWED:.0f} points in each of the three; the columns after it"
-        f" are at that rate. {_bracketing(grid, results)}",
-        "## At that learning rate\n",
+        f"{FRONTIER} {_bracketing(grid, results)}",
+        "## At that learning rate",
         _table_at_best(grid, results, [f"NLL {form}" for form in FORMS] + list(KL) + list(COST)),
-        "Items lost and gained, one by one:\n",
-        _table_at_best(grid, results, [f"{group}, {what}" for group in GROUPS for what in ("lost", "gained")]),
-        "## Every learning rate\n",
+        "Of the items, counted one by one, lost in each group and gained in all:",
+        _table_at_best(grid, results, [*(f"{group} lost" for group in GROUPS), "gained"]),
+        "## Every learning rate",
         _table(
             ["method", "rate", *FORMS, *CATEGORIES, *SKILLS, *KL],
             [line for row in grid.methods for line in _by_rate(row, results, [*FORMS, *CATEGORIES, *SKILLS, *KL])],
@@ -55,11 +59,20 @@ def page(grid: Grid, results: Results, discussion: str = "") -> str:
         *(_control(control, results) for control in grid.controls),
         discussion,
     ]
-    return "\n\n".join(section.strip("\n") for section in sections if section) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def _environments(results: Results) -> str:
     return "; ".join(", ".join(f"{k} {v}" for k, v in each.items()) for each in results.environments)
+
+
+def compared(grid: Grid, results: Results, others: Results) -> str:
+    """The areas of all methods beside those of other results of the same grid."""
+    lines = []
+    for row in grid.methods:
+        ours, theirs = (list(areas(row, each).values()) for each in (results, others))
+        lines.append(f"{row.name:22}{_spread(ours):>14}   {_spread(theirs)}")
+    return "\n".join([f"{'area':22}{'here':>14}   {others.path}", *lines])
 
 
 def _bracketing(grid: Grid, results: Results) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from cells import Cell, Grid, read_grid
-from page import write_page
+from page import compared, write_page
 from results import Initial, Results
 from update import Laboratory
 
@@ -107,6 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_runs(grid, results, args.jobs)
         write_page(grid, results, output_dir)
         write_plot(grid, results, output_dir / "tradeoff.png")
+        committed = HERE / "results" / args.grid.stem / "runs.jsonl"
+        if committed.exists() and committed.resolve() != results.path.resolve():
+            print(compared(grid, results, Results(committed)))
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -33,6 +33,7 @@ def small_grid(reproduction, tmp_path):
             "model": str(EXAMPLES / "tiny" / "model"),
             "pretraining_steps": 1600,
             "device": "cpu",
+            "rate_factor": 1.0,
             "min_accuracy": 0.9,
             "seeds": [0, 1],
             "control_seeds": [0],
@@ -83,8 +84,9 @@ def _initial(result):
 def test_the_committed_grids_can_be_read(reproduction):
     from cells import read_grid
 
-    for path in reproduction.glob("*.yaml"):
-        grid = read_grid(path)
+    small, large = read_grid(reproduction / "cpu.yaml"), read_grid(reproduction / "gpu.yaml")
+    assert len(list(small.cells())) == len(list(large.cells()))
+    for grid in (small, large):
         assert {seed for row in grid.methods for seed in [cell.seed for cell in row.cells]} == {0, 1, 2, 3, 4}
         assert len(set(grid.cells())) == len(list(grid.cells()))
         for control in grid.controls:
