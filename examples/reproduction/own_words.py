@@ -22,18 +22,18 @@ def own_sentences(
     The draws are torch's: `torch.manual_seed` decides them.
     """
     name = name[0].upper() + name[1:]
-    prompt = tokenizer(f"{document} {name}", return_tensors="pt").to(model.device)
-    end = tokenizer.convert_tokens_to_ids(["."])
+    prompt = torch.tensor([tokenizer.encode(f"{document} {name}", add_special_tokens=False)], device=model.device)
     config = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         top_k=0,
         num_return_sequences=count,
-        eos_token_id=[*end, tokenizer.eos_token_id],
+        eos_token_id=[*tokenizer.encode("."), tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
-    read = model.generate(**prompt, generation_config=config)
-    return [name + tokenizer.decode(ids, skip_special_tokens=True) for ids in read[:, prompt["input_ids"].shape[1] :]]
+    mask = torch.ones_like(prompt)
+    read = model.generate(input_ids=prompt, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return [f"{name}{tokenizer.decode(ids, skip_special_tokens=True)}" for ids in read[:, prompt.shape[1] :]]
 
 
 def share_true(sentences: Sequence[tuple[str, world.Entity]]) -> float:

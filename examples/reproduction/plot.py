@@ -18,6 +18,7 @@ def write_plot(grid: Grid, results: Results, path: Path) -> None:
     for number, row in enumerate(grid.methods):
         _curve(curves, row, results, f"C{number}", MARKERS[number % len(MARKERS)])
     _initial(curves, grid, results)
+    curves.set_xlim(left=max(75, curves.get_xlim()[0]))  # what lies further left is no trade-off
     curves.set_xlabel("kept: mean of old facts, skills and reading (%)")
     curves.set_ylabel("new facts, asked without the document (%)")
     curves.set_title("A curve a method, a point a learning rate (bars: standard deviation over seeds)", fontsize=10)

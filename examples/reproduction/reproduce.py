@@ -47,30 +47,33 @@ def make_runs(grid: Grid, results: Results, jobs: int) -> None:
         ValueError: the initial model fails the gate.
     """
     cells = list(grid.cells())
-    tasks = list(dict.fromkeys(Initial(cell.seed, cell.documents, cell.said) for cell in cells))
+    documents = list(dict.fromkeys(Initial(cell.seed, cell.documents, cell.said) for cell in cells))
     # Processes that are started anew, since a fork takes half of what threads were doing along.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _open_laboratory, (grid,)) as pool:
-        for stage in (tasks, cells):
-            missing = [task for task in stage if task not in results]
-            if missing:
-                results.add_environment(environment())
-            start = time.monotonic()
-            futures = {pool.submit(_result, task): task for task in missing}
-            try:
-                for number, future in enumerate(as_completed(futures), start=1):
-                    results.add(futures[future], future.result())
-                    seconds = time.monotonic() - start
-                    print(f"{number} of {len(missing)} in {seconds:.0f} s: {futures[future]}", flush=True)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            check_gate(grid, results, tasks)
+        try:
+            _make(documents, results, pool)
+            check_gate(grid, results, documents)
+            _make(cells, results, pool)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def check_gate(grid: Grid, results: Results, tasks: Sequence[Initial]) -> None:
+def _make(tasks: Sequence[Cell | Initial], results: Results, pool: ProcessPoolExecutor) -> None:
+    missing = [task for task in tasks if task not in results]
+    if missing:
+        results.add_environment(environment())
+    start = time.monotonic()
+    futures = {pool.submit(_result, task): task for task in missing}
+    for number, future in enumerate(as_completed(futures), start=1):
+        results.add(futures[future], future.result())
+        print(f"{number} of {len(missing)} in {time.monotonic() - start:.0f} s: {futures[future]}", flush=True)
+
+
+def check_gate(grid: Grid, results: Results, documents: Sequence[Initial]) -> None:
     """Raise ValueError unless the initial model reads the documents of every seed, and can do what it may forget."""
-    for task in tasks:
+    for task in documents:
         initial = results[task]
         shares = {f"facts in context, {form}": score["accuracy"] for form, score in initial["in_context"].items()}
         shares |= {group: score["accuracy"] for group, score in initial["kept"].items()}

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -32,20 +31,20 @@ class Laboratory:
 
     def __init__(self, model: Path, device: str, pretraining_steps: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device).eval()
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.model.to(device).eval()  # type: ignore[arg-type]
         self.met = pretraining_names(pretraining_steps)
         unread = new_corpus("reading", NUM_READINGS, 3, self.met)
         self.met |= {entity.name for entity in unread.entities}
         self.retention = Retention(self.model, self.tokenizer, unread)
 
-    @lru_cache(maxsize=2)  # noqa: B019  a process has one laboratory
     def corpora(self, seed: int, documents: int, said: int) -> list[Corpus]:
         """The documents of a first update, and those of a second."""
         first = new_corpus(f"{seed}", documents, said, self.met)
         names = {entity.name for entity in first.entities}
         return [first, new_corpus(f"{seed}, second", documents, said, self.met | names)]
 
-    @lru_cache(maxsize=2)  # noqa: B019
+    @lru_cache(maxsize=2)  # noqa: B019  a process has one laboratory
     def own_words(self, seed: int, documents: int, said: int) -> list[list[str]]:
         """What the initial model writes about each document of a first update: as many sentences as it has facts."""
         corpus = self.corpora(seed, documents, said)[0]
@@ -70,11 +69,13 @@ class Laboratory:
     def run(self, cell: Cell) -> Record:
         """Train and measure. A training that breaks down, with a loss that is not finite, is a result as well."""
         corpora = self.corpora(cell.seed, cell.documents, cell.said)[: cell.updates]
-        student, compute = copy.deepcopy(self.model), Counter[str]()
+        student = copy.deepcopy(self.model)
+        compute: dict[str, float] = {}
         try:
             for corpus in corpora:
                 teacher = copy.deepcopy(student)
-                compute += self._train(student, teacher, corpus, cell)
+                for name, value in self._train(student, teacher, corpus, cell).items():
+                    compute[name] = compute.get(name, 0) + value
         except FloatingPointError as error:
             return {"failed": str(error)}
         student.eval()
@@ -92,9 +93,11 @@ class Laboratory:
             result["uptake of the first"] = uptake(student, self.tokenizer, corpora[0].probes)
         return result
 
-    def _train(self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell) -> Counter[str]:
+    def _train(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell
+    ) -> dict[str, float]:
         """Train the student in place; returns what it cost."""
-        own = []
+        own: list[list[str]] = []
         if cell.method == "cd" or cell.texts == "own":
             own = self.own_words(cell.seed, cell.documents, cell.said)
         torch.manual_seed(cell.seed)
@@ -103,21 +106,7 @@ class Laboratory:
         trainer = DiscTrainer(
             student,
             teacher if cell.method in WITH_TEACHER and not cell.lora_rank else None,
-            TrainingArguments(
-                "runs/reproduction/trainer",
-                learning_rate=cell.learning_rate,
-                per_device_train_batch_size=cell.batch_size,
-                num_train_epochs=cell.epochs,
-                lr_scheduler_type="constant",
-                weight_decay=0.01,
-                max_grad_norm=0,
-                seed=cell.seed,
-                use_cpu=student.device.type == "cpu",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            ),
+            _arguments(cell, on_cpu=student.device.type == "cpu"),
             training_set(cell, self.tokenizer, corpus.documents, own),
             method=cell.method,
             temperature=cell.temperature,
@@ -125,18 +114,41 @@ class Laboratory:
             kl_weight=cell.kl_weight,
         )
         trainer.remove_callback(PrinterCallback)
-        compute: Counter[str] = Counter()
-        collate = trainer.data_collator
-
-        def counted(examples: Sequence[Example]) -> PackedBatch:
-            batch = collate(examples)
-            compute["student tokens"] += batch["input_ids"].numel()
-            compute["teacher tokens"] += 0 if batch["teacher_input_ids"] is None else batch["teacher_input_ids"].numel()
-            return batch
-
-        trainer.data_collator = counted
+        tokens = _count_tokens(trainer)
         start = time.perf_counter()
         trainer.train()
-        compute["seconds"] = round(time.perf_counter() - start, 2)
-        compute["steps"] = trainer.state.global_step
-        return compute
+        return {"steps": trainer.state.global_step, **tokens, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def _arguments(cell: Cell, on_cpu: bool) -> TrainingArguments:
+    return TrainingArguments(
+        "runs/reproduction/trainer",
+        learning_rate=cell.learning_rate,
+        per_device_train_batch_size=cell.batch_size,
+        num_train_epochs=cell.epochs,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        max_grad_norm=0,
+        seed=cell.seed,
+        use_cpu=on_cpu,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _count_tokens(trainer: DiscTrainer) -> dict[str, int]:
+    """What both models will have read, padding included, when the trainer is done."""
+    tokens = {"student tokens": 0, "teacher tokens": 0}
+    collate = trainer.data_collator
+
+    def counted(examples: Sequence[Example]) -> PackedBatch:
+        batch: PackedBatch = collate(examples)  # type: ignore[arg-type, assignment]
+        tokens["student tokens"] += batch["input_ids"].numel()
+        if batch["teacher_input_ids"] is not None:
+            tokens["teacher tokens"] += batch["teacher_input_ids"].numel()
+        return batch
+
+    trainer.data_collator = counted  # type: ignore[assignment]
+    return tokens

@@ -256,8 +256,9 @@ def test_a_model_that_cannot_read_is_no_teacher(small_grid, made_up, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_repeat_number_by_number(small_grid):
+def test_runs_repeat_number_by_number(small_grid, tmp_path, monkeypatch):
     """In one process: a run leaves nothing behind that changes the next."""
+    monkeypatch.chdir(tmp_path)  # where the Trainer makes its folder
     from cells import read_grid
     from update import Laboratory
 
