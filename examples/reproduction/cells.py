@@ -34,6 +34,11 @@ class Cell:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
             raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
 
+    def __str__(self) -> str:
+        """The settings that are not the default."""
+        settings = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return ", ".join(f"{name} {value}" for name, value, default in settings if value != default)
+
 
 @dataclass(frozen=True)
 class Row:
