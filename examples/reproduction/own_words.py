@@ -17,9 +17,9 @@ MAX_NEW_TOKENS = 24  # no statement of the world has as many after its name
 def own_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: str, name: str, count: int
 ) -> list[str]:
-    """Sentences that begin with the entity's name, sampled at temperature 1 behind the document.
+    """Up to `count` different sentences about an entity, sampled at temperature 1 behind the document and the name.
 
-    The draws are torch's: `torch.manual_seed` decides them.
+    They are the first of twice as many samples. The draws are torch's: `torch.manual_seed` decides them.
     """
     name = name[0].upper() + name[1:]
     prompt = torch.tensor([tokenizer.encode(f"{document} {name}", add_special_tokens=False)], device=model.device)
@@ -27,13 +27,14 @@ def own_sentences(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         top_k=0,
-        num_return_sequences=count,
+        num_return_sequences=2 * count,
         eos_token_id=[*tokenizer.encode("."), tokenizer.eos_token_id],
         pad_token_id=tokenizer.pad_token_id,
     )
     mask = torch.ones_like(prompt)
     read = model.generate(input_ids=prompt, attention_mask=mask, generation_config=config)  # type: ignore[operator]
-    return [f"{name}{tokenizer.decode(ids, skip_special_tokens=True)}" for ids in read[:, prompt.shape[1] :]]
+    sentences = [f"{name}{tokenizer.decode(ids, skip_special_tokens=True)}" for ids in read[:, prompt.shape[1] :]]
+    return list(dict.fromkeys(sentences))[:count]
 
 
 def share_true(sentences: Sequence[tuple[str, world.Entity]]) -> float:

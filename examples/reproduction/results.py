@@ -52,7 +52,7 @@ class Results:
 
     def __getitem__(self, task: Cell | Initial) -> dict[str, Any]:
         if task not in self._found:
-            raise ValueError(f"{self.path}: expected the result of {task}, got none: make reproduction makes it")
+            raise ValueError(f"{self.path}: expected a result of: {task}; got none, make reproduction makes it")
         return self._found[task]
 
     def add(self, task: Cell | Initial, result: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class Laboratory:
 
     @lru_cache(maxsize=2)  # noqa: B019  a process has one laboratory
     def own_words(self, seed: int, documents: int, said: int) -> list[list[str]]:
-        """What the initial model writes about each document of a first update: as many sentences as it has facts."""
+        """What the initial model writes about each document of a first update, at most as much as stands in it."""
         corpus = self.corpora(seed, documents, said)[0]
         torch.manual_seed(seed)
         return [
