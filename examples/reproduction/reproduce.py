@@ -4,12 +4,13 @@
     python examples/reproduction/reproduce.py examples/reproduction/gpu.yaml --jobs 1
 
 Every result is appended to runs.jsonl in the output folder as soon as it is there: what is interrupted goes on where it
-stopped. Exit code 1 if the initial model is no teacher, or results are missing.
+stopped. Exit code 1 if the initial model is no teacher, 130 if it was interrupted.
 """
 
 import argparse
 import multiprocessing
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -116,9 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     print(f"{output_dir / 'results.md'}")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the jobs would be left behind
     sys.exit(main())
