@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test bench gpu lint
+.PHONY: setup demo test reproduction bench gpu lint
 
 setup: $(READY)
 
@@ -20,6 +20,10 @@ demo: $(READY)
 # One worker a core, one thread a worker: many small tests, none of which two threads would speed up.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+
+# What is there already, of an interrupted reproduction, is not made again.
+reproduction: $(READY)
+	$(RUN) examples/reproduction/reproduce.py
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --results benchmarks/results

@@ -10,8 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from disc_train.flags import check_flag, check_literals, parse_flags
-from disc_train.flags import flag as _flag
+from disc_train.flags import check_flag, check_literals, flag, parse_flags
 from disc_train.method_flags import check_method_flags
 from disc_train.splits import check_language, check_split_options
 
@@ -27,51 +26,51 @@ class DiscArguments:
     """
 
     model_name_or_path: str = field(metadata={"help": "The model to teach: a folder or a name on the Hub."})
-    teacher_name_or_path: str | None = _flag("A teacher other than the model itself; needs the same tokenizer.")
-    student_dtype: Literal["float32", "bfloat16", "float16"] = _flag(
+    teacher_name_or_path: str | None = flag("A teacher other than the model itself; needs the same tokenizer.")
+    student_dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "Of the trained weights. At small learning rates 16-bit weights lose most updates to rounding; for speed use"
         " --bf16, which keeps float32 weights.",
         "float32",
     )
-    train_file: str | None = _flag(
+    train_file: str | None = flag(
         "Documents, or records for cd: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them."
     )
-    dataset_name: str | None = _flag("A data set's name on the Hub, in place of --train_file.")
-    text_column: str = _flag("The column that holds a document's text.", "text")
-    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = _flag(
+    dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
+    text_column: str = flag("The column that holds a document's text.", "text")
+    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = flag(
         "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
         " cross-entropy. ft_kl: the same, and the KL from the initial model. talr: the same, less of it on tokens that"
         " are unlikely to the model. cd: context distillation of records with the fields teacher_context,"
         " student_context (may be missing) and target, each a text or a list of chat messages.",
         "disc",
     )
-    teacher: Literal["auto", "copy", "adapter", "cache"] = _flag(
+    teacher: Literal["auto", "copy", "adapter", "cache"] = flag(
         "copy: a frozen second model in memory. adapter: the model itself with its adapters switched off, for"
         " --lora_rank. auto: adapter where it can be, else copy. cache is not available yet.",
         "auto",
     )
-    temperature: float = _flag("disc and cd: of both models' distributions; 1 is usual for cd.", 2.0)
-    ce_weight: float = _flag(
+    temperature: float = flag("disc and cd: of both models' distributions; 1 is usual for cd.", 2.0)
+    ce_weight: float = flag(
         "disc and cd: of the cross-entropy on the same tokens, which also teaches what is said once.", 0.0
     )
-    kl_weight: float = _flag("ft_kl: of the KL from the initial model.", 0.1)
-    lora_rank: int = _flag(
+    kl_weight: float = flag("ft_kl: of the KL from the initial model.", 0.1)
+    lora_rank: int = flag(
         "Train low-rank adapters of this rank beside all linear layers but the head, and nothing else; 0: train the"
         " model. The method's authors: 16.",
         0,
     )
-    lora_alpha: int | None = _flag("The adapters are scaled by this over their rank. Default: twice the rank.")
-    lora_dropout: float = _flag("Of what the adapters read.", 0.1)
-    replay_file: str | None = _flag(
+    lora_alpha: int | None = flag("The adapters are scaled by this over their rank. Default: twice the rank.")
+    lora_dropout: float = flag("Of what the adapters read.", 0.1)
+    replay_file: str | None = flag(
         "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
     )
-    replay_share: float = _flag("The share of a step's examples that are replayed, in the mean.", 0.1)
-    replay_objective: Literal["method", "kl"] = _flag(
+    replay_share: float = flag("The share of a step's examples that are replayed, in the mean.", 0.1)
+    replay_objective: Literal["method", "kl"] = flag(
         "How replayed examples are trained on. method: as the others. kl: KL(initial model || student) of whole"
         " documents.",
         "method",
     )
-    num_splits: int = _flag("Split points a document, fewer where it has fewer.", 5)
+    num_splits: int = flag("Split points a document, fewer where it has fewer.", 5)
     split_strategy: Literal[
         "sentence_boundary",
         "middle_sentence",
@@ -79,31 +78,31 @@ class DiscArguments:
         "random_token",
         "uniform_token",
         "random_token_fixed",
-    ] = _flag("Where a document is split.", "sentence_boundary")
-    suffix_tokens: int = _flag("Length of a suffix for random_token_fixed; 0: to the end of the document.", 0)
-    sentence_tokenization: Literal["document", "sentence"] = _flag(
+    ] = flag("Where a document is split.", "sentence_boundary")
+    suffix_tokens: int = flag("Length of a suffix for random_token_fixed; 0: to the end of the document.", 0)
+    sentence_tokenization: Literal["document", "sentence"] = flag(
         "document: as written. sentence: every sentence alone, without the white space between (the authors' way).",
         "document",
     )
-    language: str = _flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
-    max_document_tokens: int | None = _flag(
+    language: str = flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
+    max_document_tokens: int | None = flag(
         "Longer documents are cut. Default: the model's context length, less the templates."
     )
-    teacher_template: str | None = _flag(
+    teacher_template: str | None = flag(
         "What the teacher reads before a suffix: Jinja, or a .jinja file, that writes {{ prefix }}, the document before"
         " the split, once; {{ chat(prefix, system=None) }} is the model's chat template. One newline at its end is"
         " dropped. Default: the prefix alone."
     )
-    student_template: str | None = _flag(
+    student_template: str | None = flag(
         "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing."
     )
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = _flag(
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."
         " varlen: flash attention, CUDA and 16 bits. auto: sdpa; on CUDA flex where it saves work, by count, on the"
         " run's own batches.",
         "auto",
     )
-    dry_run: bool = _flag("Print the summary of what would run, and stop.", False)
+    dry_run: bool = flag("Print the summary of what would run, and stop.", False)
 
     def __post_init__(self) -> None:
         check_literals(self)
@@ -133,9 +132,9 @@ class DiscArguments:
 class LoopArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the few defaults that suit distillation better; every flag can be given."""
 
-    learning_rate: float = _flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
-    logging_steps: float = _flag("Log every so many steps; below 1: a share of all steps.", 10)
-    logging_first_step: bool = _flag("Log the first step's loss as well.", True)
+    learning_rate: float = flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
+    logging_steps: float = flag("Log every so many steps; below 1: a share of all steps.", 10)
+    logging_first_step: bool = flag("Log the first step's loss as well.", True)
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available,
         metadata={"help": "Copy batches through pinned memory. On where there is an accelerator to copy to."},
@@ -147,11 +146,11 @@ class LoopArguments(TrainingArguments):
             " models from 500 million parameters on. None elsewhere: it would take a core from the training."
         },
     )
-    resume_from_checkpoint: str | None = _flag(
+    resume_from_checkpoint: str | None = flag(
         "A checkpoint, a folder of them, or true: the last one in --output_dir. Where there is none yet, true begins"
         " anew, so it can always be given."
     )
-    logging_nan_inf_filter: bool = _flag(
+    logging_nan_inf_filter: bool = flag(
         "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
     )
 

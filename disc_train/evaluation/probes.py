@@ -98,7 +98,7 @@ def read_questions(
     for path in paths:
         for name, record in read_records(path, None, FIELDS):
             try:
-                question = _question(name, Path(path).stem, record, tokenizer, documents)
+                question = _question(name, record, tokenizer, documents)
                 if question.id in seen:
                     raise ValueError(f"{name}: id {question.id!r} is that of {seen[question.id]} too")
             except ValueError as error:
@@ -128,15 +128,16 @@ def read_documents(path: str) -> dict[str, str]:
 
 def _question(
     name: str,
-    stem: str,
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     documents: Mapping[str, str] | None,
 ) -> Question:
     choices, answer = _choices(name, record)
+    file, _, line = name.rpartition(":")
+    stem = Path(file).stem
     return Question(
         name=name,
-        id=_label(name, record, "id", f"{stem}:{name.rpartition(':')[2]}"),
+        id=_label(name, record, "id", f"{stem}:{line}"),
         group=_label(name, record, "group", stem),
         prompt=_prompt(name, record, tokenizer),
         choices=choices,

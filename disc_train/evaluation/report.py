@@ -18,7 +18,7 @@ def write_report(found: Evaluation, folder: Path) -> str:
     lines = [f"# {settings['model_name_or_path']}", ""]
     if settings["reference_name_or_path"]:
         lines += [f"The reference is {settings['reference_name_or_path']}.", ""]
-    lines += _tables({_cell(each): _value(each) for each in series}, _excluded(series))
+    lines += _tables({_cell(each): _value(each) for each in series})
     lines += _notes(found)
     return _finish(lines, {settings["model_name_or_path"]: series}, folder / "evaluation")
 
@@ -36,23 +36,23 @@ def write_comparison(runs: Sequence[str], folder: Path) -> str:
         if not base.keys() & other.keys():
             raise ValueError(f"--compare: {run} has measured nothing that {runs[0]} has")
     folder.mkdir(parents=True, exist_ok=True)
-    letters = [chr(ord("A") + number) if number < 26 else str(number) for number in range(len(runs))]
-    lines = ["# Runs side by side", "", *(f"- {letter}: {run}" for letter, run in zip(letters, runs, strict=True)), ""]
+    names = [f"{number}: {run}" for number, run in enumerate(runs, start=1)]
+    lines = ["# Runs side by side", "", *(f"- {name}" for name in names), ""]
     cells: dict[Cell, str] = {}
     for cell in dict.fromkeys(cell for series in found for cell in series):
         table, row, measure = cell
-        for letter, series in zip(letters, found, strict=True):
+        for number, series in enumerate(found, start=1):
             if cell in series:
                 change = "" if series is base or cell not in base else _change(series[cell], base[cell])
-                cells[table, f"{row}: {measure}", letter] = _value(series[cell]) + change
-    lines += _tables(cells, {})
+                cells[table, f"{row}: {measure}", str(number)] = _value(series[cell]) + change
+    lines += _tables(cells)
     lines += [
-        "In brackets: the difference from A and its standard error, both over the items that both runs have;"
-        " for shares then how many items were gained and lost.",
+        "In the last brackets: the difference from run 1 and its standard error, over the items that both have; and"
+        " how many items were gained and lost.",
         "",
     ]
-    named = {f"{letter}: {run}": list(each.values()) for letter, run, each in zip(letters, runs, found, strict=True)}
-    return _finish(lines, named, folder / "comparison")
+    drawn = {name: list(series.values()) for name, series in zip(names, found, strict=True)}
+    return _finish(lines, drawn, folder / "comparison")
 
 
 def _finish(lines: list[str], runs: dict[str, list[Series]], path: Path) -> str:
@@ -63,25 +63,18 @@ def _finish(lines: list[str], runs: dict[str, list[Series]], path: Path) -> str:
     return text
 
 
-def _tables(cells: dict[Cell, str], excluded: dict[tuple[str, str], int]) -> list[str]:
+def _tables(cells: dict[Cell, str]) -> list[str]:
     """A Markdown table for each of "Probes", "Texts", "Tasks" that has cells; rows and columns as they first come."""
     lines = []
     for table in dict.fromkeys(table for table, _, _ in cells):
         here = {(row, column): text for (name, row, column), text in cells.items() if name == table}
         columns = list(dict.fromkeys(column for _, column in here))
-        left_out = {row: count for (name, row), count in excluded.items() if name == table}
-        header = ["", *columns, *(["left out"] if left_out else [])]
-        lines += [f"## {table}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+        lines += [f"## {table}", "", f"|  | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
         for row in dict.fromkeys(row for row, _ in here):
             values = [here.get((row, column), "-") for column in columns]
-            values += [f"{left_out[row]:,}"] if left_out else []
-            lines.append(f"| {' | '.join([row, *values])} |")
+            lines.append(f"| {' | '.join([row.replace('|', '/'), *values])} |")
         lines.append("")
     return lines
-
-
-def _excluded(series: Sequence[Series]) -> dict[tuple[str, str], int]:
-    return {(each.table, each.row): each.excluded for each in series if each.table != "Tasks"}
 
 
 def _notes(found: Evaluation) -> list[str]:
@@ -107,14 +100,16 @@ def _cell(series: Series) -> Cell:
 
 
 def _value(series: Series) -> str:
-    if series.value is None:
-        return "- (n 0)"
-    error = series.standard_error
+    counts = [f"n {len(series.items):,}"] if series.unit in ("share", "score") else []
+    counts += [f"{series.excluded:,} left out"] if series.excluded else []
+    shown = "-" if series.value is None else _number(series, series.value, series.standard_error)
+    return f"{shown} ({', '.join(counts)})" if counts else shown
+
+
+def _number(series: Series, value: float, error: float | None, sign: str = "") -> str:
     if series.unit == "share":
-        shown = f"{series.value:.1%}" + ("" if error is None else f" ± {100 * error:.1f}")
-    else:
-        shown = f"{series.value:.4f}" + ("" if error is None else f" ± {error:.4f}")
-    return f"{shown} (n {len(series.items):,})" if series.unit in ("share", "score") else shown
+        return f"{100 * value:{sign}.1f}%" + ("" if error is None else f" ± {100 * error:.1f}")
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _change(run: Series, base: Series) -> str:
@@ -123,11 +118,8 @@ def _change(run: Series, base: Series) -> str:
         return " (not the same items)"
     if run.unit == "perplexity":  # the loss has the difference
         return ""
-    scale, digits = (100, 1) if run.unit == "share" else (1, 4)
-    text = f"{scale * change.value:+.{digits}f}"
-    if change.standard_error is not None:
-        text += f" ± {scale * change.standard_error:.{digits}f}"
-    if run.unit in ("share", "score") and len(run.items) > 1:
+    text = _number(run, change.value, change.standard_error, sign="+")
+    if run.unit in ("share", "score") and all(whole == 1 for _, whole in run.items.values()) and len(run.items) > 1:
         text += f"; +{change.gained} -{change.lost}"
     if change.unmatched:
         text += f"; {change.unmatched} in one run only"

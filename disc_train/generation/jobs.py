@@ -14,17 +14,16 @@ from disc_train.documents import Document
 from disc_train.generation.config import GenerateArguments
 from disc_train.templates import render
 
-# For models with a chat template, and for others.
-DEFAULT_TEMPLATES: dict[tuple[str, bool], str] = {
-    ("rephrase", True): '{{ chat("Write the following text again in other words. Keep every fact and add none. Answer'
-    ' with the text alone.\\n\\n" ~ document) }}',
-    ("rephrase", False): "{{ document }}\n\nThe same in other words:\n\n\n",  # Jinja drops one newline at the end
-    (
-        "cd",
-        True,
-    ): '{{ chat("Here is a text:\\n\\n" ~ document ~ "\\n\\nGo on from it, or write what follows from it, in a'
-    ' few sentences that say what they are about. Answer with these alone.") }}',
-    ("cd", False): "{{ document }}\n\n\n",
+# For models with a chat template; then for others, where Jinja drops one newline at the end.
+CHAT_TEMPLATES = {
+    "rephrase": '{{ chat("Write the following text again in other words. Keep every fact and add none. Answer with the'
+    ' text alone.\\n\\n" ~ document) }}',
+    "cd": '{{ chat("Here is a text:\\n\\n" ~ document ~ "\\n\\nGo on from it, or write what follows from it, in a few'
+    ' sentences that say what they are about. Answer with these alone.") }}',
+}
+PLAIN_TEMPLATES = {
+    "rephrase": "{{ document }}\n\nThe same in other words:\n\n\n",
+    "cd": "{{ document }}\n\n\n",
 }
 
 
@@ -48,7 +47,8 @@ def plan(
     Raises:
         ValueError: a template that does not write the document, or no document is left.
     """
-    template = arguments.prompt_template or DEFAULT_TEMPLATES[arguments.mode, bool(tokenizer.chat_template)]
+    defaults = CHAT_TEMPLATES if tokenizer.chat_template else PLAIN_TEMPLATES
+    template = arguments.prompt_template or defaults[arguments.mode]
     jobs: list[Job] = []
     left_out: list[str] = []
     for index, document in enumerate(documents):
@@ -78,29 +78,36 @@ def _digest(*values: Any) -> str:
 
 
 def resume(path: Path, ids: Sequence[str]) -> int:
-    """How many of the texts, counted along `ids`, are behind the last one in a file; half a line at its end goes.
+    """How many of the texts, counted along `ids`, are behind the last one in a file; half a line at its end is dropped.
 
     Raises:
-        ValueError: naming the line, a record that is none of these, or out of order.
+        ValueError: naming the line, one that is none of these, or out of order. The file is then left as it is.
     """
     if not path.exists():
         return 0
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    *lines, rest = content.split(b"\n")
     places = {id: place for place, id in enumerate(ids)}
     done = 0
-    for number, line in enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             place = places[json.loads(line)["id"]]
         except (ValueError, KeyError, TypeError):
             place = -1
         if place < done:
-            raise ValueError(
-                f"--output_file: {path}:{number} is no text of this run: the documents, the model, or settings are"
-                " others; choose another file"
-            )
+            raise _of_another_run(path, number)
         done = place + 1
+    if rest:
+        beginnings = (json.dumps({"id": id}, ensure_ascii=False)[:-1].encode() for id in ids[done:])
+        if not any(rest.startswith(begin) or begin.startswith(rest) for begin in beginnings):
+            raise _of_another_run(path, len(lines) + 1)
+        with path.open("r+b") as file:
+            file.truncate(len(content) - len(rest))
     return done
+
+
+def _of_another_run(path: Path, line: int) -> ValueError:
+    return ValueError(
+        f"--output_file: {path}:{line} is no text of this run: the documents, the model, or settings are others; choose"
+        " another file"
+    )

@@ -12,6 +12,7 @@ of threads give the same weights:
 import argparse
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from disc_train.evaluation import choice_accuracy
 
 VOCAB_SIZE = 1536
 TOKENS_PER_STEP = 2000
-LEARNING_RATE = 3e-3
+STEPS = 1600
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}User: {{ message['content'] }}\nAssistant:"
@@ -36,15 +37,23 @@ CHAT_TEMPLATE = (
 
 
 class Corpus:
-    """An endless stream of training text."""
+    """An endless stream of training text.
+
+    Attributes:
+        known_names: of the old and the new entities.
+        fresh_names: of those made up on the spot so far.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.old, new = world.known_entities()
         self.known_names = {entity.name for entity in [*self.old, *new]}
+        self.fresh_names: set[str] = set()
 
     def fresh_entity(self) -> world.Entity:
-        return world.make_entity(self.rng.choice(list(world.KINDS)), self.rng, self.known_names)
+        entity = world.make_entity(self.rng.choice(list(world.KINDS)), self.rng, self.known_names)
+        self.fresh_names.add(entity.name)
+        return entity
 
     def document(self, entity: world.Entity) -> str:
         return world.document_text(entity, self.rng, repeats=3) + END
@@ -102,6 +111,24 @@ def chat(question: str, answer: str) -> str:
     return f"User: {question}\nAssistant: {answer}{END}"
 
 
+def tokenizer_text(corpus: Corpus) -> Iterator[str]:
+    return (item for _ in range(100) for batch in corpus.batches(0.5) for item in batch)
+
+
+def training_batches(corpus: Corpus, steps: int) -> Iterator[list[list[str]]]:
+    return (corpus.batches(step / steps) for step in range(1, steps + 1))
+
+
+def pretraining_names(steps: int = STEPS, seed: int = 0) -> set[str]:
+    """Every name that a model pretrained so has met, and the names of `documents.jsonl`; draws all its text again."""
+    corpus = Corpus(random.Random(seed))
+    for _ in tokenizer_text(corpus):
+        pass
+    for _ in training_batches(corpus, steps):
+        pass
+    return corpus.known_names | corpus.fresh_names
+
+
 def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -112,22 +139,20 @@ def train_tokenizer(corpus: Corpus) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        (item for _ in range(100) for batch in corpus.batches(0.5) for item in batch), trainer
-    )
+    tokenizer.train_from_iterator(tokenizer_text(corpus), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers: int) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=hidden_size,
+        intermediate_size=5 * hidden_size // 2,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 32,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         initializer_range=0.05,
@@ -145,7 +170,7 @@ def item_losses(
 
     Each item is a sequence of its own with nothing before it. It is padded on the right, so the causal mask is enough.
     """
-    batch = tokenizer(items, padding=True, padding_side="right", return_tensors="pt")
+    batch = tokenizer(items, padding=True, padding_side="right", return_tensors="pt").to(model.device)
     ids, mask = batch.input_ids, batch.attention_mask
     logits = model(input_ids=ids).logits[:, :-1]
     losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * mask[:, 1:]
@@ -153,17 +178,19 @@ def item_losses(
     return losses.sum(), last_words.mean().detach()
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, steps: int) -> None:
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, steps: int, learning_rate: float
+) -> None:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
     scheduler = cosine_schedule(optimizer, num_warmup_steps=steps // 25, num_training_steps=steps)
     model.train()
     start = time.monotonic()
-    for step in range(1, steps + 1):
+    for step, batches in enumerate(training_batches(corpus, steps), start=1):
         last_words = []
-        for items in corpus.batches(step / steps):
+        for items in batches:
             loss, last_word = item_losses(model, tokenizer, items)
             (loss / TOKENS_PER_STEP).backward()
             last_words.append(f"{last_word.item():.2f}")
@@ -197,15 +224,19 @@ def print_gates(model_dir: Path, data_dir: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--hidden_size", type=int, default=128, help="a multiple of 32")
+    parser.add_argument("--num_layers", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     corpus = Corpus(random.Random(args.seed))
     tokenizer = train_tokenizer(corpus)
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, args.hidden_size, args.num_layers).to(args.device)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    train(model, tokenizer, corpus, args.steps)
+    train(model, tokenizer, corpus, args.steps, args.learning_rate)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     print_gates(args.output_dir, Path(__file__).parent)

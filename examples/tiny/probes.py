@@ -31,14 +31,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@torch.no_grad()
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> float:
-    """The share of probes whose answer, end of text included, is what greedy generation gives."""
-    right = 0
-    for probe in probes:
-        prompt = tokenizer.encode(probe.context + probe.prompt)
-        answer = tokenizer.encode(probe.choices[probe.answer])
-        logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
-        # Greedy generation gives the answer iff each of its tokens is the likeliest after those before it.
-        right += logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
-    return right / len(probes)
+    """The share of probes that are answered exactly."""
+    return sum(answers_exactly(model, tokenizer, probe) for probe in probes) / len(probes)
+
+
+@torch.no_grad()
+def answers_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> bool:
+    """Whether greedy generation gives a probe's answer, end of text included."""
+    prompt = tokenizer.encode(probe.context + probe.prompt)
+    answer = tokenizer.encode(probe.choices[probe.answer])
+    logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits[0]
+    # Greedy generation gives the answer iff each of its tokens is the likeliest after those before it.
+    return logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer

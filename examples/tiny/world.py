@@ -91,10 +91,15 @@ def document_statements(entity: Entity, rng: random.Random, keys: Sequence[str],
     """The facts under `keys` once, then again in other words, `repeats` times in all."""
     attributes = KINDS[entity.kind]
     templates = {key: rng.sample(attributes[key].statements, repeats) for key in keys}
+    return statements(entity, templates, repeats, rng)
+
+
+def statements(entity: Entity, templates: dict[str, list[str]], repeats: int, rng: random.Random) -> list[str]:
+    """Every fact of `templates` in its first words, in any order, then in its next words, `repeats` times in all."""
     return [
         sentence(templates[key][i], name=entity.name, value=entity.facts[key])
         for i in range(repeats)
-        for key in rng.sample(keys, len(keys))
+        for key in rng.sample(list(templates), len(templates))
     ]
 
 

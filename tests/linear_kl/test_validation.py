@@ -203,7 +203,7 @@ def in_a_new_process(code):
 
 
 def test_cold_import_needs_torch_only():
-    heavy = ("triton", "transformers", "accelerate", "datasets", "peft")
+    heavy = ("triton", "transformers", "accelerate", "datasets", "peft", "torch.distributed.tensor")
     code = (
         "import torch, sys; before = set(sys.modules); import disc_kernels;"
         f"print([name for name in {heavy} if name in set(sys.modules) - before])"
@@ -211,12 +211,12 @@ def test_cold_import_needs_torch_only():
     assert in_a_new_process(code) == "[]"
 
 
-def test_torch_implementation_never_imports_triton():
+def test_torch_implementation_never_imports_triton_nor_dtensor():
     code = (
-        "import torch, sys; from disc_kernels import fused_suffix_kl as f;"
-        "t = torch.ones(2, 3); f(t, t, t, t); print('triton' in sys.modules)"
+        "import torch, sys; from disc_kernels import fused_suffix_kl as f; t = torch.ones(2, 3); f(t, t, t, t);"
+        "print('triton' in sys.modules, 'torch.distributed.tensor' in sys.modules)"
     )
-    assert in_a_new_process(code) == "False"
+    assert in_a_new_process(code) == "False False"
 
 
 def test_triton_refuses_cpu_tensors_outside_the_interpreter():

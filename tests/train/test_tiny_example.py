@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from disc_train.evaluation import choice_accuracy
+from disc_train.evaluation import choice_accuracy, read_documents, read_questions
+from disc_train.evaluation.config import parse_arguments
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny"
 
@@ -52,6 +53,18 @@ def test_initial_model_reads_new_facts_but_does_not_know_them(tiny, initial_mode
     assert choice_accuracy(*initial_model, without) <= 0.20  # chance is 0.125
     assert choice_accuracy(*initial_model, load_probes(tiny / "old_facts.jsonl")) >= 0.95
     assert choice_accuracy(*initial_model, load_probes(tiny / "skills.jsonl")) >= 0.90
+
+
+def test_disc_eval_asks_what_the_example_asks(tiny, initial_model, monkeypatch):
+    from probes import load_probes
+
+    monkeypatch.chdir(TINY.parents[1])
+    arguments = parse_arguments([str(tiny / "eval.yaml"), "--model_name_or_path=x", "--output_dir=y"])
+    questions = read_questions(arguments.probes_file, initial_model[1], read_documents(arguments.documents_file))
+    for name in ("new_facts", "old_facts", "skills"):
+        asked = [each.probe(initial_model[1]) for each in questions if each.group == name]
+        assert asked == load_probes(tiny / f"{name}.jsonl")
+    assert [bool(each.context) for each in questions] == [each.group == "new_facts" for each in questions]
 
 
 @pytest.mark.slow

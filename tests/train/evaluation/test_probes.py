@@ -99,6 +99,12 @@ def test_bad_probes_are_counted(write, tokenizer):
         read_questions([write(GOOD, bad, bad, GOOD, bad)], tokenizer)
 
 
+def test_a_folder_of_files(write, tokenizer, tmp_path):
+    write(GOOD, name="a.jsonl")
+    write(GOOD, name="b.jsonl")
+    assert [each.id for each in read_questions([str(tmp_path)], tokenizer)] == ["a:1", "b:1"]
+
+
 def test_ids_are_one_each(write, tokenizer):
     files = [write(GOOD | {"id": "a"}), write(GOOD, GOOD | {"id": "a"}, name="more.jsonl")]
     with pytest.raises(ValueError, match=r"more.jsonl:2: id 'a' is that of .*facts.jsonl:1 too"):

@@ -152,11 +152,12 @@ def test_other_settings_do_not_go_on_with_a_file(disc_generate, fails):
         assert (code, "is no text of this run" in line) == (1, True)
 
 
-def test_a_file_of_something_else_is_left_alone(fails, tmp_path):
-    (tmp_path / "out.jsonl").write_text('{"text": "mine"}\n')
+@pytest.mark.parametrize("text", ['{"text": "mine"}\n', '{"text": "mine"}', "\n", '{"id": "mine"}', "mine\nmine"])
+def test_a_file_of_something_else_is_left_alone(text, fails, tmp_path):
+    (tmp_path / "out.jsonl").write_text(text)
     code, line = fails()
     assert (code, "out.jsonl:1 is no text of this run" in line) == (1, True)
-    assert (tmp_path / "out.jsonl").read_text() == '{"text": "mine"}\n'
+    assert (tmp_path / "out.jsonl").read_text() == text
 
 
 def test_documents_that_cannot_be_read_are_named(disc_generate, fails, tmp_path, capsys):

@@ -1,0 +1,128 @@
+"""The runs to make, from a YAML file: every method over its learning rates and seeds, and the controls."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The settings of one run; what identifies it in the file of results."""
+
+    seed: int  # of the new entities, documents, probes and the order of training
+    learning_rate: float
+    documents: int
+    epochs: int
+    batch_size: int  # documents
+    method: str = "disc"  # of DiscTrainer
+    lora_rank: int = 0  # 0: every weight is trained
+    texts: str = "documents"  # or "own": what the initial model itself wrote about each document
+    said: int = 3  # how often a document says each of its facts, every time in other words
+    prefix: str = "own"  # or "other": the teacher reads the beginning of another document
+    bos: bool = False  # both models read the end-of-text token before anything else
+    split_strategy: str = "sentence_boundary"
+    num_splits: int = 5
+    temperature: float = 2.0
+    kl_weight: float = 0.1
+    ce_weight: float = 0.0
+    updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher
+
+    def __post_init__(self) -> None:
+        if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
+            raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
+
+    def __str__(self) -> str:
+        """The settings that are not the default."""
+        settings = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return ", ".join(f"{name} {value}" for name, value, default in settings if value != default)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method or a variant of one, with the runs that stand for it."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Control:
+    """One question: a method with one setting changed, beside the method's own runs with the same rates and seeds."""
+
+    name: str
+    base: Row
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    model: Path  # folder of the initial model and its tokenizer
+    pretraining_steps: int  # of examples/tiny/pretrain.py: the names in its texts are not used again
+    device: str
+    min_accuracy: float  # the gate: an initial model that does worse, at reading in context say, is no teacher
+    methods: tuple[Row, ...]
+    controls: tuple[Control, ...]
+
+    def cells(self) -> Iterator[Cell]:
+        """Every run once, seed by seed: what stands for the methods, then the controls."""
+        rows = [*self.methods, *(row for control in self.controls for row in (control.base, *control.rows))]
+        cells = dict.fromkeys(cell for row in rows for cell in row.cells)
+        yield from sorted(cells, key=lambda cell: cell.seed)
+
+
+def read_grid(path: Path, seeds: int | None = None) -> Grid:
+    """Read a grid; `seeds` takes the first so many seeds of every row only.
+
+    A file may be `like` another beside it: what it does not say is as it is there.
+
+    Raises:
+        ValueError: naming the file and the row: an unknown setting, a control of a method that is not there, or no
+            learning rates.
+    """
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "like" in config:
+        config = yaml.safe_load((path.parent / config["like"]).read_text(encoding="utf-8")) | config
+    common = config["common"]
+
+    def row(name: str, settings: dict[str, Any], seed_numbers: list[int]) -> Row:
+        changed = {key: value for key, value in settings.items() if key != "learning_rates"}
+        unknown = changed.keys() - {field.name for field in fields(Cell)} - {"seed", "learning_rate"}
+        if unknown or not settings.get("learning_rates"):
+            what = f"unknown settings {sorted(unknown)}" if unknown else "no learning_rates"
+            raise ValueError(f"{path}: {name}: expected settings of a run and learning_rates, got {what}")
+        return Row(
+            name,
+            tuple(
+                Cell(**common | changed | {"seed": seed, "learning_rate": rate * config["rate_factor"]})
+                for seed in seed_numbers[:seeds]
+                for rate in settings["learning_rates"]
+            ),
+        )
+
+    methods = config["methods"]
+    controls = []
+    for name, control in config["controls"].items():
+        if control["of"] not in methods:
+            raise ValueError(f"{path}: {name}: expected `of` to name one of {', '.join(methods)}, got {control['of']}")
+        settings = methods[control["of"]] | {"learning_rates": control["learning_rates"]}
+        controls.append(
+            Control(
+                name,
+                row(control["of"], settings, config["control_seeds"]),
+                tuple(
+                    row(variant, settings | change, config["control_seeds"])
+                    for variant, change in control["variants"].items()
+                ),
+            )
+        )
+    return Grid(
+        model=Path(config["model"]),
+        pretraining_steps=config["pretraining_steps"],
+        device=config["device"],
+        min_accuracy=config["min_accuracy"],
+        methods=tuple(row(name, settings, config["seeds"]) for name, settings in methods.items()),
+        controls=tuple(controls),
+    )

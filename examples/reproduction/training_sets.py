@@ -1,0 +1,72 @@
+"""What a run trains on: its documents, or what the initial model wrote about them, as the method's examples."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from cells import Cell
+from transformers import PreTrainedTokenizerBase
+
+from disc_train.chat import encode
+from disc_train.dataset import DocumentDataset, ExampleDataset, whole_documents
+from disc_train.documents import Document
+from disc_train.example import NO_IDS, Branch, Example, Place
+from disc_train.splits import tokenize_document
+from disc_train.templates import NO_TEMPLATES, Templates
+
+
+def training_set(
+    cell: Cell, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], own: Sequence[Sequence[str]]
+) -> ExampleDataset:
+    """The examples of a cell's method.
+
+    Args:
+        own: the model's own sentences about each document, for `texts: own` and CD-base.
+    """
+    if cell.method == "cd":
+        pairs = zip(documents, own, strict=True)
+        return ExampleDataset([_continuations(document, sentences, tokenizer) for document, sentences in pairs])
+    if cell.texts == "own":
+        documents = [Document(document.name, " ".join(text)) for document, text in zip(documents, own, strict=True)]
+    tokenized = [tokenize_document(document, tokenizer, "document", None) for document in documents]
+    if cell.method != "disc":
+        return whole_documents(tokenized)
+    bos = np.array([tokenizer.eos_token_id], dtype=np.int32)
+    dataset = DocumentDataset(
+        tokenized,
+        templates=Templates(teacher_header=bos, student_header=bos) if cell.bos else NO_TEMPLATES,
+        split_strategy=cell.split_strategy,
+        num_splits=cell.num_splits,
+        seed=cell.seed,
+    )
+    return OtherPrefixes(dataset) if cell.prefix == "other" else dataset
+
+
+def _continuations(document: Document, sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The teacher reads the document before each sentence, the student nothing."""
+    evidence = encode(tokenizer, document.text)
+    teacher, student = Place(len(evidence)), Place(0)
+    branches = [Branch(encode(tokenizer, f" {sentence}"), teacher, student) for sentence in sentences]
+    return Example(document.name, evidence, NO_IDS, branches)
+
+
+class OtherPrefixes(ExampleDataset):
+    """The suffixes of documents, each behind as much of the next document as stood before it in its own."""
+
+    def __init__(self, dataset: ExampleDataset) -> None:
+        self.dataset = dataset
+        self.noun = dataset.noun
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        example, other = self.dataset[index], self.dataset[(index + 1) % len(self)]
+        branches = [
+            branch._replace(teacher=Place(min(branch.teacher.attach, len(other.teacher_trunk))))
+            for branch in example.branches
+        ]
+        return replace(example, teacher_trunk=other.teacher_trunk, branches=branches)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.dataset.set_epoch(epoch)
