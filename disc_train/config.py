@@ -146,6 +146,10 @@ class LoopArguments(TrainingArguments):
             " models from 500 million parameters on. None elsewhere: it would take a core from the training."
         },
     )
+    resume_from_checkpoint: str | None = flag(
+        "A checkpoint, a folder of them, or true: the last one in --output_dir. Where there is none yet, true begins"
+        " anew, so it can always be given."
+    )
     logging_nan_inf_filter: bool = flag(
         "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
     )

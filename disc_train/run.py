@@ -60,8 +60,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     for model in (student, teacher):
         if model is not None:
             check_vocabulary(model, data.tokens[-1])
-    if disc.dry_run:
-        loop.output_dir = os.curdir  # which is there already: the Trainer makes the folder that it is given
+    if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
+        loop.output_dir, loop.push_to_hub = os.curdir, False
     trainer = DiscTrainer(
         student,
         teacher,

@@ -41,11 +41,8 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version: expected 2, got {plugin.fsdp_version}")
     as_configured = plugin.mixed_precision_policy
-    policy = as_configured or MixedPrecisionPolicy()
-    # Outputs are left as they are: among them is the loss.
-    plugin.mixed_precision_policy = (
-        replace(policy, reduce_dtype=torch.float32, output_dtype=None) if trained else MixedPrecisionPolicy()
-    )
+    policy = as_configured if trained and as_configured else MixedPrecisionPolicy()
+    plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32) if policy.param_dtype else policy
     try:
         fsdp2_prepare_model(accelerator, model)
     finally:

@@ -249,7 +249,7 @@ class DiscTrainer(Trainer):
         names, parameters = zip(*self.student.named_parameters(), strict=True)
         broken = torch.stack([~torch.isfinite(own_part(parameter)).all() for parameter in parameters]).int()
         if self.is_fsdp_enabled:
-            broken = self.accelerator.reduce(broken)
+            broken = self.accelerator.reduce(broken.to(self.args.device))
             if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
                 self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         if broken.any():

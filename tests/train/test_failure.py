@@ -14,6 +14,7 @@ import torch
 # Four steps an epoch, with dropout: a wrong order, split, optimizer or random state would show in the weights.
 RUN = ("--num_train_epochs", 3, "--save_steps", 1, "--save_total_limit", 2, "--seed", 7)
 TWO_A_STEP = ("--per_device_train_batch_size", 2)
+WHOLE = {"model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 RESUMED = ("--resume_from_checkpoint", "true")
 
 
@@ -42,6 +43,15 @@ def _wait_until(folder, exists, process, timeout=60):
         time.sleep(0.0005)
 
 
+def _checkpoints(folder):
+    """By step."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
 @pytest.mark.slow
 def test_killed_at_any_time_and_started_again(start, whole, weights, tmp_path):
     """Killed 24 times: a third anywhere in the run, the others while a checkpoint is written or has just been."""
@@ -67,9 +77,10 @@ def test_killed_at_any_time_and_started_again(start, whole, weights, tmp_path):
                 break
             assert code in (0, -signal.SIGKILL), run.logs
             kills += code != 0
+            assert all(_names(last) >= WHOLE for last in _checkpoints(folder)[-1:])
             while_saving += unfinished.exists()
         assert torch.equal(weights(folder), expected)
-        assert len(list(folder.glob("checkpoint-*"))) <= 3  # killed before the oldest of three was deleted
+        assert len(_checkpoints(folder)) <= 3  # killed before the oldest of three was deleted
     assert while_saving >= 3
     print(f"{kills} kills, {while_saving} of them while a checkpoint was written, in {runs} runs")
 
@@ -151,7 +162,8 @@ def test_a_killed_rank_ends_the_job(start, tmp_path, weights, model_folder):
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 1
     assert re.search(r"exitcode *: -9", errors) and "Signal 9 (SIGKILL) received" in errors
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    last = _checkpoints(folder)[-1]
     assert weights(last).isfinite().all()
-    assert (last / "trainer_state.json").exists()
-    print(errors)
+    assert (WHOLE - {"rng_state.pth"}) | {"rng_state_0.pth", "rng_state_1.pth"} <= {
+        path.name for path in last.iterdir()
+    }
