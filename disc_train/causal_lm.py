@@ -30,10 +30,20 @@ def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError, OSError: there is none, it is of another kind, or its files are damaged.
     """
+    with naming(name_or_path):
+        try:
+            return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        except SafetensorError as error:
+            raise ValueError(f"the weights cannot be read, a file is damaged: {error}") from error
+
+
+@contextmanager
+def naming(name_or_path: str) -> Iterator[None]:
+    """Say of which model it is that something cannot be loaded, which many of transformers' errors do not."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    except SafetensorError as error:
-        raise ValueError(f"{name_or_path}: the weights cannot be read, a file is damaged: {error}") from error
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a model's folder, or its name on the Hub, got {name_or_path}: {error}") from error
 
 
 def head_of(model: PreTrainedModel) -> Head:

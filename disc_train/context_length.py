@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
+from disc_train.causal_lm import naming
+
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
 
 
@@ -16,7 +18,11 @@ class ContextLength(NamedTuple):
 def context_length(model: str, teacher: str | None) -> ContextLength | None:
     """The smaller context of two models, given by name or path (no teacher: the model itself); None: no limit."""
     readers = {"model": model} | ({} if teacher is None else {"teacher": teacher})
-    lengths = [length_of(AutoConfig.from_pretrained(name), reader) for reader, name in readers.items()]
+    lengths = []
+    for reader, name in readers.items():
+        with naming(name):
+            config = AutoConfig.from_pretrained(name)
+        lengths.append(length_of(config, reader))
     return min(filter(None, lengths), key=lambda length: length.tokens, default=None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import load_model, use_attention
+from disc_train.causal_lm import load_model, naming, use_attention
 
 
 def load_for_inference(name_or_path: str, dtype: str, use_cpu: bool) -> PreTrainedModel:
@@ -39,8 +39,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         ValueError, OSError: there is none.
     """
     base = _base_of_adapter(name_or_path)
-    alone = base is not None and not Path(name_or_path, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(base if alone else name_or_path)
+    name = name_or_path if base is None or Path(name_or_path, "tokenizer_config.json").is_file() else base
+    with naming(name):
+        return AutoTokenizer.from_pretrained(name)
 
 
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.agreement import describe_data, same_on_all_processes, settings_of
-from disc_train.causal_lm import check_vocabulary, load_model
+from disc_train.causal_lm import check_vocabulary, load_model, naming
 from disc_train.checkpoints import find_checkpoint, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.lora import add_lora, has_adapters
@@ -44,7 +44,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
     with same_on_all_processes(loop) as facts:
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
-        tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+        with naming(disc.model_name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
         dataset = data.dataset
         steps = count_steps(loop, len(dataset))[0]
@@ -95,7 +96,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             ("student", describe_model(student)),
             ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
             ("attention", describe_attention(trainer.attention)),
-            ("steps", describe_steps(loop, dataset, resumed_step)),
+            ("steps", describe_steps(loop, dataset, checkpoint, resumed_step)),
             *(before.describe(dataset.noun) if before else []),
         )
     if disc.dry_run:

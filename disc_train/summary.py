@@ -146,10 +146,12 @@ def describe_packing(
     if teacher:
         readers, where = "both models read", f"{teacher:.1f} rows of the teacher and {student:.1f} of the student"
     padding = 1 - usage.efficiency
+    saving = f"{usage.saving:.1f}"
     return (
         "packing",
-        f"{readers} {usage.tokens / len(packed):,.0f} tokens a batch, {usage.saving:.1f}x fewer than in a pass for"
-        f" every target, in {where}; "
+        f"{readers} {usage.tokens / len(packed):,.0f} tokens a batch, "
+        + (f"{saving}x fewer than in a pass for every target, " if saving != "1.0" else "")
+        + f"in {where}; "
         + (f"{padding:.1%} padding" if padding else "no padding")
         + f" ({len(packed):,} tried)",
     )
@@ -205,11 +207,14 @@ def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:
     return (args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)), epoch
 
 
-def describe_steps(args: TrainingArguments, dataset: ExampleDataset, resumed_step: int) -> str:
+def describe_steps(
+    args: TrainingArguments, dataset: ExampleDataset, checkpoint: str | None = None, resumed_step: int = 0
+) -> str:
     total, epoch = count_steps(args, len(dataset))
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    done = f"; {resumed_step:,} are done, in {args.resume_from_checkpoint}" if resumed_step else ""
-    return f"{total:,} of up to {per_step:,} {dataset.noun}s; {epoch:,} an epoch{done}"
+    where = f", in {args.world_size} processes" if args.world_size > 1 else ""
+    done = f"; {resumed_step:,} are done, in {checkpoint}" if checkpoint else ""
+    return f"{total:,} of up to {per_step:,} {dataset.noun}s{where}; {epoch:,} an epoch{done}"
 
 
 def show(title: str, *lines: tuple[str, str]) -> None:

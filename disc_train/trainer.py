@@ -99,7 +99,10 @@ class DiscTrainer(Trainer):
             **options,
         )
         if args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError("--fsdp: expected an accelerator in every process, accelerate shards no model on the CPU")
+            raise ValueError(
+                "--fsdp: expected an accelerator in every process, started by torchrun or accelerate launch; got"
+                f" {args.world_size} on {args.device.type}: leave it out there"
+            )
         self.add_callback(_EpochSetter(train_dataset))
         self.termination = StopOnSigterm()
         self.add_callback(self.termination)

@@ -44,7 +44,8 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
         replay, of_replay = loader.load(disc.replay_file, None, by_kl)
         dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
         sets.append(replay)
-        description += [("replay", describe_replay(dataset, disc.replay_file)), *of_replay]
+        description.append(("replay", describe_replay(dataset, disc.replay_file)))
+        description += [(label, f"replayed: {text}") for label, text in of_replay]
     if context and context.note:
         description.append(("context", f"{context.tokens:,} tokens{context.note}"))
     return TrainingData(dataset, own, description, distinct_tokens(part[i] for part in sets for i in range(len(part))))

@@ -170,6 +170,7 @@ def test_every_method(flags, formula, disc_train, capsys, tmp_path, model_folder
         )
         assert "signal" not in out
         assert ("teacher       none: nothing is compared" in out) == ("ft_kl" not in flags)
+        assert "fewer than in a pass" not in out  # a document is one pass
         assert ("the student reads" in out) == ("ft_kl" not in flags)
     first, last = map(float, re.search(r"loss +([\d.]+) -> ([\d.]+), ", out).groups())
     assert last < first
@@ -236,6 +237,8 @@ def test_replay(objective, flags, disc_train, old_documents, capsys):
         f"replay        3 more documents an epoch, 30% of all, drawn anew each time from 1 in {old_documents};" in out
     )
     assert f"trained on {how}" in out
+    assert "documents     7 read" in out
+    assert "documents     replayed: 1 read" in out
     assert "20 documents in" in out
     assert ("none: nothing is compared" in out) == (objective == "method" and "ft" in flags)
 
@@ -392,7 +395,9 @@ def test_files_that_cannot_be_read(fails, tmp_path):
 
 
 def test_a_model_that_is_not_there(fails, tmp_path):
-    assert str(tmp_path / "none") in fails("--model_name_or_path", tmp_path / "none")
+    missing = tmp_path / "none"
+    for flag in ("--model_name_or_path", "--teacher_name_or_path"):
+        assert f"expected a model's folder, or its name on the Hub, got {missing}: " in fails(flag, missing)
 
 
 def test_a_model_with_damaged_weights(fails, model_folder):

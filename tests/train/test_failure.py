@@ -107,7 +107,8 @@ def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path, r
     assert (folder / f"checkpoint-{step}").exists()
     run = start(*RUN, *flags, *RESUMED, "--output_dir", folder, world=world)
     assert run.wait() == [0] * world, run.logs
-    assert f"; {step} are done" in run.logs[0]
+    assert re.search(rf"; {step} are done, in \S*checkpoint-{step}\n", run.logs[0])
+    assert (f" in {world} processes; " in run.logs[0]) == (world > 1)
     assert torch.equal(weights(folder), expected)
 
 

@@ -174,4 +174,6 @@ def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
     random.Random(0).shuffle(sentences)
     remaining = iter(sentences)
     unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
-    assert "hardly any signal" in tiny_signal(unrelated).weakness("document")
+    weakness = tiny_signal(unrelated).weakness("document")
+    assert "hardly any signal" in weakness
+    assert "(--ce_weight 0.1, or --method ft)" in weakness

@@ -196,3 +196,4 @@ def test_without_accelerators_nothing_could_be_sharded(start):
     run = start(*SHARDED, world=2)
     assert run.wait() == [1, 1]
     assert "--fsdp: expected an accelerator in every process" in run.logs[0]
+    assert "got 2 on cpu: leave it out" in run.logs[0]
