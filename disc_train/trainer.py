@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -19,6 +20,7 @@ from disc_train import objectives
 from disc_train.attention import prepare_attention
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
+from disc_train.even_steps import FilledUp, FillingUp
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.sharding import forget_gathered, own_part, shard, taking_whole_values
@@ -85,8 +87,8 @@ class DiscTrainer(Trainer):
     ) -> None:
         if method not in objectives.OBJECTIVES:
             raise ValueError(f"method: expected one of {', '.join(objectives.OBJECTIVES)}, got {method!r}")
-        compare_all = method in objectives.WITH_TEACHER
-        _check_teacher(model, teacher, needed=compare_all or train_dataset.replays_by_kl)
+        compared = method in objectives.WITH_TEACHER
+        _check_teacher(model, teacher, needed=compared or train_dataset.replays_by_kl)
         if args.n_gpu > 1:
             raise ValueError(
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
@@ -95,7 +97,7 @@ class DiscTrainer(Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=train_dataset,
+            train_dataset=FilledUp(train_dataset),
             **options,
         )
         if args.fsdp and not self.is_fsdp_enabled:
@@ -115,7 +117,9 @@ class DiscTrainer(Trainer):
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
         self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
-        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
+        # Processes put a divided teacher together in step, so it reads at every one whatever is replayed there.
+        compared |= self.is_fsdp_enabled and train_dataset.replays_by_kl
+        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all=compared))
 
     @property
     def student(self) -> nn.Module:
@@ -132,6 +136,16 @@ class DiscTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
         return [name for name, _ in model.named_parameters()]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As the Trainer's; where several processes take examples at random, they take as many, and none twice."""
+        sampler, args = super()._get_train_sampler(train_dataset), self.args
+        if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
+            return sampler
+        seed = args.seed if args.data_seed is None else args.data_seed
+        filling_up = FillingUp(len(sampler), args.train_batch_size * args.world_size, seed)
+        self.add_callback(_EpochSetter(filling_up))
+        return filling_up
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
@@ -154,7 +168,11 @@ class DiscTrainer(Trainer):
 
     @torch.no_grad()
     def _tau(self, batches: list[PackedBatch]) -> Tensor | None:
-        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each."""
+        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each.
+
+        Without dropout: it would take random numbers that a run which is resumed here has not restored yet.
+        """
+        self.model_wrapped.eval()  # the training step turns dropout on again
         means = torch.cat(
             [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
         )
@@ -279,10 +297,10 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, need
 
 
 class _EpochSetter(TrainerCallback):
-    """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
+    """Tells data the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
-    def __init__(self, dataset: ExampleDataset) -> None:
-        self.dataset = dataset
+    def __init__(self, data: ExampleDataset | FillingUp) -> None:
+        self.data = data
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.dataset.set_epoch(int(state.epoch or 0))
+        self.data.set_epoch(int(state.epoch or 0))
