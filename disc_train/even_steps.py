@@ -15,10 +15,15 @@ from disc_train.example import Example
 
 
 class FilledUp(Dataset[Example]):
-    """A data set; behind its end, an example that does not count, again and again."""
+    """A data set; behind its end, an example that does not count, again and again.
+
+    Attributes:
+        epoch: the one that `set_epoch` gave.
+    """
 
     def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -28,31 +33,30 @@ class FilledUp(Dataset[Example]):
             return self.dataset[index]
         return replace(self.dataset[0], counted=False)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Give the examples of this epoch from now on, in its order."""
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
 
 class FillingUp(Sampler[int]):
-    """An epoch's examples in the order that one process takes them in, then indices behind their end.
+    """The examples of the data's epoch in the order that one process takes them in, then indices behind their end.
 
     Args:
-        examples: how many there are.
         multiple: the number of indices is one of it: the examples of a batch in every process.
-        seed: of the order, with the epoch, which `set_epoch` gives.
+        seed: of the order, with the epoch.
     """
 
-    def __init__(self, examples: int, multiple: int, seed: int) -> None:
-        self.examples = examples
+    def __init__(self, dataset: FilledUp, multiple: int, seed: int) -> None:
+        self.dataset = dataset
         self.multiple = multiple
         self.seed = seed
-        self.epoch = 0
 
     def __len__(self) -> int:
-        return -(-self.examples // self.multiple) * self.multiple
+        return -(-len(self.dataset) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         # As accelerate shuffles for one process.
-        order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from order.tolist()
-        yield from range(self.examples, len(self))
-
-    def set_epoch(self, epoch: int) -> None:
-        """Give the order of this epoch from now on."""
-        self.epoch = epoch
+        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
+        yield from range(len(self.dataset), len(self))

@@ -94,15 +94,11 @@ class DiscTrainer(Trainer):
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
-        super().__init__(
-            model,
-            args,
-            train_dataset=FilledUp(train_dataset),
-            **options,
-        )
+        self._filled_up = FilledUp(train_dataset)
+        super().__init__(model, args, train_dataset=self._filled_up, **options)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError("--fsdp: expected an accelerator in every process, accelerate shards no model on the CPU")
-        self.add_callback(_EpochSetter(train_dataset))
+        self.add_callback(_EpochSetter(self._filled_up))
         self.termination = StopOnSigterm()
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
@@ -143,9 +139,7 @@ class DiscTrainer(Trainer):
         if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed
-        filling_up = FillingUp(len(sampler), args.train_batch_size * args.world_size, seed)
-        self.add_callback(_EpochSetter(filling_up))
-        return filling_up
+        return FillingUp(self._filled_up, args.train_batch_size * args.world_size, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
@@ -230,7 +224,8 @@ class DiscTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
         forget_gathered(self.student)  # by measurements of the model as it was
-        return super().train(*args, **kwargs)
+        with self.termination:
+            return super().train(*args, **kwargs)
 
     def restore(self, checkpoint: str) -> None:
         """Take a checkpoint's weights and state without training on, when all its steps are done."""
@@ -297,10 +292,10 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, need
 
 
 class _EpochSetter(TrainerCallback):
-    """Tells data the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
+    """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
-    def __init__(self, data: ExampleDataset | FillingUp) -> None:
-        self.data = data
+    def __init__(self, dataset: FilledUp) -> None:
+        self.dataset = dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.data.set_epoch(int(state.epoch or 0))
+        self.dataset.set_epoch(int(state.epoch or 0))
