@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from disc_kernels import SharedPrefixLayout
 from disc_train.example import Branch, Example
 from disc_train.reading import read_branches
-from disc_train.rows import ONE_ROW, RowRule, Rows, arrange, row_rule
+from disc_train.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def pack(
     student_rows = arrange(student_readings, student)
     teacher_rows = arrange(teacher_readings, teacher) if compared else None
 
-    def index(rows: Rows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
+    def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
         # A row predicts the next token, and the last token read predicts the target's last.
         ends = [position[-branch.rows :] for position, (_, branch) in zip(rows.positions, pairs, strict=True)]
         return np.concatenate(ends)
