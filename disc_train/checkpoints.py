@@ -6,8 +6,11 @@ killed while it saves leaves that folder, which is never read; the next save beg
 
 import os
 import shutil
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,6 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from disc_train.config import LoopArguments
 
 UNFINISHED = "unfinished"
+# Beside the weights, what a training goes on from: transformers begins anew with what it does not find.
+OF_TRAINING = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 MODEL_FILES = ("config.json", "adapter_config.json", TRAINER_STATE_NAME)
 
 
@@ -54,22 +59,31 @@ def steps_done(checkpoint: str | None, steps: int, output_dir: str) -> int:
     """The optimizer steps behind a checkpoint; 0 for none. All of them if a run was stopped before it saved its model.
 
     Raises:
-        ValueError: nothing is left to do.
+        ValueError: nothing is left to do, or the checkpoint lacks files, or they are damaged.
     """
     if checkpoint is None:
         return 0
     done = load_state(checkpoint).global_step
-    if done > steps or (done == steps and Path(output_dir, TRAINER_STATE_NAME).exists()):
+    if done > steps or (done == steps and _saved_step(output_dir) == done):
         raise ValueError(
             f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
             " raise --max_steps or --num_train_epochs"
         )
+    _check_files(Path(checkpoint), () if done == steps else OF_TRAINING)
     return done
 
 
 def load_state(checkpoint: str) -> TrainerState:
-    """How far the training was that wrote a checkpoint."""
-    return TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    """How far the training was that wrote a checkpoint.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    path = Path(checkpoint, TRAINER_STATE_NAME)
+    try:
+        return TrainerState.load_from_json(str(path))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected the state of a training, got a damaged file: {error}") from error
 
 
 def move_into_place(written: Path, place: Path) -> None:
@@ -78,6 +92,35 @@ def move_into_place(written: Path, place: Path) -> None:
         place.rename(written.parent / "replaced")
     written.rename(place)
     shutil.rmtree(written.parent)
+
+
+def _saved_step(output_dir: str) -> int | None:
+    """The step that the model in a folder was saved behind; None: there is none, or it is not saved to the end."""
+    try:
+        return load_state(output_dir).global_step
+    except (OSError, ValueError):
+        return None
+
+
+def _check_files(checkpoint: Path, wanted: Sequence[str]) -> None:
+    for pattern in wanted:
+        if not any(checkpoint.glob(pattern)):
+            raise ValueError(
+                f"--resume_from_checkpoint: expected {pattern} in {checkpoint}, got no such file: training would not go"
+                " on as it was; continue from another checkpoint, or train what it holds as a new model"
+            )
+    for path in checkpoint.iterdir():  # their ends are looked at, they are not read
+        damage: object = None
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                damage = error
+        elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            damage = "it does not end as it should"
+        if damage:
+            raise ValueError(f"{path}: cannot be read, the file is damaged: {damage}")
 
 
 def _is_complete(checkpoint: Path) -> bool:

@@ -45,6 +45,7 @@ class Example:
         teacher_trunk, student_trunk: what the branches have in common before their targets, read once for all.
         branches: at least one; all weigh the same.
         replayed: not taught by the method: the student is held to what the teacher says of it.
+        counted: False where it stands in for an example that a process lacks: it is no part of the loss.
 
     Raises:
         ValueError: naming the example: no branch, a target without a token that can be predicted, or a branch that
@@ -56,6 +57,7 @@ class Example:
     student_trunk: Ids
     branches: Sequence[Branch]
     replayed: bool = False
+    counted: bool = True
 
     def __post_init__(self) -> None:
         if not self.branches:

@@ -139,10 +139,11 @@ def batch_loss(
 
 
 def batch_sequence_means(student: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """What TALR's tau is the median of: the mean cross-entropy of each example that is not replayed, [examples]."""
+    """What TALR's tau is the median of: the mean cross-entropy of each example that counts and is not replayed."""
     rows = Rows(student_side(student, batch), None, batch["targets"], batch["row_weight"], batch["lengths"])
     own, _ = rows.split(batch["replayed"])
-    return sequence_means(cross_entropy(own, reduction="none"), own)
+    means = sequence_means(cross_entropy(own, reduction="none"), own)
+    return means if batch["num_examples"] else means[:0]
 
 
 def batch_rows(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch) -> Rows:

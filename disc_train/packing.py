@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from disc_kernels import SharedPrefixLayout
 from disc_train.example import Branch, Example
 from disc_train.reading import read_branches
-from disc_train.rows import ONE_ROW, RowRule, Rows, arrange, row_rule
+from disc_train.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PackedBatch(TypedDict):
     targets: Tensor  # [M] int64
     row_weight: Tensor  # [M] float32: 1 / (rows of the branch * branches of the example), so 1 in all for an example
     lengths: list[int]  # rows of each example
-    num_examples: int
+    num_examples: int  # that count: 0, or as many as there are
     replayed: int  # the last so many of the examples
     names: list[str]  # of the examples, for messages
     usage: Usage
@@ -70,9 +70,11 @@ def pack(
     """Lay out a batch of examples for a teacher and a student whose rows are made by the rules given.
 
     Trunks that are equal and contexts that begin alike are read once, whichever examples they belong to, up to the last
-    token that a branch needs. Replayed examples come last; with `compare_all=False` the teacher reads those alone.
+    token that a branch needs. Replayed examples come last; with `compare_all=False` the teacher reads those alone. Of
+    examples that do not count one is read, without weight, where there are no others.
     """
-    examples = sorted(examples, key=lambda example: example.replayed)
+    counted = sorted((example for example in examples if example.counted), key=lambda example: example.replayed)
+    examples = counted or examples[:1]
     pairs = [(example, branch) for example in examples for branch in example.branches]
     compared = [(example, branch) for example, branch in pairs if compare_all or example.replayed]
     student_readings = read_branches([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
@@ -80,12 +82,14 @@ def pack(
     student_rows = arrange(student_readings, student)
     teacher_rows = arrange(teacher_readings, teacher) if compared else None
 
-    def index(rows: Rows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
+    def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
         # A row predicts the next token, and the last token read predicts the target's last.
         ends = [position[-branch.rows :] for position, (_, branch) in zip(rows.positions, pairs, strict=True)]
         return np.concatenate(ends)
 
-    weights = [np.full(branch.rows, 1 / (branch.rows * len(example.branches))) for example, branch in pairs]
+    weights = [
+        np.full(branch.rows, example.counted / (branch.rows * len(example.branches))) for example, branch in pairs
+    ]
     packed = [rows for rows in (student_rows, teacher_rows) if rows]
     return PackedBatch(
         input_ids=student_rows.input_ids,
@@ -97,7 +101,7 @@ def pack(
         targets=torch.from_numpy(np.concatenate([branch.target[branch.first :] for _, branch in pairs])).long(),
         row_weight=torch.from_numpy(np.concatenate(weights)).float(),
         lengths=[sum(branch.rows for branch in example.branches) for example in examples],
-        num_examples=len(examples),
+        num_examples=len(counted),
         replayed=sum(example.replayed for example in examples),
         names=[example.name for example in examples],
         usage=Usage(

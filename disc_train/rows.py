@@ -52,7 +52,7 @@ def dense_rows(model: PreTrainedModel) -> RowRule:
     return RowRule(dense_hidden_size=model.config.get_text_config().hidden_size)
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     input_ids: Tensor  # [rows, L] int64; 0 where padded
     layout: SharedPrefixLayout  # rows * L tokens, row after row; at a row's end is its padding, in trees of its own or,
     # where every row is one sequence, as more of that: what is behind them no tokens see, so causal attention will do
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     tokens: int  # that are not padding
 
 
-def arrange(readings: Sequence[Reading], rule: RowRule) -> Rows:
+def arrange(readings: Sequence[Reading], rule: RowRule) -> PackedRows:
     """Put readings into rows; those with equal trunks share one, as long as they are in one row.
 
     With a dense mask, readings go into the row that they lengthen least and that still has room, the longest first
@@ -131,7 +131,7 @@ def _fill(order: Sequence[int], readings: Sequence[Reading], trees: Sequence[int
     return rows
 
 
-def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
+def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> PackedRows:
     length = max(row.length for row in rows)
     longest = max(reading.length for reading in readings)
     alone = all(len(row.trunks) == 1 for row in rows) and not any(len(reading.own) for reading in readings)
@@ -154,7 +154,7 @@ def _lay_out(rows: Sequence[_Row], readings: Sequence[Reading]) -> Rows:
             trees.append((length if alone else trunk, branches))
         if not alone:  # in pieces, since no position may be beyond those that the model has
             trees += [(min(longest, length - first), []) for first in range(row.length, length, longest)]
-    return Rows(
+    return PackedRows(
         torch.from_numpy(ids).view(len(rows), length),
         SharedPrefixLayout.from_trees(trees),
         [positions[number] for number in range(len(readings))],

@@ -15,7 +15,7 @@ class Terminated(Exception):
 
 
 class StopOnSigterm(TrainerCallback):
-    """Lets the optimizer step that runs come to its end, saves, and stops.
+    """Lets the optimizer step that runs come to its end, saves, and stops; where it is entered, as a context.
 
     Processes are signalled at different times, or only some of them, but have to stop behind the same step: the trainer
     asks each before a step, and tells all.
@@ -28,7 +28,7 @@ class StopOnSigterm(TrainerCallback):
     def __init__(self) -> None:
         self.requested = self.agreed = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __enter__(self) -> None:
         self.requested = self.agreed = False
         # Python lets no other thread; and there, whoever started the thread decides what becomes of signals.
         self._installed = threading.current_thread() is threading.main_thread()
@@ -39,7 +39,7 @@ class StopOnSigterm(TrainerCallback):
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def __exit__(self, *_: Any) -> None:
         if self._installed:
             signal.signal(signal.SIGTERM, self._before)
 

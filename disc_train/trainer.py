@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -19,6 +20,7 @@ from disc_train import objectives
 from disc_train.attention import prepare_attention
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
+from disc_train.even_steps import FilledUp, FillingUp
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
 from disc_train.sharding import forget_gathered, own_part, shard, taking_whole_values
@@ -85,25 +87,21 @@ class DiscTrainer(Trainer):
     ) -> None:
         if method not in objectives.OBJECTIVES:
             raise ValueError(f"method: expected one of {', '.join(objectives.OBJECTIVES)}, got {method!r}")
-        compare_all = method in objectives.WITH_TEACHER
-        _check_teacher(model, teacher, needed=compare_all or train_dataset.replays_by_kl)
+        compared = method in objectives.WITH_TEACHER
+        _check_teacher(model, teacher, needed=compared or train_dataset.replays_by_kl)
         if args.n_gpu > 1:
             raise ValueError(
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
-        super().__init__(
-            model,
-            args,
-            train_dataset=train_dataset,
-            **options,
-        )
+        self._filled_up = FilledUp(train_dataset)
+        super().__init__(model, args, train_dataset=self._filled_up, **options)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 "--fsdp: expected an accelerator in every process, started by torchrun or accelerate launch; got"
                 f" {args.world_size} on {args.device.type}: leave it out there"
             )
-        self.add_callback(_EpochSetter(train_dataset))
+        self.add_callback(_EpochSetter(self._filled_up))
         self.termination = StopOnSigterm()
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
@@ -118,7 +116,9 @@ class DiscTrainer(Trainer):
         self.examples_read = 0
         self.usage = self._logged_usage = Usage()
         self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
-        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all))
+        # Processes put a divided teacher together in step, so it reads at every one whatever is replayed there.
+        compared |= self.is_fsdp_enabled and train_dataset.replays_by_kl
+        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all=compared))
 
     @property
     def student(self) -> nn.Module:
@@ -135,6 +135,14 @@ class DiscTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
         return [name for name, _ in model.named_parameters()]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        """As the Trainer's; where several processes take examples at random, they take as many, and none twice."""
+        sampler, args = super()._get_train_sampler(train_dataset), self.args
+        if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
+            return sampler
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return FillingUp(self._filled_up, args.train_batch_size * args.world_size, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
@@ -157,7 +165,11 @@ class DiscTrainer(Trainer):
 
     @torch.no_grad()
     def _tau(self, batches: list[PackedBatch]) -> Tensor | None:
-        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each."""
+        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each.
+
+        Without dropout: it would take random numbers that a run which is resumed here has not restored yet.
+        """
+        self.model_wrapped.eval()  # the training step turns dropout on again
         means = torch.cat(
             [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
         )
@@ -215,7 +227,8 @@ class DiscTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
         forget_gathered(self.student)  # by measurements of the model as it was
-        return super().train(*args, **kwargs)
+        with self.termination:
+            return super().train(*args, **kwargs)
 
     def restore(self, checkpoint: str) -> None:
         """Take a checkpoint's weights and state without training on, when all its steps are done."""
@@ -284,7 +297,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, need
 class _EpochSetter(TrainerCallback):
     """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
-    def __init__(self, dataset: ExampleDataset) -> None:
+    def __init__(self, dataset: FilledUp) -> None:
         self.dataset = dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

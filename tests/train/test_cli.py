@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -373,6 +374,40 @@ def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, t
     assert "  steps         1\n" in capsys.readouterr().out
     assert torch.equal(_weights(tmp_path / "out"), weights)
     assert disc_train(*flags) == 1
+
+
+def test_a_longer_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path):
+    """The model that is there is of fewer steps."""
+    flags = ("--save_steps", 1, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "true")
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    longer = _weights(tmp_path / "out").clone()
+    shutil.rmtree(tmp_path / "out")
+    assert disc_train(*flags, "--max_steps", 1) == 0
+    state, model = (tmp_path / "out" / name for name in ("trainer_state.json", "model.safetensors"))
+    of_one_step = {path: path.read_bytes() for path in (state, model)}
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    for path, content in of_one_step.items():
+        path.write_bytes(content)
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    assert torch.equal(_weights(tmp_path / "out"), longer)
+
+
+def test_checkpoints_that_lack_files_or_are_damaged(disc_train, tmp_path, capsys):
+    assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
+    flags = ("--save_steps", 1, "--max_steps", 2, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
+    for path in sorted((tmp_path / "out" / "checkpoint-1").iterdir()):
+        content = path.read_bytes()
+        if path.suffix in (".pt", ".pth"):
+            path.unlink()
+            assert disc_train(*flags) == 1
+            assert f"expected {path.stem}" in capsys.readouterr().err
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.name == "trainer_state.json":
+            path.write_bytes(content[: len(content) // 2])
+            assert disc_train(*flags) == 1
+            error = capsys.readouterr().err
+            assert f"disc-train: error: {path}: " in error and "damaged" in error
+            path.write_bytes(content)
+    assert disc_train(*flags) == 0
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,16 @@ def test_a_weight_that_depends_on_the_whole_step(train, weights):
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["disc", "talr"])
+def test_a_last_step_with_fewer_documents_than_there_are_places(method, train, weights):
+    """8 documents, 6 a step: in the last one of an epoch, a process has none of the two; nor, of three, another."""
+    whole = train("whole", *_flags(6), "--method", method)
+    for name, flags, world in (("two", _flags(3), 2), ("three", _flags(1, 2), 3)):
+        parts = train(name, *flags, "--method", method, world=world)
+        assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6), name
+        assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5), name
+
+
 def test_every_process_has_workers_of_its_own(train, weights):
     whole = train("whole", *_flags(4))
     parts = train("parts", *_flags(2), "--dataloader_num_workers", 1, world=2)

@@ -172,18 +172,20 @@ def test_talr_where_everything_is_certain():
 
 @pytest.fixture
 def talr_step(make_model, make_dataset, tmp_path):
-    """talr_step(micro_batch): the weights after one step on four documents, whose tau is that of all four."""
+    """talr_step(micro_batch, ...): the weights after a step on four documents, whose tau is that of all four."""
 
-    def run(micro_batch):
+    def run(micro_batch, dropout=0.0, resume=None, **options):
         args = TrainingArguments(
             *(tmp_path,),
-            **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "optim": "sgd"},
-            **{"learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1},
+            **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "optim": "sgd"},
+            **{"learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no"}
+            | {"gradient_accumulation_steps": 4 // micro_batch}
+            | options,
             per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=4 // micro_batch,
         )
-        trainer = DiscTrainer(make_model(), None, args, whole_documents(make_dataset(4).documents), method="talr")
-        trainer.train()
+        model = make_model(attention_dropout=dropout)
+        trainer = DiscTrainer(model, None, args, whole_documents(make_dataset(4).documents), method="talr")
+        trainer.train(resume_from_checkpoint=resume)
         return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
     return run
@@ -194,6 +196,13 @@ def test_taus_sequences_are_all_of_the_step(talr_step, monkeypatch):
     assert torch.allclose(talr_step(1), whole, atol=1e-6)
     monkeypatch.setattr(DiscTrainer, "_tau", lambda self, batches: None)
     assert not torch.allclose(talr_step(1), whole, atol=1e-5)
+
+
+def test_tau_takes_no_random_numbers_from_a_step(talr_step, tmp_path):
+    """A run that is resumed in the middle of an epoch restores them behind it."""
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    whole = talr_step(1, 0.2, **options)
+    assert torch.equal(talr_step(1, 0.2, str(tmp_path / "checkpoint-1"), **options), whole)
 
 
 def test_no_teacher_is_read_where_none_is_needed(make_dataset):

@@ -133,6 +133,15 @@ def test_what_is_gathered_and_held(train, make_model):
         assert of_teacher == (total - head) / 2 + head
 
 
+def test_replayed_examples_in_one_process_alone(train, weights, tmp_path):
+    """The teacher, which is read for them, is put together by all."""
+    (tmp_path / "old.jsonl").write_text('{"text": "Nobody had seen a bridge of that kind."}\n')
+    flags = ("--method", "ft", "--replay_file", tmp_path / "old.jsonl", "--replay_objective", "kl", "--ddp_timeout", 20)
+    whole = train("whole", *_batch(4), *flags)
+    parts = train("parts", *_batch(2), *flags, world=2)
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
+
+
 def test_set_up_by_accelerate(train, weights):
     """By what `accelerate launch` makes of its configuration file."""
     whole = train("whole", *_batch(4))

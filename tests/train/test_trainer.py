@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -248,10 +249,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_leaves_checkpoints(
 
 
 def test_weights_that_are_not_finite_from_the_start_stop_the_first_step(make_trainer, make_model):
+    """And SIGTERM does afterwards what it did before."""
     model = make_model()
     model.lm_head.weight.data[0] = math.inf
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(FloatingPointError, match="step 1: "):
         make_trainer(model).train()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("save_strategy", ["steps", "no"])

@@ -1,0 +1,62 @@
+"""Several processes that share an epoch's examples take as many steps: its end is filled up with what does not count.
+
+accelerate would fill it up with the epoch's first examples, which would then be trained on twice, and make of a last
+step another one than a single process takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from disc_train.dataset import ExampleDataset
+from disc_train.example import Example
+
+
+class FilledUp(Dataset[Example]):
+    """A data set; behind its end, an example that does not count, again and again.
+
+    Attributes:
+        epoch: the one that `set_epoch` gave.
+    """
+
+    def __init__(self, dataset: ExampleDataset) -> None:
+        self.dataset = dataset
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return replace(self.dataset[0], counted=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the examples of this epoch from now on, in its order."""
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+
+class FillingUp(Sampler[int]):
+    """The examples of the data's epoch in the order that one process takes them in, then indices behind their end.
+
+    Args:
+        multiple: the number of indices is one of it: the examples of a batch in every process.
+        seed: of the order, with the epoch.
+    """
+
+    def __init__(self, dataset: FilledUp, multiple: int, seed: int) -> None:
+        self.dataset = dataset
+        self.multiple = multiple
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        # As accelerate shuffles for one process.
+        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
+        yield from range(len(self.dataset), len(self))
