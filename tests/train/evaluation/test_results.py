@@ -47,6 +47,8 @@ def test_a_mean_over_tokens():
     perplexity = series._replace(unit="perplexity")
     assert perplexity.value == pytest.approx(math.exp(series.value))
     assert perplexity.standard_error == pytest.approx(series.standard_error * perplexity.value)
+    worse = perplexity._replace(items={id: (1e4 * part, whole) for id, (part, whole) in items.items()})
+    assert (worse.value, worse.standard_error) == (math.inf, math.inf)
     other = series._replace(items={id: (part, whole + 1) for id, (part, whole) in items.items()})
     assert difference(other, series) is None  # another tokenizer: the same texts have other tokens
 
