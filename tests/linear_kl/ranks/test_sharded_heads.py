@@ -140,12 +140,15 @@ def refused(mesh: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, str]:
     scattered = distribute_tensor(tensors["student_hidden"], mesh, [Shard(0)])
     unnamed = distribute_tensor(tensors["student_weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
     local = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in dtensors.items()}
+    index = torch.arange(len(tensors["student_hidden"].flatten(0, -2)))
+    indices = {f"{name}_index": distribute_tensor(index, mesh, [Shard(0)]) for name in ("student", "teacher")}
     group = mesh.get_group()
     return {
         "scattered": error_of(**{**dtensors, "student_hidden": scattered}),
         "scattered, plain heads": error_of(**{**tensors, "student_hidden": scattered}),
         "plain teacher": error_of(**{**dtensors, "teacher_weight": tensors["teacher_weight"]}),
         "plain bias": error_of(**{**dtensors, "student_bias": tensors["student_bias"]}),
+        "scattered index": error_of(**dtensors, **indices),
         "unnamed": error_of(**{**local, "student_weight": unnamed}, vocab_group=group),
         "one rank": error_of(
             **{**dtensors, "teacher_weight": local["teacher_weight"] if rank else dtensors["teacher_weight"]}
@@ -316,6 +319,7 @@ def test_both_at_once_give_what_one_process_gives(worlds, case):
 REFUSED = {
     "scattered": "ValueError: student_hidden: expected a plain tensor, or a DTensor with placements ",
     "scattered, plain heads": "ValueError: student_hidden: expected a plain tensor, or a DTensor with placements ",
+    "scattered index": "ValueError: student_index: expected a plain tensor, or a DTensor with placements ",
     "plain teacher": 'ValueError: teacher_weight: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',
     "plain bias": 'ValueError: student_bias: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',
     "unnamed": 'ValueError: student_weight: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',
