@@ -138,6 +138,14 @@ def test_a_probe_longer_than_the_context_is_left_out_and_shown(disc_eval, facts,
     assert row.count("(n 4, 1 left out)") == 2  # what was generated, for the probe without choices too
 
 
+def test_a_choice_longer_than_the_context_is_too(disc_eval, write, tmp_path):
+    probe = {"question": "Where?", "choices": ["Merin.", "Merin. " * 100], "answer": 0}
+    assert disc_eval("--probes_file", write("facts.jsonl", probe | {"choices": CHOICES}, probe)) == 0
+    first, second = _read(tmp_path / "out")["probes"]
+    assert first["excluded"] is None
+    assert "the model reads 256" in second["excluded"]
+
+
 def test_runs_side_by_side(disc_eval, facts, write, tmp_path, make_model, perturbed, tokenizer, sentences, capsys):
     perturbed(make_model(), scale=0.3).save_pretrained(tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
