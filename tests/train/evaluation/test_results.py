@@ -53,6 +53,19 @@ def test_a_mean_over_tokens():
     assert difference(other, series) is None  # another tokenizer: the same texts have other tokens
 
 
+def test_an_item_of_one_id_with_another_question_is_another():
+    """Where a file has changed between two runs."""
+
+    def series(*questions):
+        probes = [
+            ProbeOutcome(str(number), "new", "closed book", question, right_choice=True)
+            for number, question in enumerate(questions)
+        ]
+        return Evaluation({}, {}, probes).series()[0]
+
+    assert difference(series("Who?", "Why?"), series("Who?", "When?")).unmatched == 2
+
+
 def test_written_and_read_again(tmp_path):
     found = Evaluation(
         settings={"model_name_or_path": "m"},
