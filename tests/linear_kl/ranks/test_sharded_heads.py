@@ -127,6 +127,12 @@ def beside_eager(model: Model, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return results
 
 
+def inferred(tensors: dict[str, Tensor], lay: Callable[[str, Tensor], Tensor]) -> Tensor:
+    laid = {name: lay(name, x) for name, x in tensors.items()}
+    with torch.inference_mode():
+        return fused_suffix_kl(**laid)
+
+
 def error_of(**arguments: Any) -> str:
     try:
         fused_suffix_kl(**arguments)
@@ -177,6 +183,8 @@ def two(rank: int) -> dict[str, Any]:
             lambda name, x: distribute_tensor(x, tp, [Shard(1)]) if name.endswith("_weight") else x,
         ),
         "tp, unnamed": fused(together, heads(unnamed, Shard(0))),
+        "tp, inference": inferred(together, heads(tp, Shard(0))),
+        "fsdp, inference": inferred(apart, heads(unnamed, Shard(0))),
         "tp, frozen": from_summary(together, heads(tp, Shard(0))),
         "fsdp, frozen": from_summary(apart, heads(unnamed, Shard(0))),
         "refused": refused(tp, together, rank),
@@ -241,6 +249,12 @@ def test_tensor_parallel_heads_give_what_one_process_gives(worlds, case):
         assert_same(result[case], result["together"])
     heads_laid = {"tp": 2, "tp, replicas": 3, "tp, other dimension": 1, "tp, unnamed": 2, "tp, frozen": 0}
     assert len(worlds[2][0][case]["alike"]) == heads_laid[case]
+
+
+def test_inference_mode(worlds):
+    for result in worlds[2]:
+        assert_close(result["tp, inference"], result["together"]["loss"], "tp")
+        assert_close(result["fsdp, inference"], result["apart"]["loss"], "fsdp")
 
 
 def test_tensor_parallel_heads_are_a_vocab_group(worlds):
