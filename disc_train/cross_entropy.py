@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from disc_kernels import LogitTransform, fused_suffix_kl
+from disc_kernels.linear_kl.validation import check_index
 from disc_train.causal_lm import Head
 
-# Codes of different tokens have products that are smaller by at least 2: exp(-2 * 128) is nothing beside 1.
-CERTAINTY = LogitTransform(scale=128.0)
+# Codes of different tokens have products that are smaller by at least 2: exp(-2 * 512) is 0, in float64 too. Anything
+# above would meet the -log 0 of an entry that a bias of -inf takes out, and the loss be infinite.
+CERTAINTY = LogitTransform(scale=512.0)
 
 
 def linear_cross_entropy(
@@ -38,9 +40,12 @@ def linear_cross_entropy(
         A scalar, or [M]; float32, or float64 where hidden states are.
 
     Raises:
-        ValueError, TypeError: as `disc_kernels.fused_suffix_kl`.
+        ValueError, TypeError: a target that the head has no row for, and as `disc_kernels.fused_suffix_kl`. On CUDA the
+            device stops with the message.
     """
     entries = head.weight.shape[0]
+    # In binary, a target out of range (the -100 that others ignore, say) would look like another one.
+    targets = check_index("targets", targets, entries, "the head's weight", hidden.device)
     codes = _binary(torch.arange(entries, device=targets.device), entries, head.weight.dtype)
     return fused_suffix_kl(  # type: ignore[return-value]
         *(hidden, head.weight, _binary(targets, entries, head.weight.dtype), codes),

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -28,6 +35,9 @@ def continue_batch(
     Args:
         prompts: token ids, none empty; the shorter ones are padded on the left.
         processors: change the logits before the likeliest token is taken: with noise, it is a sample.
+
+    Raises:
+        FloatingPointError: logits that are NaN.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[*[0] * (longest - len(prompt)), *prompt] for prompt in prompts], device=model.device)
@@ -45,9 +55,24 @@ def continue_batch(
         pad_token_id=0,
     )
     read = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=processors
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_RefuseNaN(), *(processors or ())]),
     )
     return [_until_end(row, set(ends)) for row in read[:, longest:].tolist()]
+
+
+class _RefuseNaN(LogitsProcessor):
+    """The likeliest of NaN is some token too."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if scores.isnan().any():
+            raise FloatingPointError(
+                "expected logits that are numbers from the model, got NaN: its weights are damaged, or its dtype has"
+                " too small a range"
+            )
+        return scores
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

@@ -62,4 +62,10 @@ def _base_of_adapter(name_or_path: str) -> str | None:
     config = Path(name_or_path, "adapter_config.json")
     if not config.is_file():
         return None
-    return json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(base)
+        return base
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config}: expected JSON with a base_model_name_or_path, got: {error!r}") from error

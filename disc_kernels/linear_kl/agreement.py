@@ -117,7 +117,9 @@ def _description(name: str, value: Any) -> Any:
         shape[:1] = ["shard"]
     gradient = " with a gradient" if torch.is_grad_enabled() and value.requires_grad else ""
     # Values decide how rows are sorted and divided; CRC-32 is the same in all processes, as Python's hash is not.
-    index = name.endswith("_index") and value.dtype == torch.int64 and value.layout == torch.strided
+    # A DTensor is here where it was refused: it has no values to read.
+    index = name.endswith("_index") and type(value) is Tensor and value.dtype == torch.int64
+    index = index and value.layout == torch.strided
     on_host = index and value.device.type == "cpu"
     values = f", checksum {zlib.crc32(value.contiguous().numpy().tobytes()):08x}" if on_host else ""
     return f"{value.dtype} [{', '.join(shape)}] on {value.device.type}{gradient}{values}"

@@ -103,14 +103,15 @@ def _local_head(name: str, head: Any) -> Tensor:
     """This rank's shard of the vocabulary, or all of it."""
     from torch.distributed.tensor import Partial, Replicate
 
-    head = head.detach() if name.startswith("teacher") else head
     shared = _tensor_parallel_dim(head)
     placements: list[Any] = [Replicate()] * head.device_mesh.ndim
     gradients: list[Any] = [Partial("avg")] * head.device_mesh.ndim
     if shared is not None:
         placements[shared] = head.placements[shared] if _group_of(head) else Replicate()
         gradients[shared] = placements[shared]
-    return head.redistribute(placements=placements).to_local(grad_placements=gradients)
+    local = head.redistribute(placements=placements).to_local(grad_placements=gradients)
+    # Not before: under `torch.inference_mode` a DTensor cannot be detached.
+    return local.detach() if name.startswith("teacher") else local
 
 
 def _local_replica(x: Any) -> Tensor:

@@ -32,7 +32,7 @@ def draw(runs: dict[str, list[Series]], path: Path) -> bool:
             bars_of_run = drawn.get(name, [])
             axes.barh(
                 [here.index(s.row) + (place - (len(runs) - 1) / 2) * thickness for s in bars_of_run],
-                [s.value for s in bars_of_run if s.value is not None],  # as in all of them, see above
+                [s.mean for s in bars_of_run if s.mean is not None],  # as in all of them, see above
                 thickness,
                 xerr=[s.standard_error or 0.0 for s in bars_of_run],
                 label=name,

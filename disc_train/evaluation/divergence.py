@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from disc_kernels import SuffixKLStats, fused_suffix_kl
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
 from disc_train.causal_lm import common_vocabulary, head_of
+from disc_train.evaluation.likelihood import check_numbers
 
 
 class Divergence(NamedTuple):
@@ -50,6 +51,9 @@ def divergences(
 
     Both models are on one device and are used in their present mode; of vocabularies that differ in padding the common
     part is compared.
+
+    Raises:
+        FloatingPointError: a number that is NaN.
     """
     head, reference_head = head_of(model), head_of(reference)
     results = [Divergence(0.0, 0.0, 0.0, 0.0, 0)] * len(texts)
@@ -76,5 +80,6 @@ def divergences(
         )[1]
         sums = [torch.stack([part.double().sum() for part in values.split(lengths)]).tolist() for values in stats]
         for index, values in zip(batch, zip(*sums, lengths, strict=True), strict=True):
+            check_numbers(f"texts[{index}] beside the reference", values)
             results[index] = Divergence(*values)
     return results

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length
+from disc_train.causal_lm import check_vocabulary
 from disc_train.decoding import continue_batch, end_tokens
 from disc_train.evaluation.probes import Probe
 
@@ -40,12 +41,14 @@ def greedy_answers(
     """The greedy continuation of every probe's context and prompt, as text without special tokens.
 
     Raises:
-        ValueError: a prompt without tokens.
+        ValueError: a prompt without tokens, or with a token that is none of the model's.
+        FloatingPointError: logits that are NaN.
     """
     prompts = [tokenizer.encode(probe.context + probe.prompt, add_special_tokens=False) for probe in probes]
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"probes[{number}]: expected tokens in the prompt, got {probes[number]}")
+        check_vocabulary(model, max(prompt))
     ends = end_tokens(model, tokenizer)
     answers = [""] * len(probes)
     for batch in batches_by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_size, max_batch_tokens):

@@ -1,7 +1,7 @@
 """How likely a model finds texts, and which of a probe's choices it finds the likeliest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.causal_lm import head_of, hidden_states, log_probability
+from disc_train.causal_lm import check_vocabulary, head_of, hidden_states, log_probability
 from disc_train.chat import encode
 from disc_train.evaluation.probes import Probe
+from disc_train.evaluation.results import exp
 from disc_train.example import Ids, Place
 from disc_train.reading import read_branches
 from disc_train.rows import arrange, row_rule
@@ -46,7 +47,8 @@ def choice_scores(
     which `disc_train.causal_lm.use_attention` has picked; probes are batched by length, `batch_size` at most.
 
     Raises:
-        ValueError: a prompt or a choice without tokens.
+        ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
+        FloatingPointError: a score that is NaN.
     """
     branches: list[list[tuple[Ids, Place, Ids]]] = []
     for number, probe in enumerate(probes):
@@ -54,6 +56,7 @@ def choice_scores(
         choices = [encode(tokenizer, text) for text in probe.choices]
         if not all(map(len, (prompt, *choices))):
             raise ValueError(f"probes[{number}]: expected tokens in the prompt and in every choice, got {probe}")
+        check_vocabulary(model, max(int(ids.max()) for ids in (prompt, *choices)))
         branches.append([(prompt, Place(len(prompt)), choice) for choice in choices])
     lengths = [len(of_one[0][0]) + sum(len(choice) for *_, choice in of_one) for of_one in branches]
 
@@ -74,12 +77,22 @@ def choice_scores(
         means = iter(torch.stack([each.mean() for each in found.split([len(end) for end in ends])]).tolist())
         for index in batch:
             scores[index] = [next(means) for _ in branches[index]]
+            check_numbers(f"probes[{index}]", scores[index])
     return scores
 
 
 def likeliest(scores: Sequence[float]) -> int:
     """The index of the largest score, the first of equals."""
     return max(range(len(scores)), key=scores.__getitem__)
+
+
+def check_numbers(name: str, values: Iterable[float]) -> None:
+    """Raise FloatingPointError if what a model says of an item is NaN, which compares as if it were an answer."""
+    if any(map(math.isnan, values)):
+        raise FloatingPointError(
+            f"{name}: expected numbers from the model, got NaN: its weights are damaged, or its dtype has too small a"
+            " range"
+        )
 
 
 class TextLoss(NamedTuple):
@@ -102,7 +115,7 @@ def perplexity(
     tokens = sum(loss.tokens for loss in losses)
     if tokens == 0:
         raise ValueError("texts: expected one with at least two tokens, the first is not predicted; got none")
-    return math.exp(sum(loss.nats for loss in losses) / tokens)
+    return exp(sum(loss.nats for loss in losses) / tokens)
 
 
 @torch.no_grad()
@@ -112,7 +125,11 @@ def text_losses(
     batch_size: int = 64,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
 ) -> list[TextLoss]:
-    """A number a text, given as token ids; a text of fewer than two tokens has nothing that is predicted."""
+    """A number a text, given as token ids; a text of fewer than two tokens has nothing that is predicted.
+
+    Raises:
+        FloatingPointError: a loss that is NaN.
+    """
     head = head_of(model)
     losses = [TextLoss(0.0, 0)] * len(texts)
     filled = [index for index, ids in enumerate(texts) if len(ids) > 1]
@@ -126,5 +143,6 @@ def text_losses(
         scores = log_probability(head, rows, targets).split(counts)
         sums = torch.stack([score.double().sum() for score in scores]).tolist()
         for index, total, count in zip(batch, sums, counts, strict=True):
+            check_numbers(f"texts[{index}]", [total])
             losses[index] = TextLoss(-total, count)
     return losses

@@ -72,7 +72,7 @@ def _tables(cells: dict[Cell, str]) -> list[str]:
         lines += [f"## {table}", "", f"|  | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
         for row in dict.fromkeys(row for row, _ in here):
             values = [here.get((row, column), "-") for column in columns]
-            lines.append(f"| {' | '.join([row.replace('|', '/'), *values])} |")
+            lines.append(f"| {' | '.join([' '.join(row.replace('|', '/').split()), *values])} |")
         lines.append("")
     return lines
 

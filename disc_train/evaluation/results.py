@@ -106,13 +106,21 @@ class Series(NamedTuple):
         """The mean, or its exp for a perplexity; None where there are no items."""
         if math.isnan(self.mean):
             return None
-        return math.exp(self.mean) if self.unit == "perplexity" else self.mean
+        return exp(self.mean) if self.unit == "perplexity" else self.mean
 
     @property
     def standard_error(self) -> float | None:
         """For shares the binomial one, sqrt(p (1 - p) / n); of a perplexity to first order; None for fewer than two."""
         error = _standard_error(self.items.values())
-        return error if error is None or self.unit != "perplexity" else error * math.exp(self.mean)
+        return error if error is None or self.unit != "perplexity" else error * exp(self.mean)
+
+
+def exp(nats: float) -> float:
+    """Infinite where Python's own overflows."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 class Difference(NamedTuple):

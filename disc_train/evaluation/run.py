@@ -27,7 +27,7 @@ def run(arguments: EvalArguments) -> None:
     """Do what the arguments ask; print the tables that are written.
 
     Raises:
-        ValueError, OSError, ImportError: what the user can mend, with a message that says how.
+        ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     folder = Path(str(arguments.output_dir))
     if arguments.compare:
@@ -45,6 +45,12 @@ def evaluate(arguments: EvalArguments) -> Evaluation:
     tokenizer = load_tokenizer(name)
     documents = read_documents(arguments.documents_file) if arguments.documents_file else None
     questions = read_questions(arguments.probes_file, tokenizer, documents)
+    groups = Counter(Path(path).stem for path in arguments.texts_file)
+    if groups and groups.most_common(1)[0][1] > 1:
+        raise ValueError(
+            "--texts_file: expected files with names of their own, which results are shown under, got several"
+            f" {groups.most_common(1)[0][0]!r}"
+        )
     texts = [
         (Path(path).stem, document.text)
         for path in arguments.texts_file

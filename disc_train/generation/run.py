@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from disc_train.batches import batches_by_length
+from disc_train.causal_lm import check_vocabulary
 from disc_train.context_length import length_of
 from disc_train.decoding import continue_batch, end_tokens
 from disc_train.documents import load_documents
@@ -30,12 +31,13 @@ def run(arguments: GenerateArguments) -> None:
     """Do what the arguments ask; print how many texts there are, and what was left out.
 
     Raises:
-        ValueError, OSError, ImportError: what the user can mend, with a message that says how.
+        ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     documents = load_documents(arguments.train_file, arguments.dataset_name, arguments.text_column)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     model = load_for_inference(arguments.model_name_or_path, arguments.dtype, arguments.use_cpu)
     jobs, left_out = plan(arguments, documents, tokenizer, length_of(model.config, "model"))
+    check_vocabulary(model, max(max(job.prompt) for job in jobs))
     path = Path(arguments.output_file)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = resume(path, [job.id for job in jobs])

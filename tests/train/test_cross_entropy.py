@@ -73,7 +73,7 @@ def test_the_loss_has_float32_logits(dtype):
     assert _errors(Case(dtype=dtype, bias=False))[0] < 1e-6
 
 
-@pytest.mark.parametrize("entries", [2, 3, 64, 65])
+@pytest.mark.parametrize("entries", [2, 3, 64, 65, 2**17 + 1])
 def test_small_vocabularies_and_powers_of_two(entries):
     assert max(_errors(Case(entries))) < 1e-13
 
@@ -106,6 +106,28 @@ def test_a_certain_prediction_and_an_impossible_one():
     head = Head(torch.eye(5), None, LogitTransform(scale=1e4))
     values = linear_cross_entropy(torch.eye(5)[:2], head, torch.tensor([0, 3]), reduction="none")
     assert values.tolist() == [0.0, 1e4]
+
+
+def test_one_entry():
+    case = Case(entries=1)
+    loss = case.fused()
+    assert [float(x.detach().abs().sum()) for x in (loss, *torch.autograd.grad(loss, case.leaves))] == [0.0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entries_that_are_taken_out(dtype):
+    case = Case(dtype=dtype)
+    with torch.no_grad():
+        case.bias[~torch.isin(torch.arange(len(case.bias)), case.targets)] = -torch.inf
+    assert max(_errors(case)) < (1e-6 if dtype == torch.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("target", [-100, -1, 301, 2**40])
+def test_targets_that_are_no_entries(target):
+    case = Case()
+    case.targets[3] = target
+    with pytest.raises(ValueError, match="targets: expected rows from 0 to 300 of the head's weight, got rows from "):
+        case.fused()
 
 
 def test_a_certainty_that_is_none_would_show(monkeypatch):

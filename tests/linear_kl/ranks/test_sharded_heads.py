@@ -127,6 +127,12 @@ def beside_eager(model: Model, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return results
 
 
+def inferred(tensors: dict[str, Tensor], lay: Callable[[str, Tensor], Tensor]) -> Tensor:
+    laid = {name: lay(name, x) for name, x in tensors.items()}
+    with torch.inference_mode():
+        return fused_suffix_kl(**laid)
+
+
 def error_of(**arguments: Any) -> str:
     try:
         fused_suffix_kl(**arguments)
@@ -140,12 +146,15 @@ def refused(mesh: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, str]:
     scattered = distribute_tensor(tensors["student_hidden"], mesh, [Shard(0)])
     unnamed = distribute_tensor(tensors["student_weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
     local = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in dtensors.items()}
+    index = torch.arange(len(tensors["student_hidden"].flatten(0, -2)))
+    indices = {f"{name}_index": distribute_tensor(index, mesh, [Shard(0)]) for name in ("student", "teacher")}
     group = mesh.get_group()
     return {
         "scattered": error_of(**{**dtensors, "student_hidden": scattered}),
         "scattered, plain heads": error_of(**{**tensors, "student_hidden": scattered}),
         "plain teacher": error_of(**{**dtensors, "teacher_weight": tensors["teacher_weight"]}),
         "plain bias": error_of(**{**dtensors, "student_bias": tensors["student_bias"]}),
+        "scattered index": error_of(**dtensors, **indices),
         "unnamed": error_of(**{**local, "student_weight": unnamed}, vocab_group=group),
         "one rank": error_of(
             **{**dtensors, "teacher_weight": local["teacher_weight"] if rank else dtensors["teacher_weight"]}
@@ -174,6 +183,8 @@ def two(rank: int) -> dict[str, Any]:
             lambda name, x: distribute_tensor(x, tp, [Shard(1)]) if name.endswith("_weight") else x,
         ),
         "tp, unnamed": fused(together, heads(unnamed, Shard(0))),
+        "tp, inference": inferred(together, heads(tp, Shard(0))),
+        "fsdp, inference": inferred(apart, heads(unnamed, Shard(0))),
         "tp, frozen": from_summary(together, heads(tp, Shard(0))),
         "fsdp, frozen": from_summary(apart, heads(unnamed, Shard(0))),
         "refused": refused(tp, together, rank),
@@ -238,6 +249,12 @@ def test_tensor_parallel_heads_give_what_one_process_gives(worlds, case):
         assert_same(result[case], result["together"])
     heads_laid = {"tp": 2, "tp, replicas": 3, "tp, other dimension": 1, "tp, unnamed": 2, "tp, frozen": 0}
     assert len(worlds[2][0][case]["alike"]) == heads_laid[case]
+
+
+def test_inference_mode(worlds):
+    for result in worlds[2]:
+        assert_close(result["tp, inference"], result["together"]["loss"], "tp")
+        assert_close(result["fsdp, inference"], result["apart"]["loss"], "fsdp")
 
 
 def test_tensor_parallel_heads_are_a_vocab_group(worlds):
@@ -316,6 +333,7 @@ def test_both_at_once_give_what_one_process_gives(worlds, case):
 REFUSED = {
     "scattered": "ValueError: student_hidden: expected a plain tensor, or a DTensor with placements ",
     "scattered, plain heads": "ValueError: student_hidden: expected a plain tensor, or a DTensor with placements ",
+    "scattered index": "ValueError: student_index: expected a plain tensor, or a DTensor with placements ",
     "plain teacher": 'ValueError: teacher_weight: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',
     "plain bias": 'ValueError: student_bias: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',
     "unnamed": 'ValueError: student_weight: expected a DTensor with Shard(0) over a mesh dimension "tp" of the',

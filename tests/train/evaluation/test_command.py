@@ -138,6 +138,14 @@ def test_a_probe_longer_than_the_context_is_left_out_and_shown(disc_eval, facts,
     assert row.count("(n 4, 1 left out)") == 2  # what was generated, for the probe without choices too
 
 
+def test_a_choice_longer_than_the_context_is_too(disc_eval, write, tmp_path):
+    probe = {"question": "Where?", "choices": ["Merin.", "Merin. " * 100], "answer": 0}
+    assert disc_eval("--probes_file", write("facts.jsonl", probe | {"choices": CHOICES}, probe)) == 0
+    first, second = _read(tmp_path / "out")["probes"]
+    assert first["excluded"] is None
+    assert "the model reads 256" in second["excluded"]
+
+
 def test_runs_side_by_side(disc_eval, facts, write, tmp_path, make_model, perturbed, tokenizer, sentences, capsys):
     perturbed(make_model(), scale=0.3).save_pretrained(tmp_path / "trained")
     tokenizer.save_pretrained(tmp_path / "trained")
@@ -157,6 +165,57 @@ def test_runs_side_by_side(disc_eval, facts, write, tmp_path, make_model, pertur
     row = next(line for line in lines if line.startswith("| news: loss"))
     assert f"({losses[1] - losses[0]:+.4f} ± " in row
     assert (tmp_path / "out" / "comparison.md").is_file()
+
+
+@pytest.fixture
+def damaged(tmp_path, make_model, tokenizer):
+    """A model whose logits are NaN."""
+    model = make_model()
+    model.lm_head.weight.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "damaged")
+    tokenizer.save_pretrained(tmp_path / "damaged")
+    return tmp_path / "damaged"
+
+
+def test_a_model_that_gives_nan_is_not_measured(fails, facts, write, damaged, tmp_path):
+    news = write("news.jsonl", {"text": "It opened."})
+    answers = write("answers.jsonl", {"question": "Where?", "answer": "Merin."})
+    for flags in (("--probes_file", facts), ("--texts_file", news), ("--probes_file", answers)):
+        assert "from the model, got NaN: its weights are damaged" in fails(*flags, model=damaged)[1]
+    line = fails("--texts_file", news, "--reference_name_or_path", damaged)[1]
+    assert "texts[0] beside the reference: expected numbers" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("probe", [{"choices": CHOICES, "answer": 0}, {"answer": "Merin."}])
+def test_tokens_that_are_none_of_the_models(probe, fails, write, make_model, tokenizer, tmp_path):
+    make_model(vocab_size=260).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    probes = write("probes.jsonl", {"question": "Where is the quarry?"} | probe)
+    line = fails("--probes_file", probes, model=tmp_path / "small")[1]
+    assert "got a vocabulary of 260: the tokenizer is another model's" in line
+
+
+def test_texts_of_one_name(fails, write, tmp_path):
+    (tmp_path / "other").mkdir()
+    news, other = write("news.jsonl", {"text": "It opened."}), write("other/news.jsonl", {"text": "It closed."})
+    line = fails("--texts_file", news, other)[1]
+    assert "--texts_file: expected files with names of their own" in line
+    assert "got several 'news'" in line
+
+
+def test_a_group_stays_in_its_row(disc_eval, write, capsys):
+    record = {"question": "Where?", "choices": CHOICES, "answer": 0, "group": "one\n|two"}
+    assert disc_eval("--probes_file", write("facts.jsonl", record)) == 0
+    assert "| one /two, closed book | " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"base_model_name_or_path": null}'])
+def test_an_adapter_without_a_base(text, fails, facts, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    line = fails("--probes_file", facts, model=tmp_path / "adapter")[1]
+    assert "adapter_config.json: expected JSON with a base_model_name_or_path" in line
 
 
 def test_a_chart_is_drawn(disc_eval, facts, tmp_path):

@@ -47,8 +47,23 @@ def test_a_mean_over_tokens():
     perplexity = series._replace(unit="perplexity")
     assert perplexity.value == pytest.approx(math.exp(series.value))
     assert perplexity.standard_error == pytest.approx(series.standard_error * perplexity.value)
+    worse = perplexity._replace(items={id: (1e4 * part, whole) for id, (part, whole) in items.items()})
+    assert (worse.value, worse.standard_error) == (math.inf, math.inf)
     other = series._replace(items={id: (part, whole + 1) for id, (part, whole) in items.items()})
     assert difference(other, series) is None  # another tokenizer: the same texts have other tokens
+
+
+def test_an_item_of_one_id_with_another_question_is_another():
+    """Where a file has changed between two runs."""
+
+    def series(*questions):
+        probes = [
+            ProbeOutcome(str(number), "new", "closed book", question, right_choice=True)
+            for number, question in enumerate(questions)
+        ]
+        return Evaluation({}, {}, probes).series()[0]
+
+    assert difference(series("Who?", "Why?"), series("Who?", "When?")).unmatched == 2
 
 
 def test_written_and_read_again(tmp_path):

@@ -195,6 +195,16 @@ def test_texts_that_end_at_once_are_counted(disc_generate, fails, model_folder, 
     assert (code, "all 9 texts are empty" in line) == (1, True)
 
 
+def test_models_that_cannot_read_or_write(fails, model_folder, make_model, tmp_path):
+    make_model(vocab_size=260).save_pretrained(model_folder)
+    assert "got a vocabulary of 260: the tokenizer is another model's" in fails()[1]
+    assert not (tmp_path / "out.jsonl").exists()
+    model = make_model()
+    model.lm_head.weight.data.fill_(math.nan)
+    model.save_pretrained(model_folder)
+    assert "expected logits that are numbers from the model, got NaN" in fails()[1]
+
+
 def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_folder, tmp_path, monkeypatch):
     chat_tokenizer.save_pretrained(model_folder)
     prompts = []
