@@ -55,22 +55,30 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
     return last
 
 
-def steps_done(checkpoint: str | None, steps: int, output_dir: str) -> int:
-    """The optimizer steps behind a checkpoint; 0 for none. All of them if a run was stopped before it saved its model.
+def steps_done(checkpoint: str | None, steps: int) -> int:
+    """The optimizer steps behind a checkpoint; 0 for none.
 
     Raises:
-        ValueError: nothing is left to do, or the checkpoint lacks files, or they are damaged.
+        ValueError: they are more than asked for, or the checkpoint lacks files, or they are damaged.
     """
     if checkpoint is None:
         return 0
     done = load_state(checkpoint).global_step
-    if done > steps or (done == steps and _saved_step(output_dir) == done):
+    if done > steps:
         raise ValueError(
-            f"--resume_from_checkpoint: {checkpoint} is at step {done} of {steps}: nothing is left to train; for more,"
-            " raise --max_steps or --num_train_epochs"
+            f"--resume_from_checkpoint: expected a checkpoint of at most {steps} steps, which is all there are, got"
+            f" {checkpoint} of {done}; for more, raise --max_steps or --num_train_epochs"
         )
     _check_files(Path(checkpoint), () if done == steps else OF_TRAINING)
     return done
+
+
+def is_finished(output_dir: str, steps: int) -> bool:
+    """Whether the model in a folder was saved to the end, behind so many steps."""
+    try:
+        return load_state(output_dir).global_step == steps
+    except (OSError, ValueError):
+        return False
 
 
 def load_state(checkpoint: str) -> TrainerState:
@@ -92,14 +100,6 @@ def move_into_place(written: Path, place: Path) -> None:
         place.rename(written.parent / "replaced")
     written.rename(place)
     shutil.rmtree(written.parent)
-
-
-def _saved_step(output_dir: str) -> int | None:
-    """The step that the model in a folder was saved behind; None: there is none, or it is not saved to the end."""
-    try:
-        return load_state(output_dir).global_step
-    except (OSError, ValueError):
-        return None
 
 
 def _check_files(checkpoint: Path, wanted: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from disc_train.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.causal_lm import check_vocabulary, load_model, naming
-from disc_train.checkpoints import find_checkpoint, steps_done
+from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.lora import add_lora, has_adapters
 from disc_train.objectives import AT_TEMPERATURE, WITH_TEACHER
@@ -49,11 +49,16 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         data = load_training_data(disc, loop, tokenizer)
         dataset = data.dataset
         steps = count_steps(loop, len(dataset))[0]
-        resumed_step = steps_done(checkpoint, steps, str(loop.output_dir))
+        resumed_step = steps_done(checkpoint, steps)
+        finished = resumed_step == steps and is_finished(str(loop.output_dir), steps)
         check_teacher_tokenizer(disc, tokenizer, data.tokens)
         if loop.world_size > 1:
             facts |= settings_of(disc, loop)
             facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
+    if finished:  # and no error: a scheduler may repeat a command until it succeeds
+        if loop.process_index == 0:
+            show("Nothing is left to train", ("saved", f"behind all {steps:,} steps, in {loop.output_dir}"))
+        return
     set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     student = load_student(disc)
     compared = disc.method in WITH_TEACHER

@@ -72,9 +72,6 @@ def test_killed_at_any_time_and_started_again(start, whole, weights, tmp_path):
                 time.sleep(rng.uniform(0, 0.02))
             process.kill()
             (code,) = run.wait()
-            if code == 1:  # killed when all was done, while it measured what had come of it
-                assert "nothing is left to train" in run.logs[0], run.logs
-                break
             assert code in (0, -signal.SIGKILL), run.logs
             kills += code != 0
             assert all(_names(last) >= WHOLE for last in _checkpoints(folder)[-1:])
