@@ -68,6 +68,7 @@ def test_documents_by_id(write, tokenizer):
     [
         ({"answer": "tea"}, r"expected an answer that is among the choices \['coal', 'silk'\], got 'tea'"),
         ({"answer": 2}, "expected an answer that is an index of the 2 choices, got 2"),
+        ({"answer": -1}, "expected an answer that is an index of the 2 choices, got -1"),
         ({"answer": True}, "among the choices"),
         ({"answer": None}, "among the choices"),
         ({"choices": None, "answer": 0}, "expected choices, or an answer that is a text and not empty, got 0"),

@@ -144,6 +144,7 @@ def test_other_settings_do_not_go_on_with_a_file(disc_generate, fails):
     assert disc_generate() == 0
     for flags, texts in (
         (("--temperature", 0.5), TEXTS),
+        (("--top_p", 0.5), TEXTS),
         (("--mode", "cd"), TEXTS),
         (("--seed", 7), TEXTS),
         ((), [*TEXTS[:2], "Another."]),
