@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
-from disc_train.sharding import within
+from disc_train.parallel.sharding import within
 
 
 class Head(NamedTuple):
@@ -249,18 +249,6 @@ def _explained(model: PreTrainedModel, implementation: str) -> Iterator[None]:
 def _low_precision(model: PreTrainedModel) -> bool:
     # Variable-length attention rounds to 16 bits whatever the model's dtype.
     return torch.finfo(model.dtype).bits < 32 or model.config._attn_implementation == VARLEN
-
-
-@torch.no_grad()
-def log_probability(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability, float32 [M] in nats, that a head gives to targets [M] after hidden states [M, D]."""
-    # In pieces, since a whole [M, V] would be the largest tensor of the program.
-    return torch.cat(
-        [
-            -cross_entropy(_logits(head, rows), wanted, reduction="none")
-            for rows, wanted in zip(hidden.split(256), targets.split(256), strict=True)
-        ]
-    )
 
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv
         return int(exit_.code or 0)
     except (ValueError, ImportError) as error:
         return _failed(command, error, 2)
-    from disc_train.termination import Terminated
+    from disc_train.parallel.termination import Terminated
 
     try:
         work()

@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from disc_train.causal_lm import log_probability
+from disc_train.cross_entropy import linear_cross_entropy
 from disc_train.dataset import ExampleDataset
 from disc_train.example import Branch, Example
 from disc_train.objectives import Side, batch_rows, divergence, teacher_side
@@ -120,7 +120,8 @@ def measure_signal(
 
 def _log_probability(side: Side, targets: Tensor) -> Tensor:
     """[M], in nats."""
-    return log_probability(side.head, side.hidden.flatten(0, 1)[side.index], targets)
+    index = torch.from_numpy(side.index)
+    return -linear_cross_entropy(side.hidden, side.head, targets, index=index, reduction="none")
 
 
 def _another(examples: Sequence[Example], number: int) -> Example | None:

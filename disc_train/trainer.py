@@ -20,12 +20,12 @@ from disc_train import objectives
 from disc_train.attention import prepare_attention
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
 from disc_train.dataset import ExampleDataset
-from disc_train.even_steps import FilledUp, FillingUp
 from disc_train.lora import has_adapters, load_adapters
 from disc_train.packing import PackedBatch, Usage, collator
-from disc_train.sharding import forget_gathered, own_part, shard, taking_whole_values
+from disc_train.parallel.even_steps import FilledUp, FillingUp
+from disc_train.parallel.sharding import forget_gathered, own_part, shard, taking_whole_values
+from disc_train.parallel.termination import StopOnSigterm, apart
 from disc_train.teacher import freeze
-from disc_train.termination import StopOnSigterm, apart
 
 
 class DiscTrainer(Trainer):

@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.causal_lm import check_vocabulary, head_of, hidden_states, log_probability
+from disc_train.causal_lm import check_vocabulary, head_of, hidden_states
 from disc_train.chat import encode
+from disc_train.cross_entropy import linear_cross_entropy
 from disc_train.evaluation.probes import Probe
 from disc_train.evaluation.results import exp
 from disc_train.example import Ids, Place
@@ -69,12 +70,14 @@ def choice_scores(
         # A row predicts the next token, and the last token read predicts the choice's last.
         ends = [positions[-len(choice) :] for positions, (*_, choice) in zip(rows.positions, together, strict=True)]
         targets = np.concatenate([choice for *_, choice in together])
-        found = log_probability(
+        losses = linear_cross_entropy(
+            hidden,
             head,
-            hidden[torch.from_numpy(np.concatenate(ends)).to(model.device)],
             torch.from_numpy(targets).long().to(model.device),
+            index=torch.from_numpy(np.concatenate(ends)),
+            reduction="none",
         )
-        means = iter(torch.stack([each.mean() for each in found.split([len(end) for end in ends])]).tolist())
+        means = iter(torch.stack([-each.mean() for each in losses.split([len(end) for end in ends])]).tolist())
         for index in batch:
             scores[index] = [next(means) for _ in branches[index]]
             check_numbers(f"probes[{index}]", scores[index])
@@ -140,9 +143,9 @@ def text_losses(
         counts = [len(texts[index]) - 1 for index in batch]
         rows = torch.cat([hidden[row, :count] for row, count in enumerate(counts)])
         targets = torch.cat([ids[row, 1 : count + 1] for row, count in enumerate(counts)])
-        scores = log_probability(head, rows, targets).split(counts)
-        sums = torch.stack([score.double().sum() for score in scores]).tolist()
+        nats = linear_cross_entropy(rows, head, targets, reduction="none").split(counts)
+        sums = torch.stack([each.double().sum() for each in nats]).tolist()
         for index, total, count in zip(batch, sums, counts, strict=True):
             check_numbers(f"texts[{index}]", [total])
-            losses[index] = TextLoss(-total, count)
+            losses[index] = TextLoss(total, count)
     return losses

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.profiler import profile
 
-from disc_train.sharding import own_part
+from disc_train.parallel.sharding import own_part
 from disc_train.trainer import DiscTrainer
 
 SHARDED = ("--fsdp",)

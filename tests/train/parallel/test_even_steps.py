@@ -3,8 +3,8 @@
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 
-from disc_train.even_steps import FilledUp, FillingUp
 from disc_train.packing import pack
+from disc_train.parallel.even_steps import FilledUp, FillingUp
 
 
 def test_the_order_is_that_of_one_process(make_dataset):
