@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, Qwen2Config
 
 from benchmarks.accuracy import Wrong
 from benchmarks.cost_model import Model, Plan
-from benchmarks.scaling_steps import compute_dtype, divide, prepare_calls
+from benchmarks.scaling_steps import compute_dtype, divide, prepare_call
 from benchmarks.step_cases import TINY, Shape
 from benchmarks.step_run import BOUNDS
 from disc_train.example import NO_IDS, Branch, Example, Place
@@ -150,7 +150,7 @@ def one_process(world: World) -> dict[str, Tensor]:
     teacher = world.shape.teacher("cpu")
     student = world.shape.student(teacher)
     batch = collator(student, teacher)(examples(0, world.ranks * world.documents, world.shape.vocab_size))
-    prepare_calls(student, teacher, batch)
+    prepare_call(student, teacher, batch)
     loss = student() / (world.ranks * world.documents)
     loss.backward()
     return {"loss": loss.detach()} | {name: _gradient(student, name) for name in COMPARED}

@@ -7,7 +7,6 @@ ranks' documents on the parameters, and gives this rank's part of that mean. `sc
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.cost_model import Plan
 from disc_kernels import fused_suffix_kl
-from disc_train.causal_lm import head_of, hidden_states
-from disc_train.objectives import suffix_kl
+from disc_train.causal_lm import hidden_states
+from disc_train.objectives import Settings, batch_loss
 from disc_train.packing import PackedBatch
 
 Step = Callable[[], Tensor]
@@ -35,27 +34,19 @@ def divide(plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch
     return way(plan, student, teacher, batch, scale)
 
 
-def prepare_calls(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch) -> None:
-    """Let a call of the student give the batch's loss, summed over its documents, and call the teacher.
+def prepare_call(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch) -> None:
+    """Let a call of the student give the batch's loss, summed over its documents: around calls DDP does its work."""
+    student.forward = lambda: _loss(student, teacher, batch)
 
-    It is around calls that DDP and FSDP2 do their work.
-    """
 
-    def distillation() -> Tensor:
-        with torch.no_grad():
-            teacher_hidden = teacher(batch["teacher_input_ids"], batch["teacher_layout"])
-        student_hidden = hidden_states(student, batch["input_ids"], batch["layout"])
-        pair = (student_hidden, head_of(student)), (teacher_hidden, head_of(teacher))
-        return TEMPERATURE**2 * suffix_kl(*pair, batch, TEMPERATURE, reduction="sum")
-
-    teacher.forward = partial(hidden_states, teacher)
-    student.forward = distillation
+def _loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return batch_loss("disc", student, teacher, batch, Settings(temperature=TEMPERATURE))
 
 
 def _data_parallel(
     plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float
 ) -> Step:
-    prepare_calls(student, teacher, batch)
+    prepare_call(student, teacher, batch)
     wrapped = DistributedDataParallel(student) if plan.ranks > 1 else student
 
     def step() -> Tensor:
@@ -67,13 +58,12 @@ def _data_parallel(
 
 
 def _sharded(plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float) -> Step:
-    prepare_calls(student, teacher, batch)
     mesh = _mesh(plan, plan.shard)
     for model in (student, teacher):
         _shard(model, model.get_decoder().layers, mesh, plan)
 
     def step() -> Tensor:
-        loss = scale * student()
+        loss = scale * _loss(student, teacher, batch)  # which calls both models
         (plan.ranks * loss).backward()
         teacher.reshard()  # type: ignore[operator]  # its head was needed for longer than its forward
         return loss.detach()

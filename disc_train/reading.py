@@ -52,8 +52,8 @@ def _read(trunk: Ids, place: Place, target: Ids, share: bool) -> Reading:
 def _share_beginnings(readings: Sequence[Reading]) -> list[Reading]:
     """Give sequences that begin alike and share nothing yet, contexts with the same instructions say, a common trunk.
 
-    Of all ways to divide such sequences, sorted, into groups with one trunk each, it takes one that reads the fewest
-    tokens.
+    Of all ways to divide such sequences, sorted, into groups of neighbours with one trunk each, it takes one that reads
+    the fewest tokens.
     """
     trunks = [reading.trunk.tobytes() for reading in readings]
     trees = Counter(trunks)

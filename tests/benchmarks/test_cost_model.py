@@ -23,7 +23,7 @@ from benchmarks.cost_model import (
     predict,
 )
 from benchmarks.scaling_run import SHAPE, World, examples, model_of, run_world
-from benchmarks.scaling_steps import prepare_calls
+from benchmarks.scaling_steps import prepare_call
 from benchmarks.step_cases import QWEN_7B
 from disc_train.packing import collator
 
@@ -59,7 +59,7 @@ def _step(count):
     for model in (student, teacher):
         model.set_attn_implementation("eager")
     batch = collator(student, teacher)(examples(0, count, SMALL.vocab_size))
-    prepare_calls(student, teacher, batch)
+    prepare_call(student, teacher, batch)
     return batch, lambda: student().backward()
 
 

@@ -110,7 +110,7 @@ def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path, r
 
 
 def test_interrupted(start, tmp_path):
-    run = start(*RUN, *TWO_A_STEP, "--output_dir", tmp_path / "out")
+    run = start(*RUN, *TWO_A_STEP, "--num_train_epochs", 1000, "--output_dir", tmp_path / "out")
     _wait_until(tmp_path / "out" / "checkpoint-1", True, run.processes[0])
     os.kill(run.processes[0].pid, signal.SIGINT)
     assert run.wait() == [130]
