@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -169,6 +170,7 @@ def run_command(argv, environment, folder, log, prepare):
     gc.freeze()  # what was imported is not looked through for garbage
     multiprocessing.set_start_method("fork", force=True)  # for the workers of data loaders
     os.setsid()  # as torchrun does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would these
     os.chdir(folder)
     os.environ |= environment
     with open(log, "w", buffering=1) as file:
