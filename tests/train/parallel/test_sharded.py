@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -48,6 +49,21 @@ def count_what_is_sent():
         return loss
 
     DiscTrainer.training_step = step
+
+
+def name_what_is_reduced():
+    """Prints the dtype that gradients are summed in."""
+    shard_on_the_cpu()
+    name = (
+        "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    )  # its older name
+    real = getattr(dist, name)
+
+    def reduce_scatter(*args, **kwargs):
+        print("summed:", (kwargs["input"] if "input" in kwargs else args[1]).dtype)
+        return real(*args, **kwargs)
+
+    setattr(dist, name, reduce_scatter)
 
 
 @pytest.fixture
@@ -98,7 +114,8 @@ def test_sixteen_bits_over_float32_weights(train, weights, model_folder):
     """As far from one process's weights as rounding in other places takes it, and no step is lost to rounding."""
     small = ("--bf16", "true", "--learning_rate", "1e-3")
     whole = train("whole", *_batch(4), *small)
-    parts = train("parts", *_batch(2), *small, world=2)
+    parts = train("parts", *_batch(2), *small, world=2, prepare=name_what_is_reduced)
+    assert set(re.findall("summed: (.*)", (parts / "log").read_text())) == {"torch.float32"}
     moved = weights(whole) - weights(model_folder)
     assert (weights(parts) - weights(whole)).norm() < 0.05 * moved.norm()
     assert load_file(parts / "model.safetensors")["lm_head.weight"].dtype == torch.float32
