@@ -32,7 +32,8 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
     """Divide a model's parameters over the processes, in place, as accelerate was told to.
 
     In mixed precision what is trained is kept in float32 and gathered in 16 bits; gradients are summed in float32. What
-    is not trained keeps its dtype.
+    is not trained keeps its dtype. The head, which accelerate groups with the last norm, stays whole until its backward
+    pass.
 
     Raises:
         ValueError: it was told to by the older FSDP.
@@ -49,9 +50,6 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
         plugin.mixed_precision_policy = as_configured
     if has_adapters(model):  # so small that checkpoints need no parts
         plugin.set_state_dict_type("FULL_STATE_DICT")
-    head = model.get_output_embeddings()
-    if isinstance(head, FSDPModule):  # whole until the loss is known, and through its backward pass
-        head.set_reshard_after_forward(False, recurse=False)
 
 
 def forget_gathered(model: nn.Module) -> None:

@@ -7,14 +7,12 @@ The oracle knows nothing of the package: it writes all logits down, calls `log_s
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from disc_kernels import LogitTransform, fused_suffix_kl
@@ -392,11 +390,3 @@ def smallest_workspace() -> Callable[[Problem, str], int]:
 @pytest.fixture
 def assert_accurate() -> Callable[[Outcome, Problem], None]:
     return _assert_accurate
-
-
-@pytest.fixture
-def lonely_group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone, which goes the way of many."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()

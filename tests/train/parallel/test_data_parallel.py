@@ -1,6 +1,5 @@
 """Several processes take the steps of one, whoever starts them."""
 
-import json
 import subprocess
 import sys
 
@@ -24,19 +23,14 @@ def train(start, tmp_path):
     return run
 
 
-def _losses(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
 def _flags(batch, accumulated=1):
     return "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulated
 
 
-def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, weights, model_folder):
+def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, weights, model_folder, losses):
     whole = train("whole", *_flags(8))
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
-    assert len(_losses(whole)) == 2
+    assert len(losses(whole)) == 2
     for name, flags, world in (
         ("two", _flags(4), 2),
         ("four", _flags(2), 4),
@@ -44,7 +38,7 @@ def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, we
     ):
         parts = train(name, *flags, world=world)
         assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6), name
-        assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5), name
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-5), name
 
 
 def test_a_weight_that_depends_on_the_whole_step(train, weights):
@@ -55,13 +49,13 @@ def test_a_weight_that_depends_on_the_whole_step(train, weights):
 
 
 @pytest.mark.parametrize("method", ["disc", "talr"])
-def test_a_last_step_with_fewer_documents_than_there_are_places(method, train, weights):
+def test_a_last_step_with_fewer_documents_than_there_are_places(method, train, weights, losses):
     """8 documents, 6 a step: in the last one of an epoch, a process has none of the two; nor, of three, another."""
     whole = train("whole", *_flags(6), "--method", method)
     for name, flags, world in (("two", _flags(3), 2), ("three", _flags(1, 2), 3)):
         parts = train(name, *flags, "--method", method, world=world)
         assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6), name
-        assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5), name
+        assert losses(parts) == pytest.approx(losses(whole), rel=1e-5), name
 
 
 def test_every_process_has_workers_of_its_own(train, weights):

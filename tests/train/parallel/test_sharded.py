@@ -54,9 +54,8 @@ def count_what_is_sent():
 def name_what_is_reduced():
     """Prints the dtype that gradients are summed in."""
     shard_on_the_cpu()
-    name = (
-        "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-    )  # its older name
+    newer, older = "reduce_scatter_single", "reduce_scatter_tensor"
+    name = newer if hasattr(dist, newer) else older
     real = getattr(dist, name)
 
     def reduce_scatter(*args, **kwargs):
@@ -86,31 +85,26 @@ def train(start, tmp_path):
     return run
 
 
-def _losses(folder):
-    state = json.loads((folder / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-
-
 def _batch(documents, accumulated=1):
     return "--per_device_train_batch_size", documents, "--gradient_accumulation_steps", accumulated
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_steps_of_one_process(tied, train, weights, make_model, model_folder):
+def test_the_steps_of_one_process(tied, train, weights, make_model, model_folder, losses):
     """Loss, weights, and the signal before and after."""
     make_model(tie_word_embeddings=tied).save_pretrained(model_folder)
     whole = train("whole", *_batch(4))
     parts = train("parts", *_batch(1, 2), "--gradient_checkpointing", "true", world=2)
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
-    assert _losses(parts) == pytest.approx(_losses(whole), rel=1e-5)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
     signals = [
         re.findall(r"signal +([\d.]+) -> ([\d.]+) nats", (folder / "log").read_text()) for folder in (whole, parts)
     ]
     assert signals[0] == signals[1] and len(signals[0]) == 1
 
 
-def test_sixteen_bits_over_float32_weights(train, weights, model_folder):
+def test_sixteen_bits_over_float32_weights(train, weights, model_folder, losses):
     """As far from one process's weights as rounding in other places takes it, and no step is lost to rounding."""
     small = ("--bf16", "true", "--learning_rate", "1e-3")
     whole = train("whole", *_batch(4), *small)
@@ -119,7 +113,7 @@ def test_sixteen_bits_over_float32_weights(train, weights, model_folder):
     moved = weights(whole) - weights(model_folder)
     assert (weights(parts) - weights(whole)).norm() < 0.05 * moved.norm()
     assert load_file(parts / "model.safetensors")["lm_head.weight"].dtype == torch.float32
-    assert _losses(parts) == pytest.approx(_losses(whole), rel=0.02)
+    assert losses(parts) == pytest.approx(losses(whole), rel=0.02)
 
 
 @pytest.mark.parametrize("kept", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])

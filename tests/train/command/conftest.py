@@ -1,0 +1,62 @@
+"""The command, run in this process on a few documents or records."""
+
+import json
+
+import pytest
+
+from disc_train.cli import main
+
+
+@pytest.fixture
+def disc_train(model_folder, write_documents, sentences, tmp_path):
+    """disc_train(*flags, documents=texts): the exit code of a quick run on seven documents by default."""
+
+    def run(*flags, documents=None):
+        texts = [" ".join(text) for text in sentences] if documents is None else documents
+        return main(
+            [
+                *("--model_name_or_path", str(model_folder)),
+                *("--train_file", str(write_documents(texts))),
+                *("--output_dir", str(tmp_path / "out")),
+                *("--per_device_train_batch_size", "4"),
+                *("--num_train_epochs", "2"),
+                *("--learning_rate", "1e-3"),
+                *("--use_cpu", "true"),
+                *map(str, flags),
+            ]
+        )
+
+    return run
+
+
+@pytest.fixture
+def fails(disc_train, capsys):
+    """fails(*flags, documents=texts): the one line on stderr of a run that must end with code 1."""
+
+    def run(*flags, documents=None):
+        status = disc_train(*flags, documents=documents)
+        captured = capsys.readouterr()
+        errors = [line for line in captured.err.splitlines() if "disc-train: error" in line]
+        assert status == 1
+        assert len(errors) == 1
+        assert "Traceback" not in captured.err
+        return errors[0]
+
+    return run
+
+
+@pytest.fixture
+def records(tmp_path):
+    """records(number, **last): a file of records with one instruction for the teacher; `last` changes the last one."""
+
+    def write(number, **last):
+        answers = [f"The bridge number {i} opened in the spring." for i in range(number)]
+        lines = [
+            {"teacher_context": "Say when. " * 20, "student_context": "Well: ", "target": text} for text in answers
+        ]
+        lines[-1] |= last
+        path = tmp_path / "records.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    return write

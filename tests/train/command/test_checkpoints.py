@@ -1,0 +1,103 @@
+"""Runs that go on from a checkpoint, or may not."""
+
+import shutil
+
+import torch
+
+
+def test_interrupted_and_resumed_through_the_command_line(disc_train, tmp_path, capsys, weights):
+    assert disc_train("--output_dir", tmp_path / "whole", "--save_steps", 1) == 0
+    (tmp_path / "out").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-1")
+    assert disc_train("--save_steps", 1) == 1
+    assert "already holds a run: continue it with --resume_from_checkpoint" in capsys.readouterr().err
+    assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "true") == 0
+    assert torch.equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+
+
+def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_train, tmp_path, capsys):
+    assert disc_train("--save_steps", 1) == 0
+    (tmp_path / "out" / "checkpoint-99").mkdir()  # the machine went down while it was written
+    # YAML's true is read as Python's True.
+    assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "True", "--num_train_epochs", 3) == 0
+    assert "steps         6; 7 documents" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys, weights):
+    assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
+    before = weights(tmp_path / "out").clone()
+    capsys.readouterr()
+    assert disc_train("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true") == 0
+    assert capsys.readouterr().out.startswith("Nothing is left to train\n  saved         behind all 1 steps, in ")
+    assert torch.equal(weights(tmp_path / "out"), before)
+
+
+def test_an_output_folder_that_cannot_be_one(fails, tmp_path):
+    (tmp_path / "file").touch()
+    assert "--output_dir: expected a folder that can be written to" in fails("--output_dir", tmp_path / "file" / "out")
+
+
+def test_a_folder_with_a_model_is_not_written_over(fails, model_folder, weights):
+    before = weights(model_folder)
+    assert "already holds a model" in fails("--output_dir", model_folder)
+    assert torch.equal(weights(model_folder), before)
+
+
+def test_nothing_to_resume_from(fails, tmp_path):
+    assert f"({tmp_path / 'out'}), got nowhere, which has none" in fails("--resume_from_checkpoint", "nowhere")
+
+
+def test_the_flag_to_resume_can_always_be_given(disc_train, fails, model_folder, tmp_path, weights):
+    """A scheduler that starts a run again does not know whether it had saved anything."""
+    flags = ("--resume_from_checkpoint", "true", "--save_strategy", "no")
+    assert disc_train(*flags) == 0
+    assert not torch.equal(weights(tmp_path / "out"), weights(model_folder))
+    assert "already holds a model" in fails(*flags)
+
+
+def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, capsys, weights):
+    flags = ("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true")
+    assert disc_train(*flags) == 0
+    saved = weights(tmp_path / "out").clone()
+    for name in ("trainer_state.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    capsys.readouterr()
+    assert disc_train(*flags) == 0
+    assert "  steps         1\n" in capsys.readouterr().out
+    assert torch.equal(weights(tmp_path / "out"), saved)
+    assert disc_train(*flags) == 0
+    assert "Nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_longer_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, weights):
+    """The model that is there is of fewer steps."""
+    flags = ("--save_steps", 1, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "true")
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    longer = weights(tmp_path / "out").clone()
+    shutil.rmtree(tmp_path / "out")
+    assert disc_train(*flags, "--max_steps", 1) == 0
+    state, model = (tmp_path / "out" / name for name in ("trainer_state.json", "model.safetensors"))
+    of_one_step = {path: path.read_bytes() for path in (state, model)}
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    for path, content in of_one_step.items():
+        path.write_bytes(content)
+    assert disc_train(*flags, "--max_steps", 2) == 0
+    assert torch.equal(weights(tmp_path / "out"), longer)
+
+
+def test_checkpoints_that_lack_files_or_are_damaged(disc_train, tmp_path, capsys):
+    assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
+    flags = ("--save_steps", 1, "--max_steps", 2, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1")
+    for path in sorted((tmp_path / "out" / "checkpoint-1").iterdir()):
+        content = path.read_bytes()
+        if path.suffix in (".pt", ".pth"):
+            path.unlink()
+            assert disc_train(*flags) == 1
+            assert f"expected {path.stem}" in capsys.readouterr().err
+        if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or path.name == "trainer_state.json":
+            path.write_bytes(content[: len(content) // 2])
+            assert disc_train(*flags) == 1
+            error = capsys.readouterr().err
+            assert f"disc-train: error: {path}: " in error and "damaged" in error
+            path.write_bytes(content)
+    assert disc_train(*flags) == 0
