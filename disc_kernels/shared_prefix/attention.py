@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from disc_kernels.shared_prefix.automatic import automatic
-from disc_kernels.shared_prefix.flex import flex_attention_forward
-from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import beside_sequences, block_mask, row_masks
-from disc_kernels.shared_prefix.model_config import (
+from disc_kernels.shared_prefix.backends.flex import flex_attention_forward
+from disc_kernels.shared_prefix.backends.varlen import VarlenMask, find_kernel, varlen_attention_forward, varlen_mask
+from disc_kernels.shared_prefix.choice import automatic
+from disc_kernels.shared_prefix.hf_config import (
     attention_dropout,
     attention_softcap,
     can_share,
     layer_windows,
     model_name,
 )
-from disc_kernels.shared_prefix.varlen import VarlenMask, find_kernel, varlen_attention_forward, varlen_mask
+from disc_kernels.shared_prefix.layout import SharedPrefixLayout
+from disc_kernels.shared_prefix.masks import beside_sequences, block_mask, row_masks
 
 Mask = Tensor | BlockMask | VarlenMask
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from disc_kernels.host import to_device
-from disc_kernels.shared_prefix.kernel_inputs import in_autocast_dtype, refuse_options
+from disc_kernels.shared_prefix.backends.inputs import in_autocast_dtype, refuse_options
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from disc_kernels.shared_prefix.kernel_inputs import in_autocast_dtype, refuse_options
+from disc_kernels.shared_prefix.backends.inputs import in_autocast_dtype, refuse_options
 
 
 def flex_attention_forward(

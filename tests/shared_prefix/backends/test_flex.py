@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask, flex
-from disc_kernels.shared_prefix.flex import flex_attention_forward
+from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
+from disc_kernels.shared_prefix.backends import flex
+from disc_kernels.shared_prefix.backends.flex import flex_attention_forward
 
 LAYOUT = SharedPrefixLayout.from_trees([(13, [(13, 4), (6, 7), (0, 3)]), (0, [(0, 8)])])
 

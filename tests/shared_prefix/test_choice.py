@@ -15,7 +15,7 @@ from disc_kernels.shared_prefix import (
     dense_mask,
     flex_saving,
 )
-from disc_kernels.shared_prefix.automatic import DENSE_PAIR, LEAST_SAVING, PAIRS_PER_HIDDEN
+from disc_kernels.shared_prefix.choice import DENSE_PAIR, LEAST_SAVING, PAIRS_PER_HIDDEN
 
 # Few enough dimensions that attention counts; `LARGE` is of 1.5 billion parameters.
 LLAMA = SimpleNamespace(model_type="llama", num_attention_heads=4, hidden_size=64)

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import beside_sequences, block_mask
-from disc_kernels.shared_prefix.model_config import (
+from disc_kernels.shared_prefix.hf_config import (
     attention_dropout,
     attention_softcap,
     can_share,
@@ -18,6 +16,8 @@ from disc_kernels.shared_prefix.model_config import (
     text_config,
     window_shares,
 )
+from disc_kernels.shared_prefix.layout import SharedPrefixLayout
+from disc_kernels.shared_prefix.masks import beside_sequences, block_mask
 
 # A layer's matrices take about 24 D^2 operations a token, so as much as 6 D pairs.
 PAIRS_PER_HIDDEN = 6
