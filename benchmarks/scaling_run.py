@@ -36,8 +36,8 @@ from benchmarks.cost_model import Model, Plan
 from benchmarks.scaling_steps import compute_dtype, divide, prepare_call
 from benchmarks.step_cases import TINY, Shape
 from benchmarks.step_run import BOUNDS
-from disc_train.example import NO_IDS, Branch, Example, Place
-from disc_train.packing import collator
+from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.packing.collator.collator import collator
 
 SHAPE = replace(TINY, name="tiny, head not tied", tie_word_embeddings=False)
 TIMEOUT = 300  # s, of a world

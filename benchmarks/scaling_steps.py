@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.cost_model import Plan
 from disc_kernels import fused_suffix_kl
-from disc_train.causal_lm import hidden_states
-from disc_train.objectives import Settings, batch_loss
-from disc_train.packing import PackedBatch
+from disc_train.models.causal_lm import hidden_states
+from disc_train.objectives.methods.methods import Settings, batch_loss
+from disc_train.packing.collator.collator import PackedBatch
 
 Step = Callable[[], Tensor]
 TEMPERATURE = 2.0

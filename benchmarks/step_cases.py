@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from disc_train.dataset import DocumentDataset
-from disc_train.splits import TokenizedDocument
-from disc_train.teacher import freeze
+from disc_train.data.dataset import DocumentDataset
+from disc_train.data.splits import TokenizedDocument
+from disc_train.models.teacher import freeze
 
 DOCUMENTS = 64  # there are; a step takes the next ones, and after the last the first
 SENTENCES, LEAST, MOST = 16, 15, 35  # a document's sentences, and a sentence's tokens: 400 a document in the mean

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from benchmarks.step_cases import StepCase
-from disc_train.dataset import DocumentDataset
-from disc_train.example import Example
+from disc_train.data.dataset import DocumentDataset
+from disc_train.data.example import Example
 from disc_train.trainer import DiscTrainer
 
 Backward = Callable[[Sequence[Example]], Tensor]  # gives the mean loss of the documents, []

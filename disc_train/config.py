@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
 from disc_train.method_flags import check_method_flags
-from disc_train.splits import check_language, check_split_options
 
 TEACHERS_AVAILABLE = ("auto", "copy", "adapter")
 

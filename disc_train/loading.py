@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import load_model, naming, use_attention
+from disc_train.models.causal_lm import load_model, naming, use_attention
 
 
 def load_for_inference(name_or_path: str, dtype: str, use_cpu: bool) -> PreTrainedModel:

@@ -8,15 +8,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from disc_train.causal_lm import check_vocabulary, load_model, naming
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.lora import add_lora, has_adapters
-from disc_train.objectives import AT_TEMPERATURE, WITH_TEACHER
-from disc_train.packing import collator
+from disc_train.data.training_data import load_training_data
+from disc_train.models.adapters import add_lora, has_adapters
+from disc_train.models.causal_lm import check_vocabulary, load_model, naming
+from disc_train.models.teacher import load_teacher
+from disc_train.objectives.methods.methods import AT_TEMPERATURE, WITH_TEACHER
+from disc_train.objectives.methods.signal import Signal, evenly_spaced, measure_signal
+from disc_train.packing.collator.collator import collator
 from disc_train.parallel.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.parallel.termination import Terminated
-from disc_train.prefix_signal import Signal, evenly_spaced, measure_signal
 from disc_train.summary import (
     count_steps,
     describe_attention,
@@ -27,9 +29,7 @@ from disc_train.summary import (
     describe_teacher,
     show,
 )
-from disc_train.teacher import load_teacher
 from disc_train.trainer import DiscTrainer
-from disc_train.training_data import load_training_data
 
 
 def run(disc: DiscArguments, loop: LoopArguments) -> None:

@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
-from disc_train.attention import Attention
 from disc_train.config import DiscArguments
-from disc_train.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset, sample_batches
-from disc_train.example import Example, Ids
-from disc_train.lora import has_adapters
-from disc_train.packing import PackedBatch, Usage
-from disc_train.splits import Split, TokenizedDocument
+from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset, sample_batches
+from disc_train.data.example import Example, Ids
+from disc_train.data.splits import Split, TokenizedDocument
+from disc_train.models.adapters import has_adapters
+from disc_train.models.attention import Attention
+from disc_train.packing.collator.collator import PackedBatch, Usage
 
 
 @dataclass

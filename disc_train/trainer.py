@@ -16,20 +16,20 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from disc_train import objectives
-from disc_train.attention import prepare_attention
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
-from disc_train.dataset import ExampleDataset
-from disc_train.lora import has_adapters, load_adapters
-from disc_train.packing import PackedBatch, Usage, collator
+from disc_train.data.dataset import ExampleDataset
+from disc_train.models.adapters import has_adapters, load_adapters
+from disc_train.models.attention import prepare_attention
+from disc_train.models.teacher import freeze
+from disc_train.objectives.methods import methods as objectives
+from disc_train.packing.collator.collator import PackedBatch, Usage, collator
 from disc_train.parallel.even_steps import FilledUp, FillingUp
 from disc_train.parallel.sharding import forget_gathered, own_part, shard, taking_whole_values
 from disc_train.parallel.termination import StopOnSigterm, apart
-from disc_train.teacher import freeze
 
 
 class DiscTrainer(Trainer):
-    """Train `model` by one of the methods of `disc_train.objectives`.
+    """Train `model` by one of the methods of `disc_train.objectives.methods.methods`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
     they are spread over micro-batches and processes::
@@ -46,12 +46,12 @@ class DiscTrainer(Trainer):
         model: the student, a causal language model.
         teacher: another model object, usually with the same weights; it is frozen and moved to the student's device,
             or divided over the processes as the student is (FSDP2).
-            None where method and data need none (ft, talr), or where `model` has adapters (`disc_train.lora`): the
-            teacher is then `model` with them switched off.
+            None where method and data need none (ft, talr), or `model` has adapters (`disc_train.models.adapters`):
+            the teacher is then `model` with them switched off.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
             training either way, and the filter waits for the device at every micro-batch.
         train_dataset: the examples.
-        method: disc, cd, ft, ft_kl or talr; `disc_train.dataset` has the examples for each.
+        method: disc, cd, ft, ft_kl or talr; `disc_train.data.dataset` has the examples for each.
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.
@@ -59,14 +59,14 @@ class DiscTrainer(Trainer):
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
     Attributes:
-        attention: what `disc_train.attention.prepare_attention` gave the models.
+        attention: what `disc_train.models.attention.prepare_attention` gave the models.
         examples_read, usage: so far by this object, on all processes. The logs have the packing since the last ones:
             packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
             read than with a sequence for every target.
 
     Raises:
         ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of
-            `disc_train.causal_lm.use_attention`; one process would use several GPUs.
+            `disc_train.models.causal_lm.use_attention`; one process would use several GPUs.
         FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """

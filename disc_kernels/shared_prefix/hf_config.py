@@ -23,7 +23,7 @@ def can_share(config: Any) -> bool:
 
     They do not where a layer is no full or sliding attention (linear attention, state space, convolution, attention in
     chunks or over chosen keys) and where positions are not read from position_ids (ALiBi). Such models take one
-    sequence a row. A config cannot tell everything: `disc_train.causal_lm.use_attention` tries the model itself.
+    sequence a row. A config cannot tell everything: `disc_train.models.causal_lm.use_attention` tries the model itself.
 
     Args:
         config: the model's config.

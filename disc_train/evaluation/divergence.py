@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_kernels import SuffixKLStats, fused_suffix_kl
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.causal_lm import common_vocabulary, head_of
 from disc_train.evaluation.likelihood import check_numbers
+from disc_train.models.causal_lm import common_vocabulary, head_of
 
 
 class Divergence(NamedTuple):

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length
-from disc_train.causal_lm import check_vocabulary
 from disc_train.decoding import continue_batch, end_tokens
 from disc_train.evaluation.probes import Probe
+from disc_train.models.causal_lm import check_vocabulary
 
 
 def greedy_accuracy(

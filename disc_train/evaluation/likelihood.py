@@ -9,14 +9,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.causal_lm import check_vocabulary, head_of, hidden_states
-from disc_train.chat import encode
-from disc_train.cross_entropy import linear_cross_entropy
+from disc_train.data.chat import encode
+from disc_train.data.example import Ids, Place
 from disc_train.evaluation.probes import Probe
 from disc_train.evaluation.results import exp
-from disc_train.example import Ids, Place
-from disc_train.reading import read_branches
-from disc_train.rows import arrange, row_rule
+from disc_train.models.causal_lm import check_vocabulary, head_of, hidden_states
+from disc_train.objectives.methods.cross_entropy import linear_cross_entropy
+from disc_train.packing.collator.branch_inputs import read_branches
+from disc_train.packing.collator.rows import arrange, row_rule
 
 
 def choice_accuracy(
@@ -45,7 +45,7 @@ def choice_scores(
 
     A choice is tokenised apart from what comes before it and appended. What a probe's choices have before them is read
     once where the model can share it. The model is used in its present mode, with "sdpa" or "eager" attention or that
-    which `disc_train.causal_lm.use_attention` has picked; probes are batched by length, `batch_size` at most.
+    which `disc_train.models.causal_lm.use_attention` has picked; probes are batched by length, `batch_size` at most.
 
     Raises:
         ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.

@@ -1,10 +1,10 @@
 """Probes: what a model is asked. As their files have them, and in the words of a model.
 
-A file is JSON Lines, or another kind of `disc_train.records`. A record has a `question`, or a `prompt`: a text to go on
-from, or chat messages. `choices` are texts, `answer` is one of them or its index; without choices `answer` is a text,
-and only what the model generates is compared with it. `context` is what the answer can be read in; `document` in its
-place names a document by its `id`. `group` is what results are averaged over, by default the file's name; `id` is the
-probe's name in results, by default its file and line.
+A file is JSON Lines, or another kind of `disc_train.data.records`. A record has a `question`, or a `prompt`: a text to
+go on from, or chat messages. `choices` are texts, `answer` is one of them or its index; without choices `answer` is a
+text, and only what the model generates is compared with it. `context` is what the answer can be read in; `document` in
+its place names a document by its `id`. `group` is what results are averaged over, by default the file's name; `id` is
+the probe's name in results, by default its file and line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.chat import Message, chat_text, check_messages, reply_text
-from disc_train.records import Fields, check_text, read_records
+from disc_train.data.chat import Message, chat_text, check_messages, reply_text
+from disc_train.data.records import Fields, check_text, read_records
 
 FIELDS = Fields(
     required=("answer",),

@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import check_vocabulary
-from disc_train.context_length import length_of
-from disc_train.documents import load_documents
+from disc_train.data.context_length import length_of
+from disc_train.data.documents import load_documents
 from disc_train.evaluation.config import EvalArguments
 from disc_train.evaluation.divergence import divergences
 from disc_train.evaluation.generation import contains_answer, greedy_answers, is_answer, wanted_text
@@ -21,6 +20,7 @@ from disc_train.evaluation.report import write_comparison, write_report
 from disc_train.evaluation.results import CLOSED_BOOK, IN_CONTEXT, Evaluation, ProbeOutcome, TextOutcome
 from disc_train.evaluation.tasks import run_tasks
 from disc_train.loading import check_same_tokens, load_for_inference, load_tokenizer
+from disc_train.models.causal_lm import check_vocabulary
 
 
 def run(arguments: EvalArguments) -> None:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.chat import encode
-from disc_train.context_length import ContextLength
-from disc_train.documents import Document
+from disc_train.data.chat import encode
+from disc_train.data.context_length import ContextLength
+from disc_train.data.documents import Document
+from disc_train.data.templates import render
 from disc_train.generation.config import GenerateArguments
-from disc_train.templates import render
 
 # For models with a chat template; then for others, where Jinja drops one newline at the end.
 CHAT_TEMPLATES = {

@@ -17,13 +17,13 @@ from transformers import (
 )
 
 from disc_train.batches import batches_by_length
-from disc_train.causal_lm import check_vocabulary
-from disc_train.context_length import length_of
+from disc_train.data.context_length import length_of
+from disc_train.data.documents import load_documents
 from disc_train.decoding import continue_batch, end_tokens
-from disc_train.documents import load_documents
 from disc_train.generation.config import GenerateArguments
 from disc_train.generation.jobs import Job, plan, resume
 from disc_train.loading import load_for_inference, load_tokenizer
+from disc_train.models.causal_lm import check_vocabulary
 from disc_train.summary import show
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.dataset import ExampleDataset
+from disc_train.data.dataset import ExampleDataset
 
 OWN = {"local_rank"}  # what each process has its own of
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from disc_train.dataset import ExampleDataset
-from disc_train.example import Example
+from disc_train.data.dataset import ExampleDataset
+from disc_train.data.example import Example
 
 
 class FilledUp(Dataset[Example]):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from disc_train.lora import has_adapters
+from disc_train.models.adapters import has_adapters
 
 
 def within(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:

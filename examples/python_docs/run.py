@@ -13,15 +13,15 @@ import torch
 from prepare import CONTEXT, prepare
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.causal_lm import use_attention
 from disc_train.cli import main as disc_train
-from disc_train.dataset import DocumentDataset
-from disc_train.documents import load_documents
+from disc_train.data.dataset import DocumentDataset
+from disc_train.data.documents import load_documents
+from disc_train.data.example import Example
+from disc_train.data.splits import tokenize_document
 from disc_train.evaluation import kl_to_reference, perplexity
-from disc_train.example import Example
-from disc_train.objectives import batch_rows, cross_entropy, divergence
-from disc_train.packing import pack
-from disc_train.splits import tokenize_document
+from disc_train.models.causal_lm import use_attention
+from disc_train.objectives.methods.methods import batch_rows, cross_entropy, divergence
+from disc_train.packing.collator.collator import pack
 
 
 def load(folder: Path) -> PreTrainedModel:

@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tiny"))
 import world
 from probes import END
 
-from disc_train.documents import Document
+from disc_train.data.documents import Document
 from disc_train.evaluation import Probe
 
 TINY = Path(world.__file__).parent

@@ -7,12 +7,12 @@ import numpy as np
 from cells import Cell
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.chat import encode
-from disc_train.dataset import DocumentDataset, ExampleDataset, whole_documents
-from disc_train.documents import Document
-from disc_train.example import NO_IDS, Branch, Example, Place
-from disc_train.splits import tokenize_document
-from disc_train.templates import NO_TEMPLATES, Templates
+from disc_train.data.chat import encode
+from disc_train.data.dataset import DocumentDataset, ExampleDataset, whole_documents
+from disc_train.data.documents import Document
+from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.data.splits import tokenize_document
+from disc_train.data.templates import NO_TEMPLATES, Templates
 
 
 def training_set(

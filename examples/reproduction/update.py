@@ -15,11 +15,11 @@ from pretrain import pretraining_names
 from training_sets import training_set
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainingArguments
 
+from disc_train.data.example import Example
 from disc_train.evaluation import kl_to_reference
-from disc_train.example import Example
-from disc_train.lora import add_lora
-from disc_train.objectives import WITH_TEACHER
-from disc_train.packing import PackedBatch
+from disc_train.models.adapters import add_lora
+from disc_train.objectives.methods.methods import WITH_TEACHER
+from disc_train.packing.collator.collator import PackedBatch
 from disc_train.trainer import DiscTrainer
 
 NUM_READINGS = 50

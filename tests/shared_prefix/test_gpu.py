@@ -18,7 +18,7 @@ from disc_kernels.shared_prefix import (
     dense_mask,
 )
 from disc_kernels.shared_prefix.backends.varlen import varlen_attention_forward, varlen_mask
-from disc_train.causal_lm import hidden_states, use_attention
+from disc_train.models.causal_lm import hidden_states, use_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from disc_kernels.shared_prefix import SharedPrefixLayout, attention_mask, can_share
-from disc_train.causal_lm import hidden_states, use_attention
+from disc_train.models.causal_lm import hidden_states, use_attention
 
 TINY = {
     "vocab_size": 61,

@@ -1,4 +1,4 @@
-"""`disc_train.causal_lm.use_attention`: what it picks, what it leaves for something else, and what it refuses."""
+"""`disc_train.models.causal_lm.use_attention`: what it picks, passes over and refuses."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout
-from disc_train import causal_lm
-from disc_train.causal_lm import hidden_states, use_attention
+from disc_train.models import causal_lm
+from disc_train.models.causal_lm import hidden_states, use_attention
 
 TINY = {
     "vocab_size": 61,

@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from disc_train.cli import main
-from disc_train.dataset import DocumentDataset
-from disc_train.documents import Document
-from disc_train.splits import tokenize_document
+from disc_train.data.dataset import DocumentDataset
+from disc_train.data.documents import Document
+from disc_train.data.splits import tokenize_document
 
 SENTENCES = [
     "The river Aral was named after the surveyor who first crossed it.",

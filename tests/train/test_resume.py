@@ -54,5 +54,5 @@ def test_persistent_workers_draw_the_splits_of_every_epoch(train):
 
 def test_forgetting_the_epoch_would_show(train, monkeypatch):
     uninterrupted = train()
-    monkeypatch.setattr("disc_train.dataset.DocumentDataset.set_epoch", lambda self, epoch: None)
+    monkeypatch.setattr("disc_train.data.dataset.DocumentDataset.set_epoch", lambda self, epoch: None)
     assert not _equal(train(resume=6), uninterrupted)

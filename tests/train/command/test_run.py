@@ -8,8 +8,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
-from disc_train import attention
 from disc_train.cli import main
+from disc_train.models import attention
 
 
 def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_path, model_folder, sentences, weights):

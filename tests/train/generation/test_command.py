@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import disc_train.generation.run as generation
 from disc_train.cli import generate
-from disc_train.contexts import load_records
+from disc_train.data.contexts import load_records
+from disc_train.data.documents import load_documents
 from disc_train.decoding import continue_batch
-from disc_train.documents import load_documents
 
 TEXTS = [
     "Merin is a town.",

@@ -1,0 +1,1 @@
+"""Read files into training examples: records, documents, splits, templates and data sets."""

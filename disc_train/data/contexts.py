@@ -1,0 +1,108 @@
+"""Records for context distillation in general: what the teacher reads, what the student reads, and the target.
+
+Each is a text, or chat messages (a list of {"role": ..., "content": ...}) that the model's chat template writes: a
+context's up to where the assistant's answer begins, a target's from there on, with whatever ends a turn. Contexts and
+target are tokenised each on its own and joined, so that both models read the same target.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
+from disc_train.data.context_length import ContextLength
+from disc_train.data.example import Branch, Example, Ids, Place
+from disc_train.data.records import Fields, check_text, read_records
+
+FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",))
+
+
+def load_records(
+    train_file: str | None,
+    dataset_name: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: ContextLength | None,
+) -> list[Example]:
+    """Read records from what `disc_train.data.records.read_records` reads.
+
+    Args:
+        context_length: what the models can read; None: any number of tokens.
+
+    Raises:
+        ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
+            teacher_context or target that is empty or white space; messages that the chat template does not take; more
+            than the models can read.
+    """
+    encode_context = cache(lambda text: encode(tokenizer, text))  # many records may share one
+    return [
+        _example(name, record, tokenizer, encode_context, context_length)
+        for name, record in read_records(train_file, dataset_name, FIELDS)
+    ]
+
+
+def _example(
+    name: str,
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    encode_context: Callable[[str], Ids],
+    limit: ContextLength | None,
+) -> Example:
+    fields = {field: _checked(name, field, record.get(field)) for field in (*FIELDS.required, *FIELDS.optional)}
+    try:
+        texts = _texts(fields, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    teacher, student = encode_context(texts["teacher_context"]), encode_context(texts["student_context"])
+    target = encode(tokenizer, texts["target"])
+    for field, ids in (("teacher_context", teacher), ("target", target)):
+        if len(ids) == 0 or not texts[field].strip():
+            raise ValueError(f"{name}: expected a {field} that is not empty")
+    read = max(len(teacher), len(student)) + len(target) - 1
+    if limit is not None and read > limit.tokens:
+        raise ValueError(
+            f"{name}: expected a context and a target of at most {limit.tokens} tokens together, which is what the"
+            f" {limit.reader} can read{limit.note}, got {read} without the target's last, which is not read"
+        )
+    return Example(name, teacher, student, [Branch(target, Place(len(teacher)), Place(len(student)))])
+
+
+def _checked(name: str, field: str, value: Any) -> str | list[Message]:
+    if value is None or value == []:
+        return ""
+    if isinstance(value, str):
+        return check_text(name, field, value)
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: {field!r} must be a string or a list of messages, got {type(value).__name__}")
+    return check_messages(name, field, value)
+
+
+def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The fields as text."""
+    # Chat messages of a target are written behind their context's alone: many templates want the user to begin.
+    target = fields["target"]
+    texts = {
+        field: value if isinstance(value, str) else chat_text(tokenizer, value)
+        for field, value in fields.items()
+        if field != "target"
+    }
+    if isinstance(target, str):
+        return texts | {"target": target}
+    if len(target) != 1 or target[0]["role"] != "assistant":
+        raise ValueError(f"expected a target of one message, the assistant's, got {[turn['role'] for turn in target]}")
+    if not target[0]["content"].strip():
+        raise ValueError("expected a target that is not empty")
+    answers = {_answer(text, fields[field], target, tokenizer) for field, text in texts.items() if fields[field]}
+    if len(answers) > 1:
+        raise ValueError("the chat template writes the target differently behind teacher_context and student_context")
+    return texts | {"target": answers.pop() if answers else ""}
+
+
+def _answer(
+    prompt: str, context: str | list[Message], target: list[Message], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """What the chat template writes for the target after the prompt of its context."""
+    if isinstance(context, str):
+        raise ValueError("a target of chat messages needs contexts of chat messages (an empty student_context apart)")
+    return reply_text(tokenizer, context, prompt, target[0])

@@ -1,0 +1,207 @@
+"""Training sets: an item is an example, as it is in the current epoch."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.data.splits import Split, TokenizedDocument, check_split_options, choose_splits
+from disc_train.data.templates import NO_TEMPLATES, Templates
+
+MIN_TOKENS = 2  # of a document without a context: its first token is never predicted
+DRAWS = 20  # how often splits are drawn for a document before it counts as too short
+
+
+class ExampleDataset(Dataset[Example]):
+    """Examples that are the same in every epoch.
+
+    Args:
+        noun: what an example is called in messages.
+
+    Attributes:
+        replays_by_kl: whether some examples are replayed (see `Example`), so that a teacher is needed.
+    """
+
+    replays_by_kl = False
+
+    def __init__(self, examples: Sequence[Example], noun: str = "record") -> None:
+        self.examples = examples
+        self.noun = noun
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the examples of this epoch from now on."""
+
+
+def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
+    """An example for each document of at least 2 tokens: all of it is the target, and nothing stands before it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    nothing = Place(0)
+    examples = [
+        Example(document.name, NO_IDS, NO_IDS, [Branch(document.input_ids, teacher=nothing, student=nothing)])
+        for document in documents
+        if len(document.input_ids) >= MIN_TOKENS
+    ]
+    if not examples:
+        raise ValueError(f"expected a document of at least {MIN_TOKENS} tokens, got {len(documents)} shorter ones")
+    return ExampleDataset(examples, noun="document")
+
+
+class DocumentDataset(ExampleDataset):
+    """The documents that can be split, each with splits drawn afresh every epoch.
+
+    The splits depend on the seed, the epoch and the document's index alone: a run that is resumed draws those that it
+    would have drawn, in any number of processes and data loader workers. A draw that leaves no suffix is repeated.
+
+    Args:
+        documents: tokenised documents.
+        templates: what stands around them; nothing by default.
+        split_strategy, num_splits, suffix_tokens: as for `disc_train.data.splits.choose_splits`.
+        seed: of all draws.
+
+    Attributes:
+        documents: those that can be split; items have their order.
+        too_short: the others.
+
+    Raises:
+        ValueError: options that do not go together, or no document that can be split.
+    """
+
+    noun = "document"
+
+    def __init__(
+        self,
+        documents: Sequence[TokenizedDocument],
+        *,
+        templates: Templates = NO_TEMPLATES,
+        split_strategy: str = "sentence_boundary",
+        num_splits: int = 5,
+        suffix_tokens: int = 0,
+        seed: int = 0,
+    ) -> None:
+        check_split_options(split_strategy, num_splits, suffix_tokens)
+        self.templates = templates
+        self.split_strategy = split_strategy
+        self.num_splits = num_splits
+        self.suffix_tokens = suffix_tokens
+        self.seed = seed
+        # Shared with the workers of a data loader, which may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.documents: list[TokenizedDocument] = []
+        self.too_short: list[TokenizedDocument] = []
+        for document in documents:
+            splittable = self._draw(document, index=len(self.documents), epoch=0)
+            (self.documents if splittable else self.too_short).append(document)
+        if not self.documents:
+            raise ValueError(
+                f"expected a document that can be split by {split_strategy} into a prefix and a suffix of at least 2"
+                f" tokens, got {len(self.too_short)} documents that are all too short"
+            )
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Example:
+        document, around = self.documents[index], self.templates
+        header = len(around.teacher_header)
+        return Example(
+            document.name,
+            np.concatenate([around.teacher_header, document.input_ids]),
+            around.student_header,
+            [
+                Branch(
+                    document.input_ids[start:stop],
+                    teacher=Place(header + start, around.teacher_footer),
+                    student=Place(len(around.student_header)),
+                )
+                for start, stop in self.splits(index)
+            ],
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def splits(self, index: int) -> list[Split]:
+        """A document's splits in the current epoch, at least one."""
+        document = self.documents[index]
+        return self._draw(document, index, int(self._epoch)) or self._draw(document, index, epoch=0)
+
+    def _draw(self, document: TokenizedDocument, index: int, epoch: int) -> list[Split]:
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
+        for _ in range(DRAWS):
+            splits = choose_splits(document, self.split_strategy, self.num_splits, self.suffix_tokens, rng)
+            if splits:
+                return splits
+        return []
+
+
+class ReplayDataset(ExampleDataset):
+    """A data set, and a share of examples from another that is drawn anew every epoch.
+
+    What is drawn depends on the seed and the epoch alone. No example is drawn twice before all others were.
+
+    Args:
+        dataset: all of it is in every epoch.
+        replay: where the others come from.
+        share: of all examples of an epoch, and so of a step's in the mean; between 0 and 1.
+        seed: of the draws.
+        by_kl: the student is only held to what the teacher says of them, see `Example.replayed`.
+
+    Raises:
+        ValueError: a share that is none.
+    """
+
+    def __init__(
+        self, dataset: ExampleDataset, replay: ExampleDataset, share: float, seed: int, by_kl: bool = False
+    ) -> None:
+        if not 0 < share < 1:
+            raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+        self.dataset = dataset
+        self.replay = replay
+        self.seed = seed
+        self.replays_by_kl = by_kl
+        self.noun = dataset.noun
+        self.drawn_per_epoch = max(1, round(len(dataset) * share / (1 - share)))
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in DocumentDataset
+        self._drawn: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.dataset) + self.drawn_per_epoch
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self.dataset):
+            return self.dataset[index]
+        return replace(self.replay[self._draw()[index - len(self.dataset)]], replayed=self.replays_by_kl)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+        self.dataset.set_epoch(epoch)
+        self.replay.set_epoch(epoch)
+
+    def _draw(self) -> list[int]:
+        epoch = int(self._epoch)
+        if self._drawn[0] != epoch:
+            rounds, rest = divmod(self.drawn_per_epoch, len(self.replay))
+            everything = range(len(self.replay))
+            rng = random.Random(f"{self.seed}/{epoch}/replay")
+            self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
+        return self._drawn[1]
+
+
+def sample_batches(dataset: ExampleDataset, batch_size: int, examples: int = 256) -> list[list[Example]]:
+    """Batches of about so many examples, at least one batch, drawn at random: the same at every call."""
+    count = batch_size * max(1, examples // batch_size)
+    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
+    return [[dataset[i] for i in drawn[first : first + batch_size]] for first in range(0, len(drawn), batch_size)]

@@ -1,0 +1,1 @@
+"""Load causal language models and prepare them: adapters, teachers, attention, hidden states and output heads."""

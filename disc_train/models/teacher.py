@@ -1,0 +1,37 @@
+"""The teacher: a frozen copy of the model that the student starts from, another model with the same tokenizer, or the
+student itself with its adapters switched off."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from disc_train.models.causal_lm import load_model
+
+
+def load_teacher(name_or_path: str, student: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
+    """Load a teacher in 16 bit where training is in mixed precision, else in the student's dtype, and freeze it."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else student.dtype
+    return freeze(load_model(name_or_path, dtype))
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """No gradients, no dropout."""
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def reading_as_teacher(teacher: PreTrainedModel | None, student: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The teacher; for None the student as it was before its adapters: they are off meanwhile, and so is dropout."""
+    if teacher is not None:
+        yield teacher
+        return
+    training = student.training
+    student.eval()
+    student.disable_adapters()
+    try:
+        yield student
+    finally:
+        student.enable_adapters()
+        student.train(training)

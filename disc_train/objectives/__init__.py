@@ -1,0 +1,1 @@
+"""Compute what training minimises, and measure how much there is to learn."""

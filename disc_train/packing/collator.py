@@ -1,0 +1,119 @@
+"""Examples -> what the teacher reads, what the student reads, and the rows of the two to compare."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from disc_kernels import SharedPrefixLayout
+from disc_train.data.example import Branch, Example
+from disc_train.packing.collator.branch_inputs import read_branches
+from disc_train.packing.collator.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How well batches are packed, in tokens of both models together."""
+
+    tokens: int = 0  # read
+    places: int = 0  # with padding
+    separate: int = 0  # that would be read with a sequence for every branch
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.tokens + other.tokens, self.places + other.places, self.separate + other.separate)
+
+    def __sub__(self, other: "Usage") -> "Usage":
+        return Usage(self.tokens - other.tokens, self.places - other.places, self.separate - other.separate)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of places that are no padding."""
+        return self.tokens / self.places
+
+    @property
+    def saving(self) -> float:
+        """How many times fewer tokens are read than with a sequence for every branch."""
+        return self.separate / self.tokens
+
+
+class PackedBatch(TypedDict):
+    """A plain mapping, so that data loaders and trainers can move it; `input_ids` is the student's, as they expect.
+
+    Row `student_index[m]` of the student's flattened hidden states predicts the token `targets[m]`. Where the teacher
+    reads all examples, so does row `teacher_index[m]` of the teacher's; else its rows are those of the last, replayed
+    examples. Indices may repeat: branches that attach to one token share the row before them.
+    """
+
+    input_ids: Tensor  # [rows_s, L_s] int64
+    layout: SharedPrefixLayout  # rows_s * L_s tokens
+    teacher_input_ids: Tensor | None  # [rows_t, L_t] int64; None: the teacher has nothing to read
+    teacher_layout: SharedPrefixLayout | None  # rows_t * L_t tokens
+    student_index: np.ndarray  # [M] int64; no tensor, so that it stays on the CPU, where the loss can see which repeat
+    teacher_index: np.ndarray  # [M] int64, or fewer
+    targets: Tensor  # [M] int64
+    row_weight: Tensor  # [M] float32: 1 / (rows of the branch * branches of the example), so 1 in all for an example
+    lengths: list[int]  # rows of each example
+    num_examples: int  # that count: 0, or as many as there are
+    replayed: int  # the last so many of the examples
+    names: list[str]  # of the examples, for messages
+    usage: Usage
+
+
+def pack(
+    examples: Sequence[Example], *, student: RowRule = ONE_ROW, teacher: RowRule = ONE_ROW, compare_all: bool = True
+) -> PackedBatch:
+    """Lay out a batch of examples for a teacher and a student whose rows are made by the rules given.
+
+    Trunks that are equal and contexts that begin alike are read once, whichever examples they belong to, up to the last
+    token that a branch needs. Replayed examples come last; with `compare_all=False` the teacher reads those alone. Of
+    examples that do not count one is read, without weight, where there are no others.
+    """
+    counted = sorted((example for example in examples if example.counted), key=lambda example: example.replayed)
+    examples = counted or examples[:1]
+    pairs = [(example, branch) for example in examples for branch in example.branches]
+    compared = [(example, branch) for example, branch in pairs if compare_all or example.replayed]
+    student_readings = read_branches([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
+    teacher_readings = read_branches([(e.teacher_trunk, b.teacher, b.target) for e, b in compared], teacher.share)
+    student_rows = arrange(student_readings, student)
+    teacher_rows = arrange(teacher_readings, teacher) if compared else None
+
+    def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
+        # A row predicts the next token, and the last token read predicts the target's last.
+        ends = [position[-branch.rows :] for position, (_, branch) in zip(rows.positions, pairs, strict=True)]
+        return np.concatenate(ends)
+
+    weights = [
+        np.full(branch.rows, example.counted / (branch.rows * len(example.branches))) for example, branch in pairs
+    ]
+    packed = [rows for rows in (student_rows, teacher_rows) if rows]
+    return PackedBatch(
+        input_ids=student_rows.input_ids,
+        layout=student_rows.layout,
+        teacher_input_ids=teacher_rows.input_ids if teacher_rows else None,
+        teacher_layout=teacher_rows.layout if teacher_rows else None,
+        student_index=index(student_rows, pairs),
+        teacher_index=index(teacher_rows, compared) if teacher_rows else np.zeros(0, dtype=np.int64),
+        targets=torch.from_numpy(np.concatenate([branch.target[branch.first :] for _, branch in pairs])).long(),
+        row_weight=torch.from_numpy(np.concatenate(weights)).float(),
+        lengths=[sum(branch.rows for branch in example.branches) for example in examples],
+        num_examples=len(counted),
+        replayed=sum(example.replayed for example in examples),
+        names=[example.name for example in examples],
+        usage=Usage(
+            tokens=sum(rows.tokens for rows in packed),
+            places=sum(rows.input_ids.numel() for rows in packed),
+            separate=sum(reading.length for reading in student_readings + teacher_readings),
+        ),
+    )
+
+
+def collator(
+    student: PreTrainedModel, teacher: PreTrainedModel, compare_all: bool = True
+) -> Callable[[Sequence[Example]], PackedBatch]:
+    """`pack` for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one."""
+    return partial(pack, student=row_rule(student), teacher=row_rule(teacher), compare_all=compare_all)

@@ -1,0 +1,217 @@
+"""Every kind of input gives its documents, with names; every kind of bad input an error that names file and record."""
+
+import csv
+import json
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from disc_train.data.documents import Document, load_documents
+
+# White space of every kind, non-BMP characters and JSON's unusual line breaks: all to be kept as written.
+TEXTS = ["One.\r\nTwo.\t😀", 'A "quoted" comma, and\nlines.', "नमस्ते\u2028世界\u0085\u00a0", "  "]
+
+
+def write(path, content):
+    """Write str as UTF-8 with line ends as they are, bytes as they are; return the path as a user gives it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def write_texts(path, texts=TEXTS, column="text"):
+    records = [{"id": number, column: text} for number, text in enumerate(texts)]
+    if path.suffix == ".jsonl":
+        return write(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    if path.suffix == ".json":
+        return write(path, json.dumps(records, indent=1))
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"id": range(len(texts)), column: texts}), path)
+        return str(path)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["id", column])
+        writer.writeheader()
+        writer.writerows(records)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ".CSV"])
+def test_files_of_records(tmp_path, suffix):
+    file = write_texts(tmp_path / f"news{suffix}")
+    assert load_documents(file, None) == [Document(f"{file}:{i}", text) for i, text in enumerate(TEXTS, start=1)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+def test_text_column(tmp_path, suffix):
+    file = write_texts(tmp_path / f"news{suffix}", column="body text")
+    assert [document.text for document in load_documents(file, None, "body text")] == TEXTS
+    with pytest.raises(ValueError, match=r"news.*'text'; there is: id, body text"):
+        load_documents(file, None)
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    file = write(tmp_path / "a.txt", TEXTS[0])
+    assert load_documents(file, None) == [Document(file, TEXTS[0])]
+
+
+def test_a_folder_is_read_in_sorted_order(tmp_path):
+    for name in ["b/2.txt", "b/10.txt", "a.TXT", "c.txt", ".cache/old.txt", "._a.txt", "notes.md"]:
+        write(tmp_path / name, name)
+    write(tmp_path / "b.jsonl", '{"text": "first"}\n{"text": "second"}')
+    documents = load_documents(str(tmp_path), None)
+    assert [document.text for document in documents] == ["a.TXT", "b/10.txt", "b/2.txt", "first", "second", "c.txt"]
+    assert [document.name for document in documents][1::2] == [
+        str(tmp_path / "b" / "10.txt"),
+        f"{tmp_path / 'b.jsonl'}:1",
+        str(tmp_path / "c.txt"),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_a_byte_order_mark_is_not_text(tmp_path, suffix):
+    content = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né\n", ".txt": "é"}[suffix]
+    file = write(tmp_path / f"a{suffix}", b"\xef\xbb\xbf" + content.encode())
+    assert [document.text for document in load_documents(file, None)] == ["é"]
+
+
+def test_jsonl_names_count_blank_lines(tmp_path):
+    file = write(tmp_path / "a.jsonl", '\n{"text": "x"}\r\n  \n{"text": "y"}')
+    assert load_documents(file, None) == [Document(f"{file}:2", "x"), Document(f"{file}:4", "y")]
+
+
+def test_csv_with_any_line_end(tmp_path):
+    for end in ["\n", "\r\n", "\r"]:
+        file = write(tmp_path / "a.csv", end.join(["text,id", '"x\r\ny",1', "", "z,2"]))
+        assert load_documents(file, None) == [Document(f"{file}:1", "x\r\ny"), Document(f"{file}:2", "z")]
+
+
+def test_empty_texts_are_kept_to_be_counted(tmp_path):
+    file = write_texts(tmp_path / "a.jsonl", ["", "x", " \n"])
+    assert [document.text for document in load_documents(file, None)] == ["", "x", " \n"]
+
+
+def test_long_csv_fields_leave_the_process_limit_alone(tmp_path):
+    limit = csv.field_size_limit()
+    long = "long text, " * 100_000
+    assert [document.text for document in load_documents(write_texts(tmp_path / "a.csv", [long]), None)] == [long]
+    assert csv.field_size_limit() == limit
+    with pytest.raises(ValueError):
+        load_documents(write(tmp_path / "b.csv", 'text\n"unterminated'), None)
+    assert csv.field_size_limit() == limit
+
+
+def test_a_dataset(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    name = str(tmp_path / "hub")
+    (tmp_path / "hub").mkdir()
+    write_texts(tmp_path / "hub" / "train.jsonl", ["x", "y"])
+    assert load_documents(None, name) == [Document(f"{name}[train]:1", "x"), Document(f"{name}[train]:2", "y")]
+    with pytest.raises(ValueError, match=r"hub\[train\]: no text_column 'body'; there is: id, text"):
+        load_documents(None, name, "body")
+    with pytest.raises(ValueError, match=r"cannot load .*nothing\[train\]"):
+        load_documents(None, str(tmp_path / "nothing"))
+    write(tmp_path / "broken" / "train.jsonl", '{"text": ')
+    with pytest.raises(ValueError, match=r"cannot load .*broken\[train\]"):
+        load_documents(None, str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(
+    ("library", "train_file", "dataset_name"), [("pyarrow", "a.parquet", None), ("datasets", None, "org/name")]
+)
+def test_an_absent_library(tmp_path, monkeypatch, library, train_file, dataset_name):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=rf"{library}.*pip install 'disc-kernels\[train\]'"):
+        load_documents(train_file and write(tmp_path / train_file, ""), dataset_name)
+
+
+@pytest.mark.parametrize(("train_file", "dataset_name"), [(None, None), ("a.txt", "org/name"), ("", "")])
+def test_exactly_one_source(train_file, dataset_name):
+    with pytest.raises(ValueError, match="either train_file or dataset_name"):
+        load_documents(train_file, dataset_name)
+
+
+def test_missing_file_and_folder_without_files(tmp_path):
+    with pytest.raises(ValueError, match=r"train_file: '.*missing\.jsonl' does not exist"):
+        load_documents(str(tmp_path / "missing.jsonl"), None)
+    with pytest.raises(ValueError, match=r"no supported file in this folder; supported: \.jsonl, \.json, \.parquet"):
+        load_documents(str(tmp_path), None)
+
+
+BAD_FILES = {
+    "unsupported": ("a.pdf", "x", r"a\.pdf: unsupported suffix '\.pdf'; supported: .*\.jsonl.*\.txt"),
+    "no suffix": ("a", "x", r"a: unsupported suffix ''"),
+    "empty txt": ("a.txt", "", r"a\.txt: no text in any of its 1 documents"),
+    "blank records": ("a.jsonl", '{"text": " "}\n{"text": ""}', r"a\.jsonl: no text in any of its 2 documents"),
+    "empty jsonl": ("a.jsonl", "\n\n", r"a\.jsonl: no documents in this file"),
+    "empty json": ("a.json", "", r"a\.json: no documents"),
+    "empty list": ("a.json", "[]", r"a\.json: no documents"),
+    "empty csv": ("a.csv", "", r"a\.csv: no documents"),
+    "csv header only": ("a.csv", "text\n", r"a\.csv: no documents"),
+    "empty parquet": ("a.parquet", b"", r"a\.parquet: not a readable Parquet file"),
+    "not parquet": ("a.parquet", b"PAR1 nonsense PAR1", r"a\.parquet: not a readable Parquet file"),
+    "malformed line": ("a.jsonl", '{"text": "x"}\n{"text": "y', r"a\.jsonl:2: malformed JSON: .* \(column 10\)"),
+    "malformed json": (
+        "a.json",
+        '[\n{"text": "x"},\n{"text" "y"}]',
+        r"a\.json: malformed JSON: .* \(line 3 column 9\)",
+    ),
+    "too deep": ("a.jsonl", "[" * 200_000, r"a\.jsonl:1: JSON that Python cannot read"),
+    "not a list": ("a.json", '{"text": "x"}', r"a\.json: expected a list of records, got dict"),
+    "not an object": ("a.jsonl", '{"text": "x"}\n"y"', r"a\.jsonl:2: expected a record with a field 'text', got str"),
+    "column missing in one": (
+        "a.jsonl",
+        '{"text": "x"}\n{"t": "y"}',
+        r"a\.jsonl:2: no text_column 'text'; there is: t",
+    ),
+    "no columns": ("a.jsonl", "{}", r"a\.jsonl:1: .*there is: none at all"),
+    "null": ("a.json", '[{"text": "x"}, {"text": null}]', r"a\.json:2: 'text' must be a string, got NoneType"),
+    "number": ("a.jsonl", '{"text": 5}', r"a\.jsonl:1: 'text' must be a string, got int"),
+    "lone surrogate": ("a.jsonl", '{"text": "ab\\ud800"}', r"a\.jsonl:1: 'text' holds a lone surrogate at character 2"),
+    "short csv row": ("a.csv", "id,text\n1,x\n2\n", r"a\.csv:2: 'text' must be a string, got NoneType"),
+    "long csv row": ("a.csv", "id,text\n1,Hello, world\n", r"a\.csv:1: more fields than the header's 2"),
+    "unterminated quote": ("a.csv", 'text\n"x', r"a\.csv: malformed CSV after line 1"),
+    "not utf-8": ("a.txt", b"ab\ncd\xff", r"a\.txt: not UTF-8: byte 0xff at offset 5 \(line 2\)"),
+    "not utf-8 after a mark": (
+        "a.csv",
+        b"\xef\xbb\xbftext\n\xe9\n",
+        r"a\.csv: not UTF-8: byte 0xe9 at offset 8 \(line 2\)",
+    ),
+    "utf-16": ("a.jsonl", '{"text": "x"}'.encode("utf-16"), r"a\.jsonl: not UTF-8: byte 0xff at offset 0 \(line 1\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    file = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        load_documents(file, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (pa.array(["x", None]), r"a\.parquet:2: 'text' must be a string, got NoneType"),
+        (pa.array([1, 2]), r"a\.parquet:1: 'text' must be a string, got int"),
+        (pa.array([], pa.string()), r"a\.parquet: no documents"),
+        (
+            pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")),
+            r"a\.parquet: column 'text' is not UTF-8",
+        ),
+    ],
+    ids=["null", "number", "no rows", "not UTF-8"],
+)
+def test_bad_parquet_columns(tmp_path, values, message):
+    pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        load_documents(str(tmp_path / "a.parquet"), None)
+
+
+def test_a_bad_file_in_a_folder_is_named(tmp_path):
+    write(tmp_path / "a.txt", "fine")
+    write(tmp_path / "b" / "c.jsonl", "")
+    with pytest.raises(ValueError, match=r"c\.jsonl: no documents in this file"):
+        load_documents(str(tmp_path), None)

@@ -1,0 +1,226 @@
+"""Each method's loss and gradients are those of a plain float64 implementation with full logits."""
+
+import copy
+import math
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+from transformers import TrainingArguments
+
+from disc_kernels import LogitTransform
+from disc_train.data.dataset import whole_documents
+from disc_train.data.splits import TokenizedDocument
+from disc_train.models.causal_lm import Head, use_attention
+from disc_train.objectives.methods.methods import WITH_TEACHER, Rows, Settings, Side, batch_loss, median, talr
+from disc_train.packing.collator.collator import collator, pack
+from disc_train.trainer import DiscTrainer
+
+# Measured: at most 7e-7; row_weight and, inside the models, norms are float32.
+TOLERANCE = 5e-6
+
+
+def _token_losses(model, ids):
+    """Cross-entropy of each token of a document but its first: [n - 1]."""
+    ids = torch.tensor(ids).long()
+    return cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+
+
+def _token_divergences(teacher, student, ids, temperature=1.0):
+    """KL(teacher || student) at each token of a document but its last: [n - 1]."""
+    ids = torch.tensor(ids)[None]
+    with torch.no_grad():
+        p = log_softmax(teacher(ids).logits[0, :-1] / temperature, dim=-1)
+    q = log_softmax(student(ids).logits[0, :-1] / temperature, dim=-1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def plain_ft(teacher, student, documents):
+    return torch.stack([_token_losses(student, ids).mean() for ids in documents]).mean()
+
+
+def plain_ft_kl(teacher, student, documents, kl_weight=0.1):
+    divergences = [_token_divergences(teacher, student, ids).mean() for ids in documents]
+    return plain_ft(teacher, student, documents) + kl_weight * torch.stack(divergences).mean()
+
+
+def plain_talr(teacher, student, documents):
+    losses = [_token_losses(student, ids) for ids in documents]
+    tau = statistics.median(float(each.detach().mean()) for each in losses)
+    weights = [(each.detach().neg().exp() ** (1 / tau)).clamp(min=0.01) for each in losses]
+    return torch.stack([(w * each).mean() for w, each in zip(weights, losses, strict=True)]).mean()
+
+
+def plain_disc(teacher, student, samples, temperature=2.0, ce_weight=0.3):
+    """On suffixes; samples are (token ids, [(start, stop), ...])."""
+    documents = []
+    for ids, splits in samples:
+        losses = []
+        for start, stop in splits:
+            suffix = torch.tensor(ids[start:stop]).long()
+            with torch.no_grad():
+                p = log_softmax(teacher(torch.tensor(ids[:stop])[None]).logits[0, start:-1] / temperature, dim=-1)
+            logits = student(suffix[None]).logits[0, :-1]
+            q = log_softmax(logits / temperature, dim=-1)
+            divergence = (p.exp() * (p - q)).sum(-1).mean()
+            losses.append(temperature**2 * divergence + ce_weight * cross_entropy(logits, suffix[1:]))
+        documents.append(torch.stack(losses).mean())
+    return torch.stack(documents).mean()
+
+
+PLAIN = {"ft": plain_ft, "ft_kl": plain_ft_kl, "talr": plain_talr}
+
+
+@pytest.fixture
+def compare(make_model, perturbed, make_dataset):
+    """compare(method, architecture): relative errors of the loss and of the worst gradient, on four documents."""
+
+    def run(method, architecture="llama", settings=None, plain=None):
+        teacher = make_model(architecture).double().eval()
+        student = perturbed(teacher)
+        expected = copy.deepcopy(student)
+        dataset = make_dataset(4, num_splits=3)
+        if method == "disc":
+            data = [(document.input_ids, dataset.splits(i)) for i, document in enumerate(dataset.documents)]
+        else:
+            data = [document.input_ids for document in dataset.documents]
+            dataset = whole_documents(dataset.documents)
+        loss = (plain or PLAIN[method])(copy.deepcopy(teacher), expected, data)
+        loss.backward()
+        for prepared in (student, teacher):
+            use_attention(prepared, "auto")
+        batch = collator(student, teacher, compare_all=method in WITH_TEACHER)([dataset[i] for i in range(4)])
+        got = batch_loss(method, student, teacher, batch, settings or Settings()) / 4
+        got.backward()
+        errors = [
+            float((p.grad - q.grad).norm() / q.grad.norm())
+            for p, q in zip(student.parameters(), expected.parameters(), strict=True)
+        ]
+        return SimpleNamespace(loss=abs(float(got.detach() / loss.detach()) - 1), gradient=max(errors))
+
+    return run
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("method", PLAIN)
+def test_loss_and_gradients(method, architecture, compare):
+    """qwen2 has a tied head, gemma2 a soft cap."""
+    error = compare(method, architecture)
+    assert max(error.loss, error.gradient) < TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_distillation_with_cross_entropy(architecture, compare):
+    error = compare("disc", architecture, Settings(temperature=2.0, ce_weight=0.3), plain_disc)
+    assert max(error.loss, error.gradient) < TOLERANCE
+
+
+def test_what_a_method_leaves_out_would_show(compare):
+    """Each mutant of a loss is off by far more than the tolerance."""
+    mutants = {
+        "no cross-entropy": compare("disc", settings=Settings(2.0, ce_weight=0.0), plain=plain_disc),
+        "cross-entropy at the temperature's weight": compare("disc", settings=Settings(2.0, 1.2), plain=plain_disc),
+        "no KL": compare("ft_kl", settings=Settings(kl_weight=0.0)),
+        "weights of one": compare("ft", plain=plain_talr),
+        "tau of another batch": compare("talr", settings=Settings(tau=torch.tensor(3.0))),
+    }
+    for name, error in mutants.items():
+        assert error.gradient > 100 * TOLERANCE, name
+
+
+def _rows(losses, lengths):
+    """Rows of a two-token vocabulary whose cross-entropies are those given."""
+    losses = torch.tensor(losses, dtype=torch.float64)
+    logits = torch.stack([-losses, (-torch.expm1(-losses)).log().clamp(min=-1e4)], dim=1).requires_grad_()
+    weight = torch.cat([torch.full((length,), 1 / length) for length in lengths]).double()
+    side = Side(logits[None], Head(torch.eye(2, dtype=torch.float64), None, LogitTransform()), np.arange(len(losses)))
+    return Rows(side, None, torch.zeros(len(losses), dtype=torch.int64), weight, lengths)
+
+
+def test_talr_by_hand():
+    """Means of 1, 2 and 5, so tau is 2: 8.4 nats weigh exp(-8.4 / 2) = 0.015, and 9.6 the least there is."""
+    rows = _rows([0.5, 1.5, 2.0, 0.4, 8.4, 9.6, 1.6], [2, 1, 4])
+    weights = [math.exp(-0.25), math.exp(-0.75), math.exp(-1), math.exp(-0.2), math.exp(-4.2), 0.01, math.exp(-0.8)]
+    means = [
+        (weights[0] * 0.5 + weights[1] * 1.5) / 2,
+        weights[2] * 2.0,
+        (weights[3] * 0.4 + weights[4] * 8.4 + weights[5] * 9.6 + weights[6] * 1.6) / 4,
+    ]
+    assert float(talr(rows, Settings()).detach()) == pytest.approx(sum(means), rel=1e-12)
+    # d loss / d logit of the token itself is w (p - 1) over the document's length: the weight is a constant.
+    expected = [w * math.expm1(-x) / n for w, x, n in zip(weights, [0.5, 1.5, 2.0], [2, 2, 1], strict=False)]
+    assert _gradient(rows)[:3] == pytest.approx(expected, rel=1e-6)
+
+
+def _gradient(rows):
+    (gradient,) = torch.autograd.grad(talr(rows, Settings()), rows.student.hidden)
+    return gradient[0, :, 0].tolist()
+
+
+def test_the_median_of_an_even_number_is_between_the_middle_two():
+    assert float(median(torch.tensor([1.0, 9.0, 2.0, 4.0]))) == 3.0
+
+
+def test_talr_where_everything_is_certain():
+    """tau is 0: every weight is 1 and the loss 0, not NaN."""
+    rows = _rows([0.0, 0.0], [2])
+    assert float(talr(rows, Settings()).detach()) < 1e-100
+
+
+@pytest.fixture
+def talr_step(make_model, make_dataset, tmp_path):
+    """talr_step(micro_batch, ...): the weights after a step on four documents, whose tau is that of all four."""
+
+    def run(micro_batch, dropout=0.0, resume=None, **options):
+        args = TrainingArguments(
+            *(tmp_path,),
+            **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "optim": "sgd"},
+            **{"learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1, "save_strategy": "no"}
+            | {"gradient_accumulation_steps": 4 // micro_batch}
+            | options,
+            per_device_train_batch_size=micro_batch,
+        )
+        model = make_model(attention_dropout=dropout)
+        trainer = DiscTrainer(model, None, args, whole_documents(make_dataset(4).documents), method="talr")
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+    return run
+
+
+def test_taus_sequences_are_all_of_the_step(talr_step, monkeypatch):
+    whole = talr_step(4)
+    assert torch.allclose(talr_step(1), whole, atol=1e-6)
+    monkeypatch.setattr(DiscTrainer, "_tau", lambda self, batches: None)
+    assert not torch.allclose(talr_step(1), whole, atol=1e-5)
+
+
+def test_tau_takes_no_random_numbers_from_a_step(talr_step, tmp_path):
+    """A run that is resumed in the middle of an epoch restores them behind it."""
+    options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    whole = talr_step(1, 0.2, **options)
+    assert torch.equal(talr_step(1, 0.2, str(tmp_path / "checkpoint-1"), **options), whole)
+
+
+def test_no_teacher_is_read_where_none_is_needed(make_dataset):
+    dataset = whole_documents(make_dataset(4).documents)
+    batch = pack([dataset[0], dataset[1]], compare_all=False)
+    assert batch["teacher_input_ids"] is None
+    assert batch["usage"].tokens == batch["input_ids"].numel()
+
+
+def test_documents_of_one_token_are_left_out():
+    documents = [TokenizedDocument(f"d{n}", np.arange(n, dtype=np.int32), (0,)) for n in range(4)]
+    dataset = whole_documents(documents)
+    assert [dataset[i].name for i in range(len(dataset))] == ["d2", "d3"]
+    assert [dataset[i].branches[0].rows for i in range(2)] == [1, 2]
+    with pytest.raises(ValueError, match="expected a document of at least 2 tokens, got 2 shorter ones"):
+        whole_documents(documents[:2])
+
+
+def test_an_unknown_method(make_model, make_dataset, tmp_path):
+    with pytest.raises(ValueError, match="method: expected one of disc, cd, ft, ft_kl, talr, got 'sft'"):
+        DiscTrainer(make_model(), None, TrainingArguments(tmp_path, use_cpu=True), make_dataset(), method="sft")
