@@ -1,11 +1,13 @@
-"""Rows of results: every measurement, and every one that could not be made, ends up in a table.
+"""Keep a row of results for every measurement, and for every one that could not be made.
 
-A table is named after its test file: `test_linear_kl.py` fills `linear_kl`.
+A table is named after its test file: `test_linear_kl.py` fills `linear_kl`. With `--results` a table's JSON is written
+anew after every row, so that a run that is killed loses one measurement; Markdown and plots follow at the end.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,16 +20,33 @@ from benchmarks import environment, report
 from benchmarks.recording import recorded
 
 TABLES = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+START = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--results", type=Path, metavar="DIR", help="write rows, tables and plots of this run to DIR/<device>/"
     )
+    parser.addoption(
+        "--seconds",
+        type=float,
+        default=float("inf"),
+        metavar="S",
+        help="measure for S seconds, the most important cases first; what is left out is a row that says so",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = {}
+    config.stash[START] = time.monotonic()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return getattr(case, "rank", 0)
+
+    items.sort(key=rank)  # stable: cases and systems of one rank stay in the order in which they are listed
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +58,33 @@ def freed_memory() -> Iterator[None]:
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., AbstractContextManager[dict[str, Any]]]:
-    """`with record(system=..., ...) as row` adds a row to this test file's table; see `recorded`."""
+def record(
+    request: pytest.FixtureRequest, benchmark: Any
+) -> Iterator[Callable[..., AbstractContextManager[dict[str, Any]]]]:
+    """Yield `record`: `with record(system=..., ...) as row` adds a row to this test file's table; see `recorded`."""
+    config, name = request.config, request.path.stem.removeprefix("test_")
+    rows = config.stash[TABLES].setdefault(name, [])
+    seconds = config.getoption("seconds")
 
     def add(**known: Any) -> AbstractContextManager[dict[str, Any]]:
-        rows = request.config.stash[TABLES].setdefault(request.path.stem.removeprefix("test_"), [])
+        if time.monotonic() - config.stash[START] > seconds:
+            rows.append({"status": f"left out: {seconds:g} seconds were spent on what stands before", **known})
+            pytest.skip(rows[-1]["status"])
         return recorded(rows, benchmark, **known)
 
-    return add
+    yield add
+    if config.getoption("results"):
+        report.save(config.getoption("results") / environment.folder_name(), name, _run(name, rows))
+
+
+def _run(name: str, rows: list[dict[str, Any]]) -> report.Run:
+    return report.finished(name, rows, environment.describe())
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.getoption("results")
     for name, rows in config.stash[TABLES].items():
-        run = report.finished(name, rows, environment.describe())
+        run = _run(name, rows)
         terminalreporter.section(name)
         terminalreporter.write_line(report.markdown(name, run))
         if results:

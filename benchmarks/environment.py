@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-linear-attention", "fla-core")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-linear-attention", "orda-kernel")
 
 
 def device_name() -> str:
@@ -26,6 +27,7 @@ def folder_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
 
 
+@cache
 def describe() -> dict[str, str]:
     return {
         "device": device_name(),

@@ -8,7 +8,6 @@ projected all the same.
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from collections.abc import Callable
@@ -80,19 +79,6 @@ def ours_expected_embedding(x: Inputs) -> Call:
     return lambda: expected_embedding_kl(x.student, x.student_weight, summary, student_index=x.student_index)
 
 
-def ours_streamed(x: Inputs) -> Call:
-    """Without logits in memory, forward only: what `fused_suffix_kl` takes where this is measured to be the faster."""
-    _require_cuda(x)
-    from disc_kernels.linear_kl.stream_triton import stream_rows
-    from disc_kernels.linear_kl.validation import build_problem
-
-    names = inspect.signature(build_problem).parameters
-    defaults = {name: default for name, default in (fused_suffix_kl.__kwdefaults__ or {}).items() if name in names}
-    indices = {"student_index": x.student_index, "teacher_index": x.teacher_index}
-    problem = build_problem(x.student, x.student_weight, x.teacher, x.teacher_weight, **{**defaults, **indices})
-    return lambda: stream_rows(problem, statistics=False).divergence.mean()
-
-
 def full_logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
     """As a trainer without any of these libraries writes it: the models' logits, widened to float32."""
     log_q = F.log_softmax((student @ student_weight.T).float(), dim=-1)
@@ -118,6 +104,22 @@ def liger_fused(x: Inputs) -> Call:
     _require_cuda(x)
     loss = LigerFusedLinearJSD(jsd_beta=0.0)
     return lambda: loss(*x.gathered(), None)
+
+
+def liger_kl_div(x: Inputs) -> Call:
+    """Liger's loss for a teacher given as `[M, V]` probabilities, which are made here from its hidden states."""
+    from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
+
+    _require_cuda(x)
+    loss = LigerFusedLinearKLDivLoss()
+
+    def call() -> Tensor:
+        student, student_weight, teacher, teacher_weight = x.gathered()
+        with torch.no_grad():
+            target = (teacher @ teacher_weight.T).softmax(dim=-1, dtype=torch.float32)
+        return loss(student, student_weight, target)
+
+    return call
 
 
 def liger_chunked(x: Inputs) -> Call:
@@ -150,6 +152,21 @@ def fla_fused(x: Inputs) -> Call:
     def call() -> Tensor:
         student, student_weight, teacher, teacher_weight = x.gathered()
         return loss(student, teacher, student_weight, teacher_weight)
+
+    return call
+
+
+def orda(x: Inputs) -> Call:
+    from orda_kernel import SeparateTeacher, distillation_loss
+
+    _require_cuda(x)  # elsewhere it is plain torch
+    labels = torch.zeros(x.case.rows, dtype=torch.int64, device=x.student.device)
+    weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
+
+    def call() -> Tensor:
+        student, student_weight, teacher, teacher_weight = x.gathered()
+        head = SeparateTeacher(hidden=teacher, weight=teacher_weight)
+        return distillation_loss(student, student_weight, labels, head, **weights, backend="triton").loss
 
     return call
 

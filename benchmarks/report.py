@@ -251,11 +251,17 @@ def markdown(name: str, run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, name: str, run: Run) -> Iterator[str]:
-    """Writes a table's files; yields the path of each, or why it was not written."""
+def save(folder: Path, name: str, run: Run) -> Path:
+    """Write a table's rows and return the path."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(run, indent=1) + "\n")
-    yield str(folder / f"{name}.json")
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    return path
+
+
+def write(folder: Path, name: str, run: Run) -> Iterator[str]:
+    """Write a table's files; yield the path of each, or why it was not written."""
+    yield str(save(folder, name, run))
     text = markdown(name, run)
     for plot, draw in TABLES[name].plots.items():
         path = folder / f"{name}-{plot}.png"

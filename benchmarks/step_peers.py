@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,14 @@ Backward = Callable[[Sequence[Example]], Tensor]  # gives the mean loss of the d
 TEMPERATURE = 2.0
 
 
-def ours(case: StepCase, dataset: DocumentDataset, student: PreTrainedModel, teacher: PreTrainedModel) -> Backward:
-    """What `DiscTrainer.train` does with a step's documents: its collator, in this process, and its `training_step`.
+def ours(
+    case: StepCase,
+    dataset: DocumentDataset,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    attention: str = "auto",
+) -> Backward:
+    """Do what `DiscTrainer.train` does with a step's documents: its collator, in this process, its `training_step`.
 
     Its logging and callbacks are left out, and data loader workers that would collate the next step meanwhile.
     """
@@ -32,13 +39,16 @@ def ours(case: StepCase, dataset: DocumentDataset, student: PreTrainedModel, tea
         bf16=case.shape.autocast,
         use_cpu=student.device.type == "cpu",
     )
-    trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE)
+    trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE, attention=attention)
 
     def backward(examples: Sequence[Example]) -> Tensor:
         batch = trainer.data_collator(examples)  # type: ignore[arg-type]
         return trainer.training_step(student, batch, num_items_in_batch=len(examples))
 
     return backward
+
+
+ours_sdpa, ours_flex, ours_varlen = (partial(ours, attention=name) for name in ("sdpa", "flex", "varlen"))
 
 
 def per_split_loop(

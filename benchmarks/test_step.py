@@ -20,13 +20,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.memory import peak_bytes
-from benchmarks.step_cases import CPU_CASES, GPU_CASES, Shape, StepCase
-from benchmarks.step_run import LOOP, Outcome, Problem, Run
+from benchmarks.step_cases import CPU_CASES, GPU_CASES, LOOP, Shape, StepCase
+from benchmarks.step_run import Outcome, Problem, Run
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = GPU_CASES if DEVICE == "cuda" else CPU_CASES
 SECONDS, MOST_ROUNDS = 1.5, 10  # of one measurement; all of them are to take two minutes on a GPU
-MEASUREMENTS = [pytest.param(case, system, id=f"{case.name}-{system}") for case in CASES for system in (LOOP, "ours")]
+MEASUREMENTS = [pytest.param(case, system, id=f"{case.name}-{system}") for case in CASES for system in case.systems]
 
 
 @lru_cache(maxsize=1)
