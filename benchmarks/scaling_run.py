@@ -37,7 +37,7 @@ from benchmarks.scaling_steps import compute_dtype, divide, prepare_call
 from benchmarks.step_cases import TINY, Shape
 from benchmarks.step_run import BOUNDS
 from disc_train.data.example import NO_IDS, Branch, Example, Place
-from disc_train.packing.collator.collator import collator
+from disc_train.packing.collator import collator
 
 SHAPE = replace(TINY, name="tiny, head not tied", tie_word_embeddings=False)
 TIMEOUT = 300  # s, of a world

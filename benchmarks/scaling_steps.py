@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from benchmarks.cost_model import Plan
 from disc_kernels import fused_suffix_kl
 from disc_train.models.causal_lm import hidden_states
-from disc_train.objectives.methods.methods import Settings, batch_loss
-from disc_train.packing.collator.collator import PackedBatch
+from disc_train.objectives.methods import Settings, batch_loss
+from disc_train.packing.collator import PackedBatch
 
 Step = Callable[[], Tensor]
 TEMPERATURE = 2.0

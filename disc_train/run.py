@@ -14,9 +14,9 @@ from disc_train.data.training_data import load_training_data
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, load_model, naming
 from disc_train.models.teacher import load_teacher
-from disc_train.objectives.methods.methods import AT_TEMPERATURE, WITH_TEACHER
-from disc_train.objectives.methods.signal import Signal, evenly_spaced, measure_signal
-from disc_train.packing.collator.collator import collator
+from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
+from disc_train.objectives.signal import Signal, evenly_spaced, measure_signal
+from disc_train.packing.collator import collator
 from disc_train.parallel.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.parallel.termination import Terminated
 from disc_train.summary import (

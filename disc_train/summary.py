@@ -14,7 +14,7 @@ from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import Attention
-from disc_train.packing.collator.collator import PackedBatch, Usage
+from disc_train.packing.collator import PackedBatch, Usage
 
 
 @dataclass

@@ -21,15 +21,15 @@ from disc_train.data.dataset import ExampleDataset
 from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.teacher import freeze
-from disc_train.objectives.methods import methods as objectives
-from disc_train.packing.collator.collator import PackedBatch, Usage, collator
+from disc_train.objectives import methods as objectives
+from disc_train.packing.collator import PackedBatch, Usage, collator
 from disc_train.parallel.even_steps import FilledUp, FillingUp
 from disc_train.parallel.sharding import forget_gathered, own_part, shard, taking_whole_values
 from disc_train.parallel.termination import StopOnSigterm, apart
 
 
 class DiscTrainer(Trainer):
-    """Train `model` by one of the methods of `disc_train.objectives.methods.methods`.
+    """Train `model` by one of the methods of `disc_train.objectives.methods`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
     they are spread over micro-batches and processes::

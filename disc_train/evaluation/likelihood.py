@@ -14,9 +14,9 @@ from disc_train.data.example import Ids, Place
 from disc_train.evaluation.probes import Probe
 from disc_train.evaluation.results import exp
 from disc_train.models.causal_lm import check_vocabulary, head_of, hidden_states
-from disc_train.objectives.methods.cross_entropy import linear_cross_entropy
-from disc_train.packing.collator.branch_inputs import read_branches
-from disc_train.packing.collator.rows import arrange, row_rule
+from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.packing.branch_inputs import read_branches
+from disc_train.packing.rows import arrange, row_rule
 
 
 def choice_accuracy(

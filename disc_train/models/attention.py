@@ -10,8 +10,8 @@ from disc_kernels.shared_prefix import attention_implementation, automatic, can_
 from disc_train.data.dataset import ExampleDataset, sample_batches
 from disc_train.data.example import Example
 from disc_train.models.causal_lm import use_attention
-from disc_train.packing.collator.collator import PackedBatch, pack
-from disc_train.packing.collator.rows import ONE_ROW, dense_rows
+from disc_train.packing.collator import PackedBatch, pack
+from disc_train.packing.rows import ONE_ROW, dense_rows
 
 
 class Attention(NamedTuple):

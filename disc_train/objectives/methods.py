@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from disc_kernels import fused_suffix_kl
 from disc_train.models.causal_lm import Head, common_vocabulary, head_of, hidden_states
 from disc_train.models.teacher import reading_as_teacher
-from disc_train.objectives.methods.cross_entropy import linear_cross_entropy
-from disc_train.packing.collator.collator import PackedBatch
+from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.packing.collator import PackedBatch
 
 MIN_TALR_WEIGHT = 0.01
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from disc_train.data.dataset import ExampleDataset
 from disc_train.data.example import Branch, Example
-from disc_train.objectives.methods.cross_entropy import linear_cross_entropy
-from disc_train.objectives.methods.methods import Side, batch_rows, divergence, teacher_side
-from disc_train.packing.collator.collator import collator
+from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.objectives.methods import Side, batch_rows, divergence, teacher_side
+from disc_train.packing.collator import collator
 
 MIN_GAIN = 0.02  # nats a token: half a nat over a target of 25 tokens, less than one choice between two
 

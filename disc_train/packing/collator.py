@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
 from disc_train.data.example import Branch, Example
-from disc_train.packing.collator.branch_inputs import read_branches
-from disc_train.packing.collator.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
+from disc_train.packing.branch_inputs import read_branches
+from disc_train.packing.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
 
 
 @dataclass(frozen=True)

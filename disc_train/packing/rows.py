@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from disc_kernels import SharedPrefixLayout
 from disc_kernels.shared_prefix import can_share
 from disc_kernels.shared_prefix.choice import DENSE_PAIR, PAIRS_PER_HIDDEN
-from disc_train.packing.collator.collator.collator.branch_inputs import Reading
+from disc_train.packing.branch_inputs import Reading
 
 # Times D, how many keys a token has to have before attention over a dense mask costs what a layer's matrices do.
 DENSE_KEYS_PER_HIDDEN = PAIRS_PER_HIDDEN // DENSE_PAIR

@@ -20,8 +20,8 @@ from disc_train.data.example import Example
 from disc_train.data.splits import tokenize_document
 from disc_train.evaluation import kl_to_reference, perplexity
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods.methods import batch_rows, cross_entropy, divergence
-from disc_train.packing.collator.collator import pack
+from disc_train.objectives.methods import batch_rows, cross_entropy, divergence
+from disc_train.packing.collator import pack
 
 
 def load(folder: Path) -> PreTrainedModel:

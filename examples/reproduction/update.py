@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from disc_train.data.example import Example
 from disc_train.evaluation import kl_to_reference
 from disc_train.models.adapters import add_lora
-from disc_train.objectives.methods.methods import WITH_TEACHER
-from disc_train.packing.collator.collator import PackedBatch
+from disc_train.objectives.methods import WITH_TEACHER
+from disc_train.packing.collator import PackedBatch
 from disc_train.trainer import DiscTrainer
 
 NUM_READINGS = 50

@@ -25,7 +25,7 @@ from benchmarks.cost_model import (
 from benchmarks.scaling_run import SHAPE, World, examples, model_of, run_world
 from benchmarks.scaling_steps import prepare_call
 from benchmarks.step_cases import QWEN_7B
-from disc_train.packing.collator.collator import collator
+from disc_train.packing.collator import collator
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
 SMALL = replace(SHAPE, **SIZES)

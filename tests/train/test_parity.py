@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import disc_train.objectives.methods.methods
+import disc_train.objectives.methods
 from disc_train.cli import main
-from disc_train.packing.collator.collator import pack
+from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 
 TEMPERATURE = 2.0
@@ -110,16 +110,16 @@ def test_a_wrong_batch_fails(mutate, step):
     ids=lambda change: next(iter(change)),
 )
 def test_a_wrong_loss_fails(change, step, monkeypatch):
-    real = disc_train.objectives.methods.methods.fused_suffix_kl
-    monkeypatch.setattr(disc_train.objectives.methods.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **{**k, **change}))
+    real = disc_train.objectives.methods.fused_suffix_kl
+    monkeypatch.setattr(disc_train.objectives.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **{**k, **change}))
     _, _, error = step("llama")
     assert error > 1000 * TOLERANCE
 
 
 def test_the_missing_square_of_the_temperature_fails(step, monkeypatch):
-    real = disc_train.objectives.methods.methods.fused_suffix_kl
+    real = disc_train.objectives.methods.fused_suffix_kl
     monkeypatch.setattr(
-        disc_train.objectives.methods.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **k) / TEMPERATURE**2
+        disc_train.objectives.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **k) / TEMPERATURE**2
     )
     _, _, error = step("llama")
     assert error == pytest.approx(0.75, abs=0.01)

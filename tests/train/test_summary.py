@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from disc_train.data.dataset import ExampleDataset
 from disc_train.data.splits import Split, TokenizedDocument
-from disc_train.packing.collator.collator import pack
+from disc_train.packing.collator import pack
 from disc_train.summary import count_steps, count_tokens, describe_packing
 from disc_train.trainer import DiscTrainer
 

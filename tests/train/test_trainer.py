@@ -23,8 +23,8 @@ from disc_kernels import LogitTransform
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import head_of, hidden_states, use_attention
-from disc_train.objectives.methods import methods as objectives
-from disc_train.packing.collator.collator import pack
+from disc_train.objectives import methods as objectives
+from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 
 

@@ -14,9 +14,9 @@ from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.templates import read_templates
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods.methods import Settings, batch_loss
-from disc_train.packing.collator.collator import collator, pack
-from disc_train.packing.collator.rows import RowRule
+from disc_train.objectives.methods import Settings, batch_loss
+from disc_train.packing.collator import collator, pack
+from disc_train.packing.rows import RowRule
 
 TEMPERATURE = 2.0
 TOLERANCE = 3e-6  # measured: at most 7e-7; row_weight and, inside the models, norms are float32

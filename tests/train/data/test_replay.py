@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from disc_train.data.dataset import ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods.methods import OBJECTIVES, Settings, batch_loss, batch_rows
-from disc_train.packing.collator.collator import collator, pack
+from disc_train.objectives.methods import OBJECTIVES, Settings, batch_loss, batch_rows
+from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from disc_train.config import parse_arguments
 from disc_train.data.contexts import load_records
-from disc_train.packing.collator.collator import pack
+from disc_train.packing.collator import pack
 
 ROOT = Path(__file__).parents[3]
 

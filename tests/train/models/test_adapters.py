@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from disc_train.models.adapters import add_lora, load_adapters
 from disc_train.models.teacher import reading_as_teacher
-from disc_train.objectives.methods.methods import batch_rows, divergence, teacher_side
-from disc_train.packing.collator.collator import pack
+from disc_train.objectives.methods import batch_rows, divergence, teacher_side
+from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from disc_kernels import LogitTransform
 from disc_kernels.linear_kl import workspace
 from disc_train.models.causal_lm import Head
-from disc_train.objectives.methods.cross_entropy import linear_cross_entropy
+from disc_train.objectives.cross_entropy import linear_cross_entropy
 
 ROWS, HIDDEN = 37, 24
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.25), LogitTransform(scale=2.0, softcap=3.0)]
@@ -131,7 +131,7 @@ def test_targets_that_are_no_entries(target):
 
 
 def test_a_certainty_that_is_none_would_show(monkeypatch):
-    monkeypatch.setattr("disc_train.objectives.methods.cross_entropy.CERTAINTY", LogitTransform(scale=2.0))
+    monkeypatch.setattr("disc_train.objectives.cross_entropy.CERTAINTY", LogitTransform(scale=2.0))
     assert _errors(Case())[0] > 1e-4
 
 

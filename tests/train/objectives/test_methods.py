@@ -15,8 +15,8 @@ from disc_kernels import LogitTransform
 from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import Head, use_attention
-from disc_train.objectives.methods.methods import WITH_TEACHER, Rows, Settings, Side, batch_loss, median, talr
-from disc_train.packing.collator.collator import collator, pack
+from disc_train.objectives.methods import WITH_TEACHER, Rows, Settings, Side, batch_loss, median, talr
+from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
 
 # Measured: at most 7e-7; row_weight and, inside the models, norms are float32.

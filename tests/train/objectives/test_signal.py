@@ -16,7 +16,7 @@ from disc_train.data.documents import Document
 from disc_train.data.example import Branch, Example, Place
 from disc_train.data.splits import sentence_spans, tokenize_document
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods.signal import Signal, evenly_spaced, measure_signal
+from disc_train.objectives.signal import Signal, evenly_spaced, measure_signal
 
 
 def _log_probabilities(model, prefix, suffix, temperature=1.0):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disc_train.data.example import Place
-from disc_train.packing.collator.branch_inputs import MIN_BEGINNING, read_branches
+from disc_train.packing.branch_inputs import MIN_BEGINNING, read_branches
 
 
 def _ids(*tokens):

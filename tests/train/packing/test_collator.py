@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from disc_kernels import dense_mask
 from disc_train.data.example import Branch, Example, Place
-from disc_train.packing.collator.collator import Usage, pack
-from disc_train.packing.collator.rows import RowRule
+from disc_train.packing.collator import Usage, pack
+from disc_train.packing.rows import RowRule
 
 
 def _ids(*tokens):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disc_train.data.example import NO_IDS
-from disc_train.packing.collator.branch_inputs import Reading
-from disc_train.packing.collator.rows import DENSE_KEYS_PER_HIDDEN, RowRule, arrange
+from disc_train.packing.branch_inputs import Reading
+from disc_train.packing.rows import DENSE_KEYS_PER_HIDDEN, RowRule, arrange
 
 LARGE, SMALL = RowRule(dense_hidden_size=1_000_000), RowRule(dense_hidden_size=1)
 

@@ -3,7 +3,7 @@
 import torch
 from accelerate.data_loader import SeedableRandomSampler
 
-from disc_train.packing.collator.collator import pack
+from disc_train.packing.collator import pack
 from disc_train.parallel.even_steps import FilledUp, FillingUp
 
 
