@@ -1,7 +1,7 @@
 """Trunk-and-branches layouts: many continuations of one text in one packed sequence, the shared part read once."""
 
 from disc_kernels.shared_prefix.attention import FLEX, VARLEN, attention_implementation, attention_mask
-from disc_kernels.shared_prefix.choice import automatic, flex_saving
+from disc_kernels.shared_prefix.choice import choose_attention, flex_saving
 from disc_kernels.shared_prefix.hf_config import can_share
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
 from disc_kernels.shared_prefix.masks import block_mask, dense_mask
@@ -12,9 +12,9 @@ __all__ = [
     "SharedPrefixLayout",
     "attention_implementation",
     "attention_mask",
-    "automatic",
     "block_mask",
     "can_share",
+    "choose_attention",
     "dense_mask",
     "flex_saving",
 ]

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from disc_kernels.shared_prefix.backends.flex import flex_attention_forward
 from disc_kernels.shared_prefix.backends.varlen import VarlenMask, find_kernel, varlen_attention_forward, varlen_mask
-from disc_kernels.shared_prefix.choice import automatic
+from disc_kernels.shared_prefix.choice import choose_attention
 from disc_kernels.shared_prefix.hf_config import (
     attention_dropout,
     attention_softcap,
@@ -21,7 +21,7 @@ from disc_kernels.shared_prefix.hf_config import (
     model_name,
 )
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import beside_sequences, block_mask, row_masks
+from disc_kernels.shared_prefix.masks import block_mask, check_rows, has_one_sequence_per_row, row_masks
 
 Mask = Tensor | BlockMask | VarlenMask
 
@@ -61,7 +61,7 @@ def attention_implementation(
     """
     if requested not in ("auto", "sdpa", "flex", "varlen"):
         raise ValueError(f"attention: expected 'auto', 'sdpa', 'flex' or 'varlen', got {requested!r}")
-    wanted = automatic(config, device_type, flex_saving).implementation if requested == "auto" else requested
+    wanted = choose_attention(config, device_type, flex_saving).implementation if requested == "auto" else requested
     if wanted in ("flex", "varlen") and attention_dropout(config):
         raise ValueError(
             f"attention: {wanted!r} cannot drop out attention weights, expected a {model_name(config)} config"
@@ -111,18 +111,30 @@ def attention_mask(
             layer type in a config without `sliding_window`.
     """
     if not can_share(config):
-        problem = beside_sequences(layout, rows, most=2)
-        if problem is not None:
-            raise ValueError(
-                f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its"
-                f" padding, got {problem}"
-            )
+        _check_padded_sequences(config, layout, rows)
         return None
-    if implementation in ("sdpa", "eager") and beside_sequences(layout, rows, most=1) is None:
+    if implementation in ("sdpa", "eager") and has_one_sequence_per_row(layout, rows):
         return None
-    windows = layer_windows(config)
+    windows = dict(layer_windows(config))
     masks = {layer_type: _mask(layout, implementation, window, dtype, rows) for layer_type, window in windows.items()}
     return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+def _check_padded_sequences(config: Any, layout: SharedPrefixLayout, rows: int) -> None:
+    """Raise ValueError unless each row is one sequence and at most one tree of padding, for a model of such rows."""
+    check_rows(layout, rows)
+    first, _, tree, _ = layout.segments.unbind(1)
+    trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
+    if (first != tree).any():
+        got = f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
+    elif (trees_in_row > 2).any():
+        got = f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
+    else:
+        return
+    raise ValueError(
+        f"{model_name(config)} models cannot share a trunk: expected one sequence a row and a tree of its padding,"
+        f" got {got}"
+    )
 
 
 def _mask(layout: SharedPrefixLayout, implementation: str, window: int | None, dtype: torch.dtype, rows: int) -> Mask:

@@ -1,9 +1,10 @@
-"""What "auto" picks, and why: from the device, the model's config, and what a layer computes on batches of the run.
+"""Choose the attention of "auto": by the device, by the model's config, and by the work that a run's batches make.
 
-The counts are of operations, in pairs of a query and a key: 4 D operations each in a layer's attention, D the hidden
-size. Nothing here was measured on a GPU.
+Work is counted in pairs of a query and a key: 4 D operations each in a layer's attention, D the hidden size. Nothing
+here was measured on a GPU.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ from disc_kernels.shared_prefix.hf_config import (
     attention_dropout,
     attention_softcap,
     can_share,
+    layer_windows,
     model_name,
     text_config,
-    window_shares,
 )
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
-from disc_kernels.shared_prefix.masks import beside_sequences, block_mask
+from disc_kernels.shared_prefix.masks import count_visible_blocks, has_one_sequence_per_row
 
 # A layer's matrices take about 24 D^2 operations a token, so as much as 6 D pairs.
 PAIRS_PER_HIDDEN = 6
@@ -30,42 +31,41 @@ LEAST_SAVING = 0.05
 
 
 class Choice(NamedTuple):
+    """What "auto" runs a model with, and why."""
+
     implementation: str  # "flex", "sdpa" or "eager"
     reason: str
 
 
-def automatic(config: Any, device_type: str, saving: float | None = None) -> Choice:
-    """The implementation for a model on a device, in a few words why.
+def choose_attention(config: Any, device_type: str, flex_saving: float | None = None) -> Choice:
+    """Choose the implementation for a model on a device, and say why in a few words.
 
     Args:
-        saving: of `flex_saving`, on batches of the run; None: nothing is known of them.
+        flex_saving: of the function of that name, on batches of the run; None: nothing is known of them.
     """
-    obstacle = _obstacle(config, device_type)
-    softcap = "sdpa leaves out the softcap of attention logits"
-    if obstacle is not None:
-        return Choice("sdpa", obstacle) if attention_softcap(config) is None else Choice("eager", softcap)
-    if attention_softcap(config) is not None:
-        return Choice("flex", softcap)
-    if saving is None:
-        return Choice("flex", "it skips what no query sees")
-    if saving < LEAST_SAVING:
-        return Choice("sdpa", f"flex would save {max(saving, 0):.0%} of a layer's work, too little to compile it for")
-    return Choice("flex", f"it saves {saving:.0%} of a layer's work, by count")
-
-
-def _obstacle(config: Any, device_type: str) -> str | None:
-    """Why a model cannot run with FlexAttention."""
     if device_type != "cuda":
-        return "flex trains on CUDA only"
-    if not can_share(config):
-        return f"{model_name(config)} models cannot share a trunk"
-    return "flex cannot drop out attention weights" if attention_dropout(config) else None
+        obstacle = "flex trains on CUDA only"
+    elif not can_share(config):
+        obstacle = f"{model_name(config)} models cannot share a trunk"
+    else:
+        obstacle = "flex cannot drop out attention weights" if attention_dropout(config) else ""
+    if attention_softcap(config) is not None:
+        return Choice("eager" if obstacle else "flex", "sdpa leaves out the softcap of attention logits")
+    if obstacle:
+        return Choice("sdpa", obstacle)
+    if flex_saving is None:
+        return Choice("flex", "it skips what no query sees")
+    if flex_saving < LEAST_SAVING:
+        return Choice(
+            "sdpa", f"flex would save {max(flex_saving, 0):.0%} of a layer's work, too little to compile it for"
+        )
+    return Choice("flex", f"it saves {flex_saving:.0%} of a layer's work, by count")
 
 
 def flex_saving(
     config: Any, one_row: Sequence[SharedPrefixLayout], in_rows: Sequence[tuple[SharedPrefixLayout, int]]
 ) -> float:
-    """The part of a layer's work on some batches that "flex" saves over "sdpa"; negative: it does more.
+    """Count the part of a layer's work on some batches that "flex" saves over "sdpa"; negative: it does more.
 
     Work are the tokens that a layer's matrices multiply, padding too, and the pairs that its attention computes: for
     "flex" those of the 128 x 128 blocks in which anybody sees anything; for "sdpa" all N^2 of every row, or without a
@@ -76,11 +76,12 @@ def flex_saving(
         one_row: the batches as "flex" reads them.
         in_rows: the same batches as "sdpa" does: layouts of rows * N tokens, each with its number of rows.
     """
-    shares = window_shares(config).items()
+    windows = Counter(window for _, window in layer_windows(config))
     pairs_per_token = PAIRS_PER_HIDDEN * text_config(config).hidden_size
 
     def work(layout: SharedPrefixLayout, pairs: Callable[[int | None], int]) -> float:
-        return pairs_per_token * len(layout) + sum(share * pairs(window) for window, share in shares)
+        in_all_layers = sum(layers * pairs(window) for window, layers in windows.items())
+        return pairs_per_token * len(layout) + in_all_layers / windows.total()
 
     flex = sum(work(layout, partial(_flex_pairs, layout)) for layout in one_row)
     sdpa = sum(work(layout, partial(_sdpa_pairs, layout, rows)) for layout, rows in in_rows)
@@ -88,15 +89,11 @@ def flex_saving(
 
 
 def _flex_pairs(layout: SharedPrefixLayout, window: int | None) -> int:
-    mask = block_mask(layout, BLOCK, window=window)
-    blocks = int(mask.kv_num_blocks.sum())
-    if mask.full_kv_num_blocks is not None:
-        blocks += int(mask.full_kv_num_blocks.sum())
-    return blocks * BLOCK**2
+    return count_visible_blocks(layout, BLOCK, window=window) * BLOCK**2
 
 
 def _sdpa_pairs(layout: SharedPrefixLayout, rows: int, window: int | None) -> int:
     length = len(layout) // rows
-    if beside_sequences(layout, rows, most=1) is None and (window is None or length <= window):
+    if has_one_sequence_per_row(layout, rows) and (window is None or length <= window):
         return rows * length * (length + BLOCK) // 2  # half of all, and half of the blocks on the diagonal
     return DENSE_PAIR * rows * length**2

@@ -1,4 +1,4 @@
-"""Which key each query of a shared-prefix layout may see: as a dense boolean mask, or as a FlexAttention block mask.
+"""Make masks of shared-prefix layouts: dense boolean ones, and FlexAttention's block masks.
 
 A query sees at most two runs of keys: a first part of its trunk, and its own segment up to itself. Both masks are made
 from the ends of these runs, three integers a token.
@@ -14,7 +14,7 @@ from disc_kernels.shared_prefix.layout import SharedPrefixLayout
 
 
 def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tensor:
-    """The mask as a tensor: bool [L, L] (query, key) on the layout's device, True where the query may see the key.
+    """Make the mask as a tensor: bool [L, L] (query, key) on the layout's device, True where the query sees the key.
 
     Args:
         layout: L packed tokens.
@@ -28,7 +28,7 @@ def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tens
 
 
 def row_masks(layout: SharedPrefixLayout, rows: int, *, window: int | None = None) -> Tensor:
-    """The masks of a batch of rows, without what lies between two rows: bool [rows, N, N] (row, query, key).
+    """Make a mask for each row of a batch: bool [rows, N, N] (row, query, key), as `dense_mask` of the row alone.
 
     Args:
         layout: L packed tokens: the rows of the batch one after another, N = L / rows tokens each.
@@ -45,7 +45,7 @@ def row_masks(layout: SharedPrefixLayout, rows: int, *, window: int | None = Non
 
 
 def check_rows(layout: SharedPrefixLayout, rows: int) -> None:
-    """Raise ValueError unless a layout can be cut into so many rows of one length, with no tree in two of them."""
+    """Raise ValueError unless a layout can be cut into rows of one length with no tree in two of them."""
     if rows < 1 or len(layout) % rows:
         raise ValueError(f"rows: expected a number that divides the layout's {len(layout)} tokens, got {rows}")
     length = max(len(layout) // rows, 1)
@@ -58,21 +58,14 @@ def check_rows(layout: SharedPrefixLayout, rows: int) -> None:
         )
 
 
-def beside_sequences(layout: SharedPrefixLayout, rows: int, most: int) -> str | None:
-    """What a row holds that is not one of at most `most` sequences; None: nothing. Raises as `check_rows` does."""
+def has_one_sequence_per_row(layout: SharedPrefixLayout, rows: int) -> bool:
+    """Return whether each row is a single sequence, so that causal attention is all it takes; raise as `check_rows`."""
     check_rows(layout, rows)
-    segments = layout.segments
-    first, tree = segments[:, 0], segments[:, 2]
-    trees_in_row = (tree * rows // max(len(layout), 1)).bincount(minlength=rows)
-    if (first != tree).any():
-        return f"a tree of several segments that begins at token {int(tree[first != tree][0])}"
-    if (trees_in_row > most).any():
-        return f"{int(trees_in_row.max())} trees in row {int(trees_in_row.argmax())}"
-    return None
+    return len(layout.segments) <= rows  # there are tokens in every row, or in none
 
 
 def block_mask(layout: SharedPrefixLayout, block_size: int = 128, *, window: int | None = None) -> BlockMask:
-    """The mask for `torch.nn.attention.flex_attention`, of shape [1, 1, L, L] and on the layout's device.
+    """Make the mask for `torch.nn.attention.flex_attention`, of shape [1, 1, L, L] and on the layout's device.
 
     Every block is classified exactly: no pair visible (skipped), every pair visible (full: the mask function is not
     called), or mixed. Where L is no multiple of block_size, the last blocks are mixed at most. No L x L tensor is made:
@@ -135,14 +128,14 @@ def _visible_runs(layout: SharedPrefixLayout, window: int | None) -> _Runs:
 
 
 def _block_table(runs: _Runs, block_size: int) -> tuple[Tensor, Tensor]:
-    """Two bool tensors [blocks, blocks] (query block, key block): some pair is visible; every pair is visible."""
+    """Return two bool tensors [blocks, blocks] (query, key block): some pair is visible; every pair is visible."""
     length, device = len(runs.own_from), runs.own_from.device
     blocks = -(-length // block_size)
     query = torch.arange(length, device=device)
     row = query // block_size
 
     def queries_per_block(*ranges: tuple[Tensor, Tensor]) -> Tensor:
-        """How many queries of each query block have each key block in their ranges [first, last); int32."""
+        """Count the queries of each query block that have each key block in one of their ranges [first, last)."""
         # +1 where a range begins, -1 where it ends: the sum along a row is the number of ranges open at a key block.
         edges = torch.zeros(blocks, blocks + 1, dtype=torch.int32, device=device)
         one = torch.ones(length, dtype=torch.int32, device=device)
@@ -164,8 +157,13 @@ def _block_table(runs: _Runs, block_size: int) -> tuple[Tensor, Tensor]:
     return seen, full
 
 
+def count_visible_blocks(layout: SharedPrefixLayout, block_size: int = 128, *, window: int | None = None) -> int:
+    """Count the blocks that `block_mask` does not skip."""
+    return int(_block_table(_visible_runs(layout, window), block_size)[0].sum())
+
+
 def _ordered(table: Tensor) -> tuple[Tensor, Tensor]:
-    """A table of blocks as FlexAttention reads it: the number in each row, and the row's columns with those first."""
+    """Return a table of blocks as FlexAttention reads it: the number in each row, and its columns with those first."""
     count = table.sum(dim=1, dtype=torch.int32)
     columns = table.to(torch.uint8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return count[None, None], columns[None, None]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
-from disc_kernels.shared_prefix import attention_implementation, automatic, can_share, flex_saving
+from disc_kernels.shared_prefix import attention_implementation, can_share, choose_attention, flex_saving
 from disc_train.data.dataset import ExampleDataset, sample_batches
 from disc_train.data.example import Example
 from disc_train.models.causal_lm import use_attention
@@ -77,7 +77,7 @@ def _prepare(model: PreTrainedModel, attention: str, saving: float | None) -> At
     if attention != "auto":
         return Attention(picked, "as asked for")
     device_type = model.device.type
-    choice = automatic(model.config, device_type, saving)
+    choice = choose_attention(model.config, device_type, saving)
     if picked != attention_implementation(model.config, attention, device_type, saving):
         return Attention(picked, f"{choice.implementation} failed its check")
     return Attention(picked, choice.reason)

@@ -11,7 +11,7 @@ from disc_kernels.shared_prefix import (
     FLEX,
     SharedPrefixLayout,
     attention_implementation,
-    automatic,
+    choose_attention,
     dense_mask,
     flex_saving,
 )
@@ -138,4 +138,4 @@ def test_what_trees_get_on_cuda(config, batch, expected):
     ],
 )
 def test_what_is_picked_and_why(config, device_type, saving, expected):
-    assert automatic(config, device_type, saving) == expected
+    assert choose_attention(config, device_type, saving) == expected
