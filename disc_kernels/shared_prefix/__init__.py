@@ -1,4 +1,4 @@
-"""Trunk-and-branches layouts: many continuations of one text in one packed sequence, the shared part read once."""
+"""Pack many continuations of one text into one sequence that reads the shared part once."""
 
 from disc_kernels.shared_prefix.attention import FLEX, VARLEN, attention_implementation, attention_mask
 from disc_kernels.shared_prefix.choice import choose_attention, flex_saving

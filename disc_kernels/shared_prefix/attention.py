@@ -1,4 +1,4 @@
-"""Attention of Hugging Face models over a packed sequence: which implementation a model runs with, and its masks.
+"""Give Hugging Face models the attention and the masks that packed sequences need.
 
 Nothing here imports transformers before it has to register an attention function with it.
 """
@@ -25,7 +25,7 @@ from disc_kernels.shared_prefix.masks import block_mask, check_rows, has_one_seq
 
 Mask = Tensor | BlockMask | VarlenMask
 
-# Under these names transformers finds our functions.
+# The names under which transformers finds our functions.
 FLEX = "shared_prefix_flex"
 VARLEN = "shared_prefix_varlen"
 
@@ -33,7 +33,7 @@ VARLEN = "shared_prefix_varlen"
 def attention_implementation(
     config: Any, requested: str = "auto", device_type: str = "cpu", flex_saving: float | None = None
 ) -> str:
-    """The transformers `attn_implementation` that runs this model right on a packed sequence.
+    """Return the transformers `attn_implementation` that runs this model right on a packed sequence.
 
     "sdpa" takes dense masks: any device, memory quadratic in a row's length. "flex" takes block masks: memory linear in
     the sequence's length; it is compiled at the first calls and has no backward on the CPU. "varlen" is flash attention
@@ -87,7 +87,7 @@ def attention_mask(
     dtype: torch.dtype = torch.float32,
     rows: int = 1,
 ) -> Mask | dict[str, Mask] | None:
-    """What a Hugging Face model takes as `attention_mask`, beside `position_ids=layout.position_ids.view(rows, N)`.
+    """Make a model's `attention_mask`, which goes with `position_ids=layout.position_ids.view(rows, N)`.
 
     Args:
         config: the model's config. Sliding windows are taken from it: a branch's token sees as far back as it would if

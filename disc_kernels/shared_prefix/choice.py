@@ -31,7 +31,7 @@ LEAST_SAVING = 0.05
 
 
 class Choice(NamedTuple):
-    """What "auto" runs a model with, and why."""
+    """Hold what "auto" runs a model with, and why."""
 
     implementation: str  # "flex", "sdpa" or "eager"
     reason: str

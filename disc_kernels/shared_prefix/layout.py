@@ -1,4 +1,4 @@
-"""One packed sequence made of trees: a trunk that is read once, and branches that each continue a first part of it."""
+"""Describe a packed sequence of trees: a trunk that is read once, and branches that each continue a part of it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SharedPrefixLayout:
-    """Where each of L packed tokens belongs: four int64 tensors of shape [L] on one device.
+    """Hold where each of L packed tokens belongs: four int64 tensors of shape [L] on one device.
 
     Query q may see key k iff they are in one tree and either k is on the trunk at an offset below ``attach[q]``, or k
     is on q's own branch (or own trunk) and not after q. A branch therefore sees what it would as a sequence of its own,
@@ -81,16 +81,16 @@ class SharedPrefixLayout:
         )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SharedPrefixLayout":
-        """The same layout on another device, `segments` excepted; it was checked when made and is not checked again."""
+        """Copy to another device, except `segments`; the copy is not checked again."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SharedPrefixLayout":
-        """The same layout in page-locked memory; the name is the one that torch's DataLoader looks for."""
+        """Copy to page-locked memory; torch's DataLoader looks for a method of this name."""
         return self._map(Tensor.pin_memory)
 
     @cached_property
     def segments(self) -> Tensor:
-        """[S, 4] int64 on the CPU, wherever the layout is: the trunks and branches that have tokens, in order.
+        """Return the trunks and branches that have tokens, in order: [S, 4] int64, on the CPU wherever the layout is.
 
         Columns: first token, number of tokens, first token of the tree, attach (0 for a trunk). What needs numbers on
         the host (grid sizes, checks) takes them from here, so that nothing waits for an accelerator: a layout made on
@@ -100,11 +100,11 @@ class SharedPrefixLayout:
         return torch.stack([start, length, self.tree_start()[start], self.attach[start]], dim=1).cpu()
 
     def tree_start(self) -> Tensor:
-        """[L] int64: the index of the first token of each token's tree."""
+        """Return the index of the first token of each token's tree, [L] int64."""
         return _run_start(_changed(self.tree_id))
 
     def segment_start(self) -> Tensor:
-        """[L] int64: the index of the first token of each token's segment, that is its trunk or its branch."""
+        """Return the index of the first token of each token's segment (its trunk or its branch), [L] int64."""
         return _run_start(_changed(self.tree_id) | _changed(self.branch_id))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SharedPrefixLayout":
@@ -158,14 +158,14 @@ class SharedPrefixLayout:
 
 
 def _changed(ids: Tensor) -> Tensor:
-    """[L] bool: where a token's id differs from the previous token's, and the first token."""
+    """Return where a token's id differs from the previous token's, [L] bool; True for the first token."""
     changed = torch.ones_like(ids, dtype=torch.bool)
     changed[1:] = ids[1:] != ids[:-1]
     return changed
 
 
 def _run_start(starts: Tensor) -> Tensor:
-    """[L] int64: for each token, the index of the last True at or before it; starts[0] is True."""
+    """Return for each token the index of the last True at or before it, [L] int64; starts[0] is True."""
     index = torch.arange(len(starts), device=starts.device)
     return index.where(starts, 0).cummax(0).values
 

@@ -97,7 +97,7 @@ def block_mask(layout: SharedPrefixLayout, block_size: int = 128, *, window: int
 
 
 class _Runs(NamedTuple):
-    """The keys that query q sees: trunk_from[q] <= k < trunk_to[q], and own_from[q] <= k <= q; each [L] int64.
+    """Hold the keys that query q sees: trunk_from[q] <= k < trunk_to[q], and own_from[q] <= k <= q; each [L] int64.
 
     The two runs neither overlap nor touch, except that the first may be empty.
     """

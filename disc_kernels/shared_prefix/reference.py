@@ -1,4 +1,4 @@
-"""The oracle: what a packed sequence has to equal, every trunk and every branch run as a sequence of its own."""
+"""Run every trunk and every branch as a sequence of its own: what a packed sequence has to equal."""
 
 from collections.abc import Callable
 

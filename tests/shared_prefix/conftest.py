@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,18 +33,3 @@ def all_double(monkeypatch):
     monkeypatch.setattr(Tensor, "to", to_double)
     monkeypatch.setattr(Tensor, "float", Tensor.double)
     monkeypatch.setattr(nn.functional, "softmax", lambda logits, dim, dtype=None: softmax(logits, dim))
-
-
-@pytest.fixture
-def gradients() -> Callable[..., dict[str, Tensor]]:
-    """`gradients(model, run, ids, upstream)`: logits [L, V] of `run(embeddings [L, D])`, and what follows backwards for
-    the embeddings and for every parameter."""
-
-    def measure(model: nn.Module, run: Callable[[Tensor], Tensor], ids: Tensor, upstream: Tensor) -> dict[str, Tensor]:
-        parameters = dict(model.named_parameters())
-        embeddings = model.get_input_embeddings()(ids)
-        logits = run(embeddings)
-        grads = torch.autograd.grad(logits, [embeddings, *parameters.values()], upstream)
-        return {"logits": logits.detach(), "embeddings": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
-
-    return measure

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from disc_kernels.shared_prefix import (
@@ -16,6 +16,7 @@ from disc_kernels.shared_prefix import (
     flex_saving,
 )
 from disc_kernels.shared_prefix.choice import DENSE_PAIR, LEAST_SAVING, PAIRS_PER_HIDDEN
+from tests.shared_prefix.layouts import random_trees
 
 # Few enough dimensions that attention counts; `LARGE` is of 1.5 billion parameters.
 LLAMA = SimpleNamespace(model_type="llama", num_attention_heads=4, hidden_size=64)
@@ -84,16 +85,10 @@ def test_batches_are_added_up():
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 300), st.lists(st.tuples(st.floats(0, 1), st.integers(1, 150)), max_size=3)),
-        min_size=1,
-        max_size=4,
-    ),
-    st.sampled_from([LLAMA, MISTRAL]),
-)
+@given(random_trees(trunk=300, branch=150, branches=3, trees=(1, 4)), st.sampled_from([LLAMA, MISTRAL]))
 def test_blocks_are_those_in_which_somebody_sees_something(drawn, config):
-    layout = trees([(trunk, [(int(part * trunk), length) for part, length in branches]) for trunk, branches in drawn])
+    layout = trees(drawn)
+    assume(len(layout))
     length = len(layout)
     mask = dense_mask(layout, window=getattr(config, "sliding_window", None))
     padding = -length % 128

@@ -11,19 +11,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
+from tests.shared_prefix.layouts import random_trees
 
 RAGGED = [(50, [(20, 30), (50, 25), (0, 4)]), (0, [(0, 37), (0, 1)]), (33, [])]
-WINDOWS = st.none() | st.integers(1, 50)
-
-
-@st.composite
-def layouts(draw, longest: int) -> SharedPrefixLayout:
-    """Up to four trees with trunks and branches of up to `longest` tokens."""
-    trees = []
-    for trunk in draw(st.lists(st.integers(0, longest), max_size=4)):
-        branch = st.tuples(st.integers(0, trunk) | st.just(trunk), st.integers(1, longest))
-        trees.append((trunk, draw(st.lists(branch, max_size=4))))
-    return SharedPrefixLayout.from_trees(trees)
 
 
 def by_definition(layout: SharedPrefixLayout, window: int | None) -> torch.Tensor:
@@ -68,14 +58,20 @@ def assert_equals_dense(mask: BlockMask, dense: torch.Tensor, block_size: int) -
 
 
 @settings(max_examples=100, deadline=None)
-@given(layout=layouts(longest=7), window=st.none() | st.integers(1, 9))
-def test_dense_mask_follows_the_definition(layout, window):
+@given(trees=random_trees(trunk=7, branch=7), window=st.none() | st.integers(1, 9))
+def test_dense_mask_follows_the_definition(trees, window):
+    layout = SharedPrefixLayout.from_trees(trees)
     assert torch.equal(dense_mask(layout, window=window), by_definition(layout, window))
 
 
 @settings(max_examples=200, deadline=None)
-@given(layout=layouts(longest=60), window=WINDOWS, block_size=st.sampled_from([1, 2, 3, 8, 16, 64]))
-def test_block_mask_equals_the_dense_mask(layout, window, block_size):
+@given(
+    trees=random_trees(trunk=60, branch=60),
+    window=st.none() | st.integers(1, 50),
+    block_size=st.sampled_from([1, 2, 3, 8, 16, 64]),
+)
+def test_block_mask_equals_the_dense_mask(trees, window, block_size):
+    layout = SharedPrefixLayout.from_trees(trees)
     mask = block_mask(layout, block_size, window=window)
     assert_equals_dense(mask, dense_mask(layout, window=window), block_size)
 

@@ -11,20 +11,10 @@ from torch import Tensor, nn
 
 from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout, attention_implementation, attention_mask, dense_mask
 from disc_kernels.shared_prefix.reference import run_separately
+from tests.shared_prefix.layouts import Trees, random_trees
+from tests.shared_prefix.models import GROUPED, TINY, VOCABULARY, measure_gradients
 
 TREES = [(13, [(13, 4), (6, 7), (0, 3), (12, 9)]), (0, [(0, 8)]), (7, [])]
-# Wide weights, so that attention is far from uniform and a wrong mask shows.
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-    "use_cache": False,
-    "pad_token_id": 0,
-}
-GROUPED = TINY | {"num_key_value_heads": 2}
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
@@ -80,16 +70,15 @@ def run_oracle(model: nn.Module, embeddings: Tensor, layout: SharedPrefixLayout)
 
 def random_problem(layout: SharedPrefixLayout) -> tuple[Tensor, Tensor]:
     """Token ids, and the gradient that comes from above the logits."""
-    vocabulary = TINY["vocab_size"]
-    return torch.randint(vocabulary, (len(layout),)), torch.randn(len(layout), vocabulary, dtype=torch.float64)
+    return torch.randint(VOCABULARY, (len(layout),)), torch.randn(len(layout), VOCABULARY, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_packed_equals_separate_sequences(name, all_double, gradients):
+def test_packed_equals_separate_sequences(name, all_double):
     model, layout = prepared(name), SharedPrefixLayout.from_trees(TREES)
     ids, upstream = random_problem(layout)
-    expected = gradients(model, lambda embeddings: run_oracle(model, embeddings, layout), ids, upstream)
-    got = gradients(model, lambda embeddings: run_packed(model, embeddings, layout), ids, upstream)
+    expected = measure_gradients(model, lambda embeddings: run_oracle(model, embeddings, layout), ids, upstream)
+    got = measure_gradients(model, lambda embeddings: run_packed(model, embeddings, layout), ids, upstream)
     largest = expected["embeddings"].abs().max()
     for key, value in expected.items():
         scale = value.abs().max()
@@ -99,14 +88,7 @@ def test_packed_equals_separate_sequences(name, all_double, gradients):
         assert (got[key] - value).abs().max() < 1e-12 * max(scale, largest), key
 
 
-BRANCHES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 6)), max_size=3)
-TREE = st.tuples(st.integers(0, 9), BRANCHES).map(
-    lambda tree: (tree[0], [(round(share * tree[0]), length) for share, length in tree[1]])
-)
-ROW = st.lists(TREE, min_size=1, max_size=3)
-
-
-def padded(rows: list[list]) -> SharedPrefixLayout:
+def padded(rows: list[Trees]) -> SharedPrefixLayout:
     """Rows of one length: what a row lacks is a tree of its own."""
     lengths = [sum(trunk + sum(length for _, length in branches) for trunk, branches in row) for row in rows]
     longest = max(*lengths, 1)
@@ -121,12 +103,12 @@ CASES = [(name, backend) for name in CONFIGS for backend in ("sdpa", "eager") if
 
 @pytest.mark.parametrize(("name", "implementation"), CASES)
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=st.lists(ROW, min_size=2, max_size=3))
-def test_random_trees_in_rows_equal_separate_sequences(name, implementation, rows, all_double, gradients):
+@given(rows=st.lists(random_trees(trunk=9, branch=6, branches=3, trees=(1, 3)), min_size=2, max_size=3))
+def test_random_trees_in_rows_equal_separate_sequences(name, implementation, rows, all_double):
     model, layout = prepared(name, implementation), padded(rows)
     ids, upstream = random_problem(layout)
-    expected = gradients(model, lambda embeddings: run_oracle(model, embeddings, layout), ids, upstream)
-    got = gradients(model, lambda embeddings: run_packed(model, embeddings, layout, len(rows)), ids, upstream)
+    expected = measure_gradients(model, lambda embeddings: run_oracle(model, embeddings, layout), ids, upstream)
+    got = measure_gradients(model, lambda embeddings: run_packed(model, embeddings, layout, len(rows)), ids, upstream)
     for key, value in expected.items():
         assert (got[key] - value).abs().max() < 1e-11 * max(value.abs().max(), expected["embeddings"].abs().max()), key
 
@@ -165,7 +147,7 @@ def test_flex_attention_equals_the_dense_mask(name, compiler):
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
     layout = SharedPrefixLayout.from_trees(TREES)
     with torch.no_grad():
-        embeddings = model.get_input_embeddings()(torch.randint(TINY["vocab_size"], (len(layout),)))
+        embeddings = model.get_input_embeddings()(torch.randint(VOCABULARY, (len(layout),)))
         expected = run_packed(model, embeddings, layout)
         model.set_attn_implementation(attention_implementation(config, "flex"))
         assert model.config._attn_implementation == FLEX

@@ -1,4 +1,4 @@
-"""FlexAttention over a packed sequence: the attention function that Hugging Face models call."""
+"""Run FlexAttention over a packed sequence: the attention function that Hugging Face models call."""
 
 from collections.abc import Callable
 from functools import cache
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from disc_kernels.shared_prefix.backends.inputs import in_autocast_dtype, refuse_options
+from disc_kernels.shared_prefix.backends.inputs import check_call, in_autocast_dtype
 
 
 def flex_attention_forward(
@@ -22,10 +22,10 @@ def flex_attention_forward(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers' `AttentionInterface` defines it.
+    """Compute one layer's attention, as transformers' `AttentionInterface` defines it.
 
     Beside what transformers' own function does, it follows autocast on every torch version and compiles for few
-    shapes: see `_compiled`.
+    shapes: see `_compiled_flex_attention`.
 
     Args:
         query: [1, H, L, D].
@@ -40,17 +40,12 @@ def flex_attention_forward(
     Raises:
         ValueError: no block mask, dropout, or an option that FlexAttention lacks.
     """
-    if not isinstance(attention_mask, BlockMask):
-        raise ValueError(
-            f"attention_mask: expected a BlockMask of a packed sequence, got {type(attention_mask).__name__};"
-            " for other calls of the model: model.set_attn_implementation('sdpa')"
-        )
-    refuse_options("flex", dropout, options)
+    check_call("flex", attention_mask, BlockMask, dropout, options)
     query, key, value = in_autocast_dtype(query, key, value)
     for tensor in (query, key, value):
         # The student's heads and the teacher's may differ in number: two static sizes, not one symbolic size.
         torch._dynamo.mark_static(tensor, [0, 1, 3])
-    output = _compiled()(
+    output = _compiled_flex_attention()(
         query,
         key,
         value,
@@ -63,8 +58,8 @@ def flex_attention_forward(
 
 
 @cache
-def _compiled() -> Callable[..., Tensor]:
-    """FlexAttention, compiled when it is first called, and again when the second length shows that lengths vary.
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compile FlexAttention when it is first called, and again when a second length shows that lengths vary.
 
     From then on a new layout compiles nothing: its tensors' sizes are symbolic and its mask function is the same code.
     Each of these stands for a graph of its own: with or without gradients, with or without softcap, one block or more,

@@ -1,4 +1,4 @@
-"""What our attention functions share: the dtype a kernel runs in, and the options that no kernel here has."""
+"""Prepare what Hugging Face models hand to our attention functions: one dtype, and nothing that a kernel lacks."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
-    """Queries, keys and values in one dtype: autocast's where it is on, their own otherwise.
+    """Cast queries, keys and values to autocast's dtype where it is on; leave them as they are otherwise.
 
     A model's linear layers follow autocast, its rotary embedding and norms turn queries and keys back to float32, and
     the kernels are no autocast operations (FlexAttention is one since torch 2.13): they would refuse the mixture, or
@@ -20,14 +20,21 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def refuse_options(backend: str, dropout: float, options: dict[str, Any]) -> None:
-    """Raise ValueError for what a model may ask of its attention function and a kernel would leave out.
+def check_call(backend: str, mask: Any, mask_type: type, dropout: float, options: dict[str, Any]) -> None:
+    """Raise ValueError for a mask of another type, and for what a model may ask for and a kernel would leave out.
 
     Args:
-        backend: the name for the message.
+        backend: the name for messages.
+        mask: the `attention_mask` of the call.
+        mask_type: what it has to be.
         dropout: of the attention weights.
         options: the other keyword arguments of the attention function.
     """
+    if not isinstance(mask, mask_type):
+        raise ValueError(
+            f"attention_mask: expected a {mask_type.__name__} of a packed sequence, got {type(mask).__name__};"
+            " for other calls of the model: model.set_attn_implementation('sdpa')"
+        )
     if dropout:
         raise ValueError(f"attention: {backend!r} has no dropout of attention weights, expected 0, got {dropout}")
     for option, meaning in {"s_aux": "attention sinks", "position_bias": "position bias"}.items():

@@ -1,4 +1,4 @@
-"""Variable-length flash attention over a packed sequence: every trunk and branch a sequence of its own.
+"""Run variable-length flash attention over a packed sequence: every trunk and branch as a sequence of its own.
 
 The queries of a segment (a trunk or a branch) run against the first part of the trunk that it sees and the segment
 itself, gathered one behind the other; the mask is then causal, aligned at the last query and the last key. The gathered
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from disc_kernels.host import to_device
-from disc_kernels.shared_prefix.backends.inputs import in_autocast_dtype, refuse_options
+from disc_kernels.shared_prefix.backends.inputs import check_call, in_autocast_dtype
 from disc_kernels.shared_prefix.layout import SharedPrefixLayout
 
 
 class VarlenMask(Tensor):
-    """Which keys each segment's queries run against, for S segments, L queries and K gathered keys.
+    """Hold which keys each segment's queries run against, for S segments, L queries and K gathered keys.
 
-    Models hand it to their attention layers because it is a tensor of four dimensions, [1, 1, 1, K]: others they would
-    build anew from. What counts are the attributes; any operation on the tensor loses them.
+    Models hand it on to their attention layers because it is a tensor of four dimensions, [1, 1, 1, K]; from anything
+    else they would make a mask of their own. What counts are the attributes; any operation on the tensor loses them.
     """
 
-    gathered: Tensor  # [K] int64: the packed token of each gathered key
+    key_index: Tensor  # [K] int64: the packed token of each gathered key
     query_ends: Tensor  # [S + 1] int32: where each segment's queries begin, and L
     key_ends: Tensor  # [S + 1] int32: where each segment's gathered keys begin, and K
-    most_queries: int  # of one segment
-    most_keys: int
+    max_queries: int  # of one segment
+    max_keys: int
     window: int | None
 
 
 def varlen_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> VarlenMask:
-    """The segments of a layout as variable-length attention takes them; nothing waits for the layout's device.
+    """Describe a layout's segments as variable-length attention takes them; nothing waits for the layout's device.
 
     Args:
         layout: L packed tokens in S segments.
@@ -49,24 +49,24 @@ def varlen_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Var
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     start, length, tree, attach = layout.segments.unbind(1)
-    seen = attach if window is None else attach.clamp(max=window - 1)
-    queries_and_keys = torch.stack([length, seen + length])
+    trunk_keys = attach if window is None else attach.clamp(max=window - 1)
+    queries_and_keys = torch.stack([length, trunk_keys + length])
     ends = pad(queries_and_keys.cumsum(1), (1, 0)).int()
     total = int(ends[1, -1])
-    most_queries, most_keys = queries_and_keys.amax(1).tolist() if total else (0, 0)
+    max_queries, max_keys = queries_and_keys.amax(1).tolist() if total else (0, 0)
 
-    # Gathered keys are runs of neighbouring tokens, two a segment: key i of a run that begins at token `first` and at
-    # gathered key `behind` is token first + i - behind.
-    runs = torch.stack([seen, length], dim=1).flatten()
-    first = torch.stack([tree + attach - seen, start], dim=1).flatten()
-    behind = runs.cumsum(0) - runs
-    runs, shift = to_device(torch.stack([runs, first - behind]), layout.device)
+    # Gathered keys are runs of neighbouring tokens, two a segment: gathered key i of a run that begins at token `token`
+    # and at gathered key `first` is token + i - first.
+    runs = torch.stack([trunk_keys, length], dim=1).flatten()
+    token = torch.stack([tree + attach - trunk_keys, start], dim=1).flatten()
+    first = runs.cumsum(0) - runs
+    runs, shift = to_device(torch.stack([runs, token - first]), layout.device)
     index = torch.arange(total, device=layout.device) + shift.repeat_interleave(runs, output_size=total)
 
     mask = index[None, None, None].as_subclass(VarlenMask)
-    mask.gathered = index
+    mask.key_index = index
     mask.query_ends, mask.key_ends = to_device(ends, layout.device)
-    mask.most_queries, mask.most_keys, mask.window = most_queries, most_keys, window
+    mask.max_queries, mask.max_keys, mask.window = max_queries, max_keys, window
     return mask
 
 
@@ -81,7 +81,7 @@ def varlen_attention_forward(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention, as transformers' `AttentionInterface` defines it.
+    """Compute one layer's attention, as transformers' `AttentionInterface` defines it.
 
     The kernels compute in 16 bits: outside autocast, float32 inputs are rounded to bfloat16 for them.
 
@@ -97,21 +97,16 @@ def varlen_attention_forward(
     Raises:
         ValueError: no mask of `varlen_mask`, dropout, an option that the kernels lack, or there is no kernel.
     """
-    if not isinstance(attention_mask, VarlenMask):
-        raise ValueError(
-            f"attention_mask: expected a VarlenMask of a packed sequence, got {type(attention_mask).__name__};"
-            " for other calls of the model: model.set_attn_implementation('sdpa')"
-        )
-    refuse_options("varlen", dropout, options)
+    check_call("varlen", attention_mask, VarlenMask, dropout, options)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in in_autocast_dtype(query, key, value))
     kernel = find_kernel(softcap, query.device.type)
-    key, value = _gather(key, attention_mask.gathered), _gather(value, attention_mask.gathered)
+    key, value = (_gather(tensor, attention_mask.key_index) for tensor in (key, value))
     output = kernel(query, key, value, attention_mask, scaling, softcap)
     return output[None].to(query.dtype), None
 
 
 def _gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """Tokens [L, H, D] by index [K], by way of float32: there the backward sums a trunk token's many gradients."""
+    """Gather tokens [L, H, D] by index [K] in float32, in which the backward sums a trunk token's many gradients."""
     return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).index_select(0, index).to(tokens.dtype)
 
 
@@ -120,9 +115,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenMask, float | None, float | Non
 
 @cache
 def find_kernel(softcap: float | None, device_type: str) -> Kernel:
-    """A kernel: (query [L, H, D], gathered key and value [K, H_kv, D], mask, scaling, softcap) -> [L, H, D].
+    """Find a kernel: (query [L, H, D], gathered key and value [K, H_kv, D], mask, scaling, softcap) -> [L, H, D].
 
-    torch's own `varlen_attn` where it can do what is asked; flash-attn for a softcap, which torch's is built without.
+    It is torch's `varlen_attn` where that can do what is asked, and flash-attn for a softcap, which torch's lacks.
 
     Raises:
         ValueError: there is none for the device, or none that can do a softcap.
@@ -144,15 +139,15 @@ def _torch_kernel(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = _in_16_bits(query, key, value)
+    query, key, value = _to_16_bits(query, key, value)
     output = varlen_attn(
         query,
         key,
         value,
         mask.query_ends,
         mask.key_ends,
-        mask.most_queries,
-        mask.most_keys,
+        mask.max_queries,
+        mask.max_keys,
         scale=scaling,
         window_size=_window_size(mask),
         **_grouped_heads(),
@@ -163,7 +158,7 @@ def _torch_kernel(
 
 @cache
 def _grouped_heads() -> dict[str, Any]:
-    """The flag for fewer heads of keys than of queries; without such a flag (torch 2.11) `varlen_attn` takes them."""
+    """Return the flag for fewer heads of keys than of queries; torch 2.11 has none and takes them as they are."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -175,11 +170,11 @@ def _flash_attn_kernel(
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        *_in_16_bits(query, key, value),
+        *_to_16_bits(query, key, value),
         mask.query_ends,
         mask.key_ends,
-        mask.most_queries,
-        mask.most_keys,
+        mask.max_queries,
+        mask.max_keys,
         softmax_scale=scaling,
         causal=True,
         window_size=_window_size(mask),
@@ -188,9 +183,9 @@ def _flash_attn_kernel(
 
 
 def _window_size(mask: VarlenMask) -> tuple[int, int]:
-    """(left, right): how many keys a query sees before and behind its own; -1: all."""
+    """Return how many keys a query sees on the left and on the right of its own; -1: all."""
     return (-1 if mask.window is None else mask.window - 1, 0)
 
 
-def _in_16_bits(*tensors: Tensor) -> list[Tensor]:
+def _to_16_bits(*tensors: Tensor) -> list[Tensor]:
     return [tensor if tensor.dtype == torch.float16 else tensor.to(torch.bfloat16) for tensor in tensors]

@@ -27,7 +27,7 @@ def compiled_graphs(monkeypatch, compiler):
         return graph.forward
 
     compiled = torch.compile(flex_attention, backend=backend)
-    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: compiled)
     return graphs
 
 
@@ -72,7 +72,7 @@ def test_another_number_of_heads_is_a_graph_of_its_own(compiled_graphs):
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 5])
 def test_values(softcap, window, monkeypatch):
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: flex_attention)
     query, key, value = (torch.randn(1, heads, len(LAYOUT), 16, dtype=torch.float64) for heads in (4, 2, 2))
     mask = block_mask(LAYOUT, window=window)
     got, weights = flex_attention_forward(nn.Module(), query, key, value, mask, scaling=0.7, softcap=softcap)
@@ -94,7 +94,7 @@ def test_autocast_decides_the_dtype(monkeypatch):
         seen.extend([query.dtype, key.dtype, value.dtype])
         return query
 
-    monkeypatch.setattr(flex, "_compiled", lambda: kernel)
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: kernel)
     query, value = torch.randn(1, 2, len(LAYOUT), 16), torch.randn(1, 2, len(LAYOUT), 16, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         flex_attention_forward(nn.Module(), query, query, value, block_mask(LAYOUT))

@@ -13,6 +13,8 @@ from disc_kernels.shared_prefix import VARLEN, SharedPrefixLayout, attention, at
 from disc_kernels.shared_prefix.backends import varlen
 from disc_kernels.shared_prefix.backends.varlen import VarlenMask, varlen_attention_forward, varlen_mask
 from disc_kernels.shared_prefix.reference import run_separately
+from tests.shared_prefix.layouts import random_trees
+from tests.shared_prefix.models import GROUPED, TINY, measure_gradients
 
 TREES = [(9, [(9, 4), (6, 7), (0, 3), (8, 1)]), (0, [(0, 5)]), (7, [])]
 
@@ -24,7 +26,7 @@ def plain_kernel(query, key, value, mask: VarlenMask, scaling, softcap):
     for segment in range(len(query_ends) - 1):
         q = query[query_ends[segment] : query_ends[segment + 1]].transpose(0, 1)
         k, v = (x[key_ends[segment] : key_ends[segment + 1]].transpose(0, 1) for x in (key, value))
-        assert q.shape[1] <= mask.most_queries and k.shape[1] <= mask.most_keys
+        assert q.shape[1] <= mask.max_queries and k.shape[1] <= mask.max_keys
         k, v = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (k, v))
         logits = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap is not None:
@@ -46,7 +48,7 @@ def seen_keys(mask: VarlenMask, length: int) -> torch.Tensor:
     table = torch.zeros(length, length, dtype=torch.bool)
     query_ends, key_ends = mask.query_ends.tolist(), mask.key_ends.tolist()
     for segment in range(len(query_ends) - 1):
-        keys = mask.gathered[key_ends[segment] : key_ends[segment + 1]].tolist()
+        keys = mask.key_index[key_ends[segment] : key_ends[segment + 1]].tolist()
         queries = range(query_ends[segment], query_ends[segment + 1])
         assert len(set(keys)) == len(keys)
         for later, query in enumerate(reversed(queries)):
@@ -56,27 +58,21 @@ def seen_keys(mask: VarlenMask, length: int) -> torch.Tensor:
     return table
 
 
-BRANCHES = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 9)), max_size=4)
-TREE = st.tuples(st.integers(0, 12), BRANCHES).map(
-    lambda tree: (tree[0], [(round(share * tree[0]), length) for share, length in tree[1]])
-)
-
-
 @settings(max_examples=150, deadline=None)
-@given(trees=st.lists(TREE, max_size=4), window=st.none() | st.integers(1, 14))
+@given(trees=random_trees(trunk=12, branch=9), window=st.none() | st.integers(1, 14))
 def test_every_query_sees_the_keys_of_the_dense_mask(trees, window):
     layout = SharedPrefixLayout.from_trees(trees)
     mask = varlen_mask(layout, window=window)
     assert torch.equal(seen_keys(mask, len(layout)), dense_mask(layout, window=window))
     lengths, keys = mask.query_ends.diff(), mask.key_ends.diff()
     assert mask.query_ends.dtype == mask.key_ends.dtype == torch.int32
-    assert (mask.most_queries, mask.most_keys) == ((lengths.max(), keys.max()) if len(layout) else (0, 0))
+    assert (mask.max_queries, mask.max_keys) == ((lengths.max(), keys.max()) if len(layout) else (0, 0))
 
 
 def test_a_window_gathers_only_what_some_query_reaches():
     layout = SharedPrefixLayout.from_trees([(1000, [(900, 10), (2, 10)])])
-    assert varlen_mask(layout).gathered.numel() == 1000 + 910 + 12
-    assert varlen_mask(layout, window=5).gathered.numel() == 1000 + 14 + 12
+    assert varlen_mask(layout).key_index.numel() == 1000 + 910 + 12
+    assert varlen_mask(layout, window=5).key_index.numel() == 1000 + 14 + 12
 
 
 CONFIGS = {
@@ -88,20 +84,10 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_model_equals_separate_sequences(name, on_plain_kernel, all_double, gradients):
+def test_a_model_equals_separate_sequences(name, on_plain_kernel, all_double):
     """Through transformers' own models: they hand the mask, the softcap and the scaling to our function."""
     make_config, options = CONFIGS[name]
-    config = make_config(
-        vocab_size=61,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4 if name == "gpt_neox" else 2,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **options,
-    )
+    config = make_config(**TINY if name == "gpt_neox" else GROUPED, **options)
     model = transformers.AutoModelForCausalLM.from_config(config).double()
     layout = SharedPrefixLayout.from_trees(TREES)
     ids = torch.randint(61, (len(layout),))
@@ -118,8 +104,8 @@ def test_a_model_equals_separate_sequences(name, on_plain_kernel, all_double, gr
             inputs_embeds=embeddings[None], attention_mask=mask, position_ids=layout.position_ids[None]
         ).logits[0]
 
-    expected = gradients(model, separately, ids, upstream)
-    for key, value in gradients(model, packed, ids, upstream).items():
+    expected = measure_gradients(model, separately, ids, upstream)
+    for key, value in measure_gradients(model, packed, ids, upstream).items():
         assert (value - expected[key]).abs().max() < 1e-12 * expected["embeddings"].abs().max(), key
 
 

@@ -9,24 +9,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout
 from disc_train.models import causal_lm
 from disc_train.models.causal_lm import hidden_states, use_attention
+from tests.shared_prefix.models import GROUPED
 
-TINY = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
 TOKENS = torch.arange(16)[None]
 WRONG = "wrong_attention_of_a_test"
 
 
 def make_model(config_class=transformers.LlamaConfig, **options):
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config_class(**TINY | options))
+    return transformers.AutoModelForCausalLM.from_config(config_class(**GROUPED | options))
 
 
 def test_it_says_what_it_picked():
@@ -47,29 +38,21 @@ def test_several_rows_at_once():
         torch.testing.assert_close(batch[row], alone[0], atol=1e-5, rtol=0)
 
 
-@pytest.fixture
-def first_choice_is_wrong(monkeypatch):
-    """As on a GPU where FlexAttention does not work: "auto" begins with an attention function that is given here."""
+def make_first_choice(monkeypatch, function):
+    """As on a GPU where FlexAttention does not work: "auto" begins with the attention function that is given here."""
+    AttentionInterface.register(WRONG, function)
+    real_choice, real_mask = causal_lm.attention_implementation, causal_lm.attention_mask
 
-    def set_up(function):
-        AttentionInterface.register(WRONG, function)
-        real = causal_lm.attention_implementation
-        # Only the call for the device that is there names it.
-        monkeypatch.setattr(
-            causal_lm,
-            "attention_implementation",
-            lambda config, requested="auto", *device: WRONG if device else real(config, requested),
-        )
+    def choice(config, requested="auto", *device):
+        return (
+            WRONG if device else real_choice(config, requested)
+        )  # only the call for the device that is there names it
 
-    real_mask = causal_lm.attention_mask
-    monkeypatch.setattr(
-        causal_lm,
-        "attention_mask",
-        lambda config, layout, implementation, *rest: real_mask(
-            config, layout, "sdpa" if implementation == WRONG else implementation, *rest
-        ),
-    )
-    return set_up
+    def mask(config, layout, implementation, *rest):
+        return real_mask(config, layout, "sdpa" if implementation == WRONG else implementation, *rest)
+
+    monkeypatch.setattr(causal_lm, "attention_implementation", choice)
+    monkeypatch.setattr(causal_lm, "attention_mask", mask)
 
 
 def breaks(module, query, key, value, attention_mask, **options):
@@ -92,8 +75,8 @@ def sees_the_past_whatever_the_mask(module, query, key, value, attention_mask, *
         (sees_the_past_whatever_the_mask, "packed behind another"),
     ],
 )
-def test_auto_leaves_an_implementation_that_fails_its_check(function, message, first_choice_is_wrong):
-    first_choice_is_wrong(function)
+def test_auto_leaves_an_implementation_that_fails_its_check(function, message, monkeypatch):
+    make_first_choice(monkeypatch, function)
     model, other = make_model(), make_model()
     with pytest.warns(UserWarning, match=f"attention '{WRONG}' is not used: LlamaForCausalLM: .*{message}"):
         assert use_attention(model, "auto") == "sdpa"
@@ -102,15 +85,15 @@ def test_auto_leaves_an_implementation_that_fails_its_check(function, message, f
     assert torch.equal(hidden_states(model, TOKENS, layout), hidden_states(other, TOKENS, layout))
 
 
-def test_what_was_asked_for_is_not_replaced(first_choice_is_wrong):
-    first_choice_is_wrong(breaks)
+def test_what_was_asked_for_is_not_replaced(monkeypatch):
+    make_first_choice(monkeypatch, breaks)
     with pytest.raises(ValueError, match="out of registers"):
         use_attention(make_model(), "sdpa")
 
 
-def test_an_implementation_that_leaves_something_out_differs_from_eager(first_choice_is_wrong):
+def test_an_implementation_that_leaves_something_out_differs_from_eager(monkeypatch):
     """Packed and alone it leaves out the same, which only another implementation shows."""
-    first_choice_is_wrong(sdpa_attention_forward)
+    make_first_choice(monkeypatch, sdpa_attention_forward)
     model = make_model(transformers.Gemma2Config, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=1.0)
     model.set_attn_implementation(WRONG)
     with pytest.warns(UserWarning, match=f"'{WRONG}' is not used"):

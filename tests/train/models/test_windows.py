@@ -6,6 +6,7 @@ import transformers
 
 from disc_kernels.shared_prefix import SharedPrefixLayout, can_share
 from disc_train.models.causal_lm import hidden_states, use_attention
+from tests.shared_prefix.models import GROUPED
 
 
 def gpt_neo() -> transformers.PreTrainedModel:
@@ -25,19 +26,7 @@ def gpt_neo() -> transformers.PreTrainedModel:
 
 def windowed(config_class: type[transformers.PreTrainedConfig]) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(
-        config_class(
-            vocab_size=61,
-            hidden_size=32,
-            ffn_dim=64,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            sliding_window=256,
-            initializer_range=0.3,
-            pad_token_id=0,
-        )
+        config_class(**GROUPED, head_dim=8, ffn_dim=64, sliding_window=256)
     )
 
 
