@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -42,7 +43,8 @@ def ours(
     trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE, attention=attention)
 
     def backward(examples: Sequence[Example]) -> Tensor:
-        batch = trainer.data_collator(examples)  # type: ignore[arg-type]
+        # As the Trainer's data loader does; its `training_step` moves tensors only, not layouts.
+        batch = send_to_device(trainer.data_collator(examples), student.device)
         return trainer.training_step(student, batch, num_items_in_batch=len(examples))
 
     return backward
