@@ -56,7 +56,9 @@ def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv
     except (ValueError, ImportError) as error:
         return _failed(command, error, 2)
     from disc_train.parallel.termination import Terminated
+    from disc_train.progress import hide_bars_off_terminals
 
+    hide_bars_off_terminals()
     try:
         work()
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
