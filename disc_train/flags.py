@@ -70,7 +70,7 @@ def _yaml_flags(path: Path, known: set[str]) -> list[str]:
         if isinstance(value, list):
             given += [f"--{key}", *map(str, value)]
         elif value is not None:
-            given.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+            given.append(f"--{key}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
     return given
 
 

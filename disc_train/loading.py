@@ -1,6 +1,8 @@
-"""Loading of what is evaluated or writes texts: a model or an adapter, with its tokenizer."""
+"""Load a model or an adapter that is evaluated or generates texts, and its tokenizer."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,38 +12,49 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from disc_train.models.causal_lm import load_model, naming, use_attention
 
 
-def load_for_inference(name_or_path: str, dtype: str, use_cpu: bool) -> PreTrainedModel:
-    """A causal language model, or an adapter with the model it was trained on, without dropout.
+def load_for_inference(
+    name_or_path: str,
+    dtype: str = "auto",
+    use_cpu: bool = False,
+    attention: str = "auto",
+    flag: str = "--model_name_or_path",
+) -> PreTrainedModel:
+    """Load a causal language model, or an adapter with the model it was trained on, in evaluation mode.
 
     Args:
         dtype: a torch dtype's name; "auto": bfloat16 on CUDA, float32 elsewhere.
         use_cpu: leave an accelerator alone, if there is one.
+        attention: "sdpa", "eager", or "auto": "sdpa" where it computes what the model does, else "eager".
+        flag: the one that named the model, for messages.
 
     Raises:
-        ValueError, OSError: it cannot be loaded, or its logits are not its head's on its hidden states.
-        ImportError: an adapter, and no peft.
+        ValueError, OSError: it cannot be loaded, its logits are not its head's on its hidden states, or the attention
+            asked for leaves out part of what the model does.
+        ImportError: it is an adapter, and peft is not installed.
     """
     accelerator = None if use_cpu else torch.accelerator.current_accelerator(check_available=True)
     device = accelerator or torch.device("cpu")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    if _base_of_adapter(name_or_path) and find_spec("peft") is None:
-        raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
-    model = load_model(name_or_path, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
-    use_attention(model, "sdpa")  # also checks that hidden states and head give the model's logits
+    with _flag_named(flag):
+        if _base_of_adapter(name_or_path) and find_spec("peft") is None:
+            raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
+        model = load_model(name_or_path, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
+        use_attention(model, attention, dense=True)
     return model.eval()
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, or where an adapter comes without one that of the model it was trained on.
+    """Load a model's tokenizer; for an adapter that comes without one, that of the model it was trained on.
 
     Raises:
         ValueError, OSError: there is none.
     """
-    base = _base_of_adapter(name_or_path)
-    name = name_or_path if base is None or Path(name_or_path, "tokenizer_config.json").is_file() else base
-    with naming(name):
-        return AutoTokenizer.from_pretrained(name)
+    with _flag_named("--model_name_or_path"):
+        base = _base_of_adapter(name_or_path)
+        name = name_or_path if base is None or Path(name_or_path, "tokenizer_config.json").is_file() else base
+        with naming(name):
+            return AutoTokenizer.from_pretrained(name)
 
 
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
@@ -56,6 +69,15 @@ def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, refe
                 "--reference_name_or_path: expected a model with the same tokenizer, got one that reads the text"
                 f" {text[:40]!r}... as other tokens"
             )
+
+
+@contextmanager
+def _flag_named(flag: str) -> Iterator[None]:
+    """Put the flag that the user wrote before what is wrong with its value."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def _base_of_adapter(name_or_path: str) -> str | None:

@@ -18,6 +18,7 @@ class Fields(NamedTuple):
     optional: tuple[str, ...] = ()
     records: str = "records"  # what the records are
     field: str = "field"  # what a missing field is a missing one of: the flag that names it, say
+    flag: str = "--train_file"  # that named the file
 
 
 Record = tuple[str, dict[str, Any]]
@@ -39,7 +40,7 @@ def read_records(train_file: str | None, dataset_name: str | None, fields: Field
             f"give either train_file or dataset_name, got train_file={train_file!r} and dataset_name={dataset_name!r}"
         )
     if train_file:
-        return [record for path in _files(Path(train_file)) for record in _read(path, fields)]
+        return [record for path in _files(Path(train_file), fields.flag) for record in _read(path, fields)]
     assert dataset_name
     return list(_read_dataset(dataset_name, fields))
 
@@ -55,9 +56,9 @@ def check_text(name: str, field: str, text: Any) -> str:
     return text
 
 
-def _files(path: Path) -> list[Path]:
+def _files(path: Path, flag: str) -> list[Path]:
     if not path.exists():
-        raise ValueError(f"train_file: {str(path)!r} does not exist")
+        raise ValueError(f"{flag}: {str(path)!r} does not exist")
     supported = ", ".join(_READERS)
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
@@ -96,8 +97,9 @@ def _decode(path: Path) -> str:
 
 
 def _read_txt(path: Path, fields: Fields) -> Iterator[Record]:
-    if len(fields.required) > 1:
-        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {', '.join(fields.required)}")
+    if len(fields.required) != 1:
+        names = ", ".join(fields.required or fields.optional)
+        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {names}")
     yield str(path), {fields.required[0]: _decode(path)}
 
 
@@ -207,6 +209,6 @@ def _require_fields(name: str, present: Collection[str], fields: Fields) -> list
 
 def _record(name: str, record: Any, fields: Fields) -> Record:
     if not isinstance(record, dict):
-        wanted = ", ".join(map(repr, fields.required))
-        raise ValueError(f"{name}: expected a record with a field {wanted}, got {type(record).__name__}")
+        wanted = f"a field {', '.join(map(repr, fields.required))}" if fields.required else "fields"
+        raise ValueError(f"{name}: expected a record with {wanted}, got {type(record).__name__}")
     return name, {field: record[field] for field in _require_fields(name, record, fields)}

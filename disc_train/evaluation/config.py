@@ -2,22 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from disc_train.batches import MAX_BATCH_TOKENS
-from disc_train.flags import check_flag, check_literals, flag, parse_flags
+from disc_train.flags import check_flag, flag, parse_flags
+from disc_train.generation.config import InferenceArguments
 
 
 @dataclass
-class EvalArguments:
-    """One field a flag.
+class EvalArguments(InferenceArguments):
+    """One field a flag; errors as `InferenceArguments`."""
 
-    Raises:
-        ValueError: naming the flag, what was expected and what was given.
-    """
-
-    output_dir: str | None = flag("The folder for evaluation.json, .md and .png, or for comparison.md and .png.")
-    model_name_or_path: str | None = flag("The model: a folder, a name on the Hub, or the folder of a LoRA adapter.")
+    output_dir: str | None = flag(
+        "The folder for evaluation.json, .md and .png, or for comparison.md and .png; none of them may be there."
+    )
     compare: list[str] = field(
         default_factory=list,
         metadata={"help": "Put finished runs side by side, by their folders or JSON files, all against the first."},
@@ -34,28 +30,18 @@ class EvalArguments:
         default_factory=list,
         metadata={"help": "Files or folders of texts, for perplexity and the divergence from a reference."},
     )
-    text_column: str = flag("The column that holds a text.", "text")
     reference_name_or_path: str | None = flag(
         "The model before training, say: a token's KL to it and the drift of entropy are measured on the texts."
     )
     tasks: str | None = flag("Tasks of lm-eval, separated by commas: ifeval,mmlu_pro. Needs: pip install lm-eval.")
     confirm_run_unsafe_code: bool = flag("Let lm-eval run tasks that execute code the model has written.", False)
-    max_new_tokens: int = flag("How much is generated for a probe at most; 0: nothing.", 32)
-    batch_size: int = flag("Sequences a batch, at most.", 64)
-    max_batch_tokens: int = flag(
-        "Tokens a batch, at most, padding included: lower it if memory runs out.", MAX_BATCH_TOKENS
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
-        "Of the models. auto: bfloat16 on CUDA, float32 elsewhere.", "auto"
-    )
-    use_cpu: bool = flag("Leave an accelerator alone.", False)
+    max_new_tokens: int = flag("The most tokens that are generated for a probe; 0: nothing.", 32)
+    batch_size: int = flag("The most sequences in a batch.", 64)
 
     def __post_init__(self) -> None:
-        check_literals(self)
+        super().__post_init__()
         if self.output_dir is None:
             raise ValueError("--output_dir: expected the folder for the results, got none")
-        for name in ("batch_size", "max_batch_tokens"):
-            check_flag(self, name, getattr(self, name) >= 1, "at least 1")
         check_flag(self, "max_new_tokens", self.max_new_tokens >= 0, "at least 0")
         asked = [*self.probes_file, *self.texts_file, *([self.tasks] if self.tasks else [])]
         if self.compare:

@@ -1,4 +1,4 @@
-"""Probes: what a model is asked. As their files have them, and in the words of a model.
+"""What a model is asked: files of probes, read into the model's own prompts and choices.
 
 A file is JSON Lines, or another kind of `disc_train.data.records`. A record has a `question`, or a `prompt`: a text to
 go on from, or chat messages. `choices` are texts, `answer` is one of them or its index; without choices `answer` is a
@@ -8,7 +8,7 @@ the probe's name in results, by default its file and line.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from disc_train.data.chat import Message, chat_text, check_messages, reply_text
 from disc_train.data.records import Fields, check_text, read_records
 
 FIELDS = Fields(
-    required=("answer",),
-    optional=("question", "prompt", "choices", "context", "document", "group", "id"),
+    required=(),  # each is looked for here, so that one probe without an answer does not hide the others
+    optional=("answer", "question", "prompt", "choices", "context", "document", "group", "id"),
     records="probes",
+    flag="--probes_file",
 )
 
 
@@ -40,44 +41,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Question:
-    """A probe as its file has it."""
+    """A record of a file of probes, in the words of a model."""
 
-    name: str  # where it came from: "facts.jsonl:3"
     id: str
     group: str
-    prompt: str | list[Message]
-    choices: list[str]  # one, the answer: there is nothing to choose among
-    answer: int  # index of the right choice
-    context: str = field(default="", repr=False)
-
-    @property
-    def text(self) -> str:
-        """What is asked, without a context or a model's chat form."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[-1]["content"]
-
-    def probe(self, tokenizer: PreTrainedTokenizerBase, with_context: bool = False) -> Probe:
-        """In the model's words: messages as its chat template writes them, the choices as the assistant's reply. The
-        context is put before a text, or before the last message within it, with an empty line between.
-
-        Raises:
-            ValueError: naming the probe, what the chat template does not take.
-        """
-        context = f"{self.context}\n\n" if with_context else ""
-        if isinstance(self.prompt, str):
-            space = "" if self.prompt[-1:].isspace() else " "
-            choices = [choice if choice[:1].isspace() else space + choice for choice in self.choices]
-            return Probe(self.prompt, choices, self.answer, context)
-        *before, last = self.prompt
-        messages = [*before, last | {"content": context + last["content"]}]
-        try:
-            prompt = chat_text(tokenizer, messages)
-            choices = [
-                reply_text(tokenizer, messages, prompt, {"role": "assistant", "content": choice})
-                for choice in self.choices
-            ]
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-        return Probe(prompt, choices, self.answer)
+    text: str  # what is asked, without a context or the model's chat template
+    closed_book: Probe
+    in_context: Probe | None  # behind its context, if it has one
 
 
 def read_questions(
@@ -87,39 +57,40 @@ def read_questions(
 
     Args:
         tokenizer: where it has a chat template a `question` is a user's message, else "Question: ...", "Answer:".
-        documents: by id; None: a probe's `document` is not looked up, and it has no context.
+        documents: by id, for probes that name a `document`.
 
     Raises:
         ValueError: naming the file and line of the first bad probe, and the number of all of them.
     """
     questions: list[Question] = []
     bad: list[str] = []
-    seen: dict[str, str] = {}  # id -> name
+    names: dict[str, str] = {}  # of the record that has an id
     for path in paths:
         for name, record in read_records(path, None, FIELDS):
             try:
                 question = _question(name, record, tokenizer, documents)
-                if question.id in seen:
-                    raise ValueError(f"{name}: id {question.id!r} is that of {seen[question.id]} too")
+                if question.id in names:
+                    raise ValueError(f"{name}: id {question.id!r} is that of {names[question.id]} too")
             except ValueError as error:
                 bad.append(str(error))
                 continue
-            seen[question.id] = name
+            names[question.id] = name
             questions.append(question)
     if bad:
-        others = f" ({len(bad):,} of {len(bad) + len(questions):,} probes are bad)" if len(bad) > 1 else ""
-        raise ValueError(f"{bad[0]}{others}")
+        verb = "is" if len(bad) == 1 else "are"
+        raise ValueError(f"{bad[0]} ({len(bad):,} of {len(bad) + len(questions):,} probes {verb} bad)")
     return questions
 
 
 def read_documents(path: str) -> dict[str, str]:
-    """The texts of a file of documents by their `id`.
+    """Read the texts of a file of documents by their `id`.
 
     Raises:
         ValueError: a record without an id or a text, or an id that another has.
     """
     documents: dict[str, str] = {}
-    for name, record in read_records(path, None, Fields(required=("id", "text"), records="documents")):
+    fields = Fields(required=("id", "text"), records="documents", flag="--documents_file")
+    for name, record in read_records(path, None, fields):
         if not isinstance(record["id"], (str, int)) or str(record["id"]) in documents:
             raise ValueError(f"{name}: expected an id, a text or a number, that no other document has")
         documents[str(record["id"])] = check_text(name, "text", record["text"])
@@ -127,26 +98,48 @@ def read_documents(path: str) -> dict[str, str]:
 
 
 def _question(
-    name: str,
-    record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Mapping[str, str] | None,
+    name: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, documents: Mapping[str, str] | None
 ) -> Question:
-    choices, answer = _choices(name, record)
     file, _, line = name.rpartition(":")
     stem = Path(file).stem
+    choices, answer = _choices(name, record)
+    prompt = _prompt(name, record, tokenizer)
+    context = _context(name, record, documents)
     return Question(
-        name=name,
         id=_label(name, record, "id", f"{stem}:{line}"),
         group=_label(name, record, "group", stem),
-        prompt=_prompt(name, record, tokenizer),
-        choices=choices,
-        answer=answer,
-        context=_context(name, record, documents),
+        text=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+        closed_book=_probe(name, tokenizer, prompt, choices, answer, ""),
+        in_context=_probe(name, tokenizer, prompt, choices, answer, f"{context}\n\n") if context else None,
     )
 
 
+def _probe(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[Message],
+    choices: list[str],
+    answer: int,
+    context: str,
+) -> Probe:
+    """Write messages as the chat template does, with the choices as the assistant's reply and the context within the
+    last message; put the context before a text."""
+    if isinstance(prompt, str):
+        space = "" if prompt[-1:].isspace() else " "
+        return Probe(prompt, [each if each[:1].isspace() else space + each for each in choices], answer, context)
+    messages = [*prompt[:-1], prompt[-1] | {"content": context + prompt[-1]["content"]}]
+    try:
+        text = chat_text(tokenizer, messages)
+        replies = [reply_text(tokenizer, messages, text, {"role": "assistant", "content": each}) for each in choices]
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return Probe(text, replies, answer)
+
+
 def _choices(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
+    """Return the choices and the index of the right one; the answer alone where there is nothing to choose among."""
+    if "answer" not in record:
+        raise ValueError(f"{name}: no field 'answer'; there is: {', '.join(record) or 'none at all'}")
     choices, answer = record.get("choices"), record["answer"]
     if choices is None:
         if not (isinstance(answer, str) and answer.strip()):
@@ -154,9 +147,8 @@ def _choices(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
         return [check_text(name, "answer", answer)], 0
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{name}: expected choices that are a list of at least two texts, got {choices!r}")
-    for choice in choices:
-        if not check_text(name, "choices", choice).strip():
-            raise ValueError(f"{name}: expected choices that are not empty, got {choices!r}")
+    if not all(check_text(name, "choices", choice).strip() for choice in choices):
+        raise ValueError(f"{name}: expected choices that are not empty, got {choices!r}")
     if len({choice.strip() for choice in choices}) < len(choices):
         raise ValueError(f"{name}: expected choices that differ, got {choices!r}")
     if isinstance(answer, int) and not isinstance(answer, bool):
@@ -171,30 +163,28 @@ def _choices(name: str, record: dict[str, Any]) -> tuple[list[str], int]:
 def _prompt(name: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str | list[Message]:
     question, prompt = record.get("question"), record.get("prompt")
     if (question is None) == (prompt is None):
-        got = "neither" if prompt is None else "both"
-        raise ValueError(f"{name}: expected one of question and prompt, got {got}")
-    if question is not None:
-        if not check_text(name, "question", question).strip():
-            raise ValueError(f"{name}: expected a question that is not empty")
-        if tokenizer.chat_template:
-            return [{"role": "user", "content": question}]
-        return f"Question: {question}\nAnswer:"
-    if not isinstance(prompt, list):
-        if not check_text(name, "prompt", prompt).strip():
-            raise ValueError(f"{name}: expected a prompt that is not empty")
-        return prompt  # type: ignore[return-value]
-    messages = check_messages(name, "prompt", prompt)
-    if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
-        raise ValueError(f"{name}: expected a prompt that ends with a user's message, not empty; got {prompt!r}")
-    return messages
+        raise ValueError(f"{name}: expected one of question and prompt, got {'neither' if prompt is None else 'both'}")
+    if isinstance(prompt, list):
+        messages = check_messages(name, "prompt", prompt)
+        if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise ValueError(f"{name}: expected a prompt that ends with a user's message, not empty; got {prompt!r}")
+        return messages
+    field, text = ("question", question) if prompt is None else ("prompt", prompt)
+    if not check_text(name, field, text).strip():
+        raise ValueError(f"{name}: expected a {field} that is not empty")
+    if prompt is not None:
+        return prompt
+    return [{"role": "user", "content": text}] if tokenizer.chat_template else f"Question: {text}\nAnswer:"
 
 
 def _context(name: str, record: dict[str, Any], documents: Mapping[str, str] | None) -> str:
     context, document = record.get("context"), record.get("document")
     if context is not None:
         return check_text(name, "context", context)
-    if document is None or documents is None:
+    if document is None:
         return ""
+    if documents is None:
+        raise ValueError(f"{name}: expected --documents_file for a probe that names a document, {document!r}, got none")
     if str(document) not in documents:
         raise ValueError(f"{name}: expected a document that the --documents_file has, got {document!r}")
     return documents[str(document)]

@@ -1,4 +1,4 @@
-"""What was found, for people: tables in Markdown, a chart, runs side by side."""
+"""Reports for people: tables in Markdown, a chart, runs side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,17 @@ from disc_train.evaluation.chart import draw
 from disc_train.evaluation.results import FILE_NAME, Evaluation, Series, difference
 
 Cell = tuple[str, str, str]  # table, row, measure
+COMPARISON = "comparison.md"
+
+
+def check_nothing_is_there(folder: Path) -> None:
+    """Raise ValueError if a folder has the results of an earlier run, which would be lost."""
+    for name in (FILE_NAME, COMPARISON):
+        if Path(folder, name).exists():
+            raise ValueError(
+                f"--output_dir: expected a folder without results, got {folder} with the {name} of an earlier run:"
+                " choose another folder, or move that away"
+            )
 
 
 def write_report(found: Evaluation, folder: Path) -> str:
@@ -52,7 +63,7 @@ def write_comparison(runs: Sequence[str], folder: Path) -> str:
         "",
     ]
     drawn = {name: list(series.values()) for name, series in zip(names, found, strict=True)}
-    return _finish(lines, drawn, folder / "comparison")
+    return _finish(lines, drawn, folder / COMPARISON)
 
 
 def _finish(lines: list[str], runs: dict[str, list[Series]], path: Path) -> str:
@@ -64,7 +75,7 @@ def _finish(lines: list[str], runs: dict[str, list[Series]], path: Path) -> str:
 
 
 def _tables(cells: dict[Cell, str]) -> list[str]:
-    """A Markdown table for each of "Probes", "Texts", "Tasks" that has cells; rows and columns as they first come."""
+    """Write a Markdown table for each of "Probes", "Texts", "Tasks" that has cells, in the order in which they come."""
     lines = []
     for table in dict.fromkeys(table for table, _, _ in cells):
         here = {(row, column): text for (name, row, column), text in cells.items() if name == table}
@@ -78,7 +89,7 @@ def _tables(cells: dict[Cell, str]) -> list[str]:
 
 
 def _notes(found: Evaluation) -> list[str]:
-    """What was left out or cut, and how to read the rest."""
+    """List what was left out or cut, and how to read the rest."""
     lines = [
         f"- left out: {each.id}, {each.condition}: {each.excluded}"
         for each in found.probes

@@ -1,12 +1,12 @@
-"""What an evaluation found: every item's outcome, and the means over them.
+"""What an evaluation found: the outcome of every item, and the means over them.
 
-All that is averaged is a sum over items divided by another: right answers by probes, nats by tokens. So one formula
-gives every standard error, and that of the difference between two runs on the same items.
+Every mean is a sum over items divided by another: right answers by probes, nats by tokens. So one formula gives every
+standard error, and that of the difference between two runs on the same items.
 """
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,20 +30,24 @@ class ProbeOutcome:
     contains: bool | None = None  # ... holds the answer
 
 
-@dataclass
-class TextOutcome:
-    """Sums over a text's tokens, in nats."""
+@dataclass(kw_only=True)
+class TextSums:
+    """Sums over a text's tokens, in nats at temperature 1; the last four only beside a reference."""
 
-    id: str
-    group: str
-    tokens: int  # that were read
-    cut: int  # tokens beyond what the model reads
-    predicted: int  # tokens but the first
-    loss: float
+    tokens: int = 0  # that were read
+    predicted: int = 0  # tokens but the first
+    loss: float = 0.0  # negative log-likelihood of those
     kl: float | None = None  # KL(reference || model)
     entropy: float | None = None
     reference_entropy: float | None = None
     agreement: float | None = None  # positions where both models find one token the likeliest
+
+
+@dataclass(kw_only=True)
+class TextOutcome(TextSums):
+    id: str
+    group: str
+    cut: int  # tokens beyond what the models read
 
 
 @dataclass
@@ -66,10 +70,10 @@ class Evaluation:
 
     @classmethod
     def read(cls, path: Path) -> "Evaluation":
-        """From a file that `write` wrote.
+        """Read a file that `write` wrote.
 
         Raises:
-            ValueError: it is none.
+            ValueError: it is no such file.
         """
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
@@ -78,10 +82,10 @@ class Evaluation:
             texts = [TextOutcome(**outcome) for outcome in fields.pop("texts")]
             return cls(probes=probes, texts=texts, **fields)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: expected what disc-eval writes, got: {error!r}") from error
+            raise ValueError(f"--compare: {path}: expected what disc-eval writes, got: {error!r}") from error
 
     def series(self) -> list["Series"]:
-        """Everything that was measured, in the order in which it is shown."""
+        """Return everything that was measured, in the order in which it is shown."""
         return [*_probe_series(self.probes), *_text_series(self.texts), *_task_series(self.tasks)]
 
 
@@ -97,7 +101,7 @@ class Series(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """NaN where there are no items."""
+        """The mean over the items; NaN where there are none."""
         whole = sum(whole for _, whole in self.items.values())
         return sum(part for part, _ in self.items.values()) / whole if whole else math.nan
 
@@ -110,13 +114,13 @@ class Series(NamedTuple):
 
     @property
     def standard_error(self) -> float | None:
-        """For shares the binomial one, sqrt(p (1 - p) / n); of a perplexity to first order; None for fewer than two."""
+        """The error of the value: for shares the binomial one, sqrt(p (1 - p) / n); None for fewer than two items."""
         error = _standard_error(self.items.values())
         return error if error is None or self.unit != "perplexity" else error * exp(self.mean)
 
 
 def exp(nats: float) -> float:
-    """Infinite where Python's own overflows."""
+    """Return e to the power of a number of nats; infinity where that is too large for a float."""
     try:
         return math.exp(nats)
     except OverflowError:
@@ -124,7 +128,7 @@ def exp(nats: float) -> float:
 
 
 class Difference(NamedTuple):
-    """Of a run from another, over the items that both have."""
+    """How far a run is from another, over the items that both have."""
 
     value: float
     standard_error: float | None
@@ -134,7 +138,7 @@ class Difference(NamedTuple):
 
 
 def difference(run: Series, base: Series) -> Difference | None:
-    """`run` less `base`, paired; None where they have no item in common, or items of other sizes."""
+    """Subtract `base` from `run` item by item; None where they share no item, or an item has another size."""
     common = run.items.keys() & base.items.keys()
     if not common or any(run.items[id][1] != base.items[id][1] for id in common):
         return None
@@ -150,10 +154,8 @@ def difference(run: Series, base: Series) -> Difference | None:
 
 
 def _standard_error(items: Iterable[tuple[float, float]]) -> float | None:
-    """Of a ratio of sums over independent items, to first order.
-
-    It is sqrt(sum_i (part_i - mean * whole_i)^2) / sum_i whole_i.
-    """
+    """Return the standard error of sum_i part_i / sum_i whole_i over independent items, to first order:
+    sqrt(sum_i (part_i - mean * whole_i)^2) / sum_i whole_i."""
     pairs = list(items)
     whole = sum(whole for _, whole in pairs)
     if len(pairs) < 2 or not whole:
@@ -162,16 +164,24 @@ def _standard_error(items: Iterable[tuple[float, float]]) -> float | None:
     return math.sqrt(sum((part - mean * size) ** 2 for part, size in pairs)) / whole
 
 
+PROBE_MEASURES = {
+    "likeliest choice": "right_choice",
+    "generated exactly": "exact",
+    "in what was generated": "contains",
+}
+BESIDE_REFERENCE: list[tuple[str, Any, Callable[[Any], float]]] = [
+    ("KL to the reference", "nats", lambda text: text.kl),
+    ("entropy", "nats", lambda text: text.entropy),
+    ("entropy drift", "nats", lambda text: text.entropy - text.reference_entropy),
+    ("same likeliest token", "share", lambda text: text.agreement),
+]
+
+
 def _probe_series(outcomes: list[ProbeOutcome]) -> Iterable[Series]:
-    measures = {
-        "likeliest choice": "right_choice",
-        "generated exactly": "exact",
-        "in what was generated": "contains",
-    }
     for group, condition in dict.fromkeys((outcome.group, outcome.condition) for outcome in outcomes):
         here = [outcome for outcome in outcomes if (outcome.group, outcome.condition) == (group, condition)]
         excluded = sum(outcome.excluded is not None for outcome in here)
-        for measure, name in measures.items():
+        for measure, name in PROBE_MEASURES.items():
             # The question too: where files have changed between runs, items of one id are not one item.
             given = {f"{outcome.id} {outcome.question}": getattr(outcome, name) for outcome in here}
             items = {id: (float(right), 1.0) for id, right in given.items() if right is not None}
@@ -187,17 +197,9 @@ def _text_series(outcomes: list[TextOutcome]) -> Iterable[Series]:
         yield Series("Texts", group, "loss", "nats", losses, excluded)
         yield Series("Texts", group, "perplexity", "perplexity", losses, excluded)
         compared = [outcome for outcome in here if outcome.tokens and outcome.kl is not None]
-        if not compared:
-            continue
-
-        def over_tokens(measure: str, unit: Any, part: Any) -> Series:
-            items = {outcome.id: (part(outcome), float(outcome.tokens)) for outcome in compared}  # noqa: B023
-            return Series("Texts", group, measure, unit, items, excluded)  # noqa: B023
-
-        yield over_tokens("KL to the reference", "nats", lambda outcome: outcome.kl)
-        yield over_tokens("entropy", "nats", lambda outcome: outcome.entropy)
-        yield over_tokens("entropy drift", "nats", lambda outcome: outcome.entropy - outcome.reference_entropy)
-        yield over_tokens("same likeliest token", "share", lambda outcome: outcome.agreement)
+        for measure, unit, part in BESIDE_REFERENCE if compared else ():
+            items = {outcome.id: (part(outcome), float(outcome.tokens)) for outcome in compared}
+            yield Series("Texts", group, measure, unit, items, excluded)
 
 
 def _task_series(tasks: dict[str, Any]) -> Iterable[Series]:

@@ -11,9 +11,13 @@ def run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str | dict[str, Any]],
     batch_size: int,
+    add_bos: bool,
     confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
-    """lm-eval's results, as plain numbers; under its own defaults, in the model's chat template where it has one.
+    """Run tasks under lm-eval's own defaults, in the model's chat template where it has one.
+
+    Args:
+        add_bos: start sequences with a BOS token; lm-eval writes no second one behind a chat template's.
 
     Returns:
         `results`: task -> "metric,filter" -> value; `n-samples`; `versions` of the tasks; and `items`: task ->
@@ -31,7 +35,7 @@ def run_tasks(
     chat = bool(tokenizer.chat_template)
     try:
         found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos),
             tasks=list(tasks),
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,

@@ -132,7 +132,7 @@ def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayou
 
 
 @torch.no_grad()
-def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | None = None) -> str:
+def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | None = None, dense: bool = False) -> str:
     """Switch a model to the attention that packed sequences need, and check that it computes what the loss expects.
 
     With "auto", an implementation that fails the check is left for the next one with a warning: "flex" for "sdpa",
@@ -140,8 +140,10 @@ def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | N
 
     Args:
         model: a causal language model on the device that it will run on; its mode (train or eval) is kept.
-        attention: "auto", "sdpa", "flex" or "varlen", see `disc_kernels.shared_prefix.attention_implementation`.
+        attention: "eager", or "auto", "sdpa", "flex" or "varlen", see
+            `disc_kernels.shared_prefix.attention_implementation`.
         flex_saving: what "auto" is told of the batches, see there.
+        dense: "auto" picks "sdpa" or "eager", with which a model also reads plain batches and generates.
 
     Returns:
         transformers' name of the implementation in use.
@@ -151,7 +153,7 @@ def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | N
             differently from the text alone: training would minimise the wrong loss. Or it cannot run a packed sequence
             at all. Or the attention asked for lacks what the model or its device needs; "flex" on the CPU.
     """
-    device_type = model.device.type
+    device_type = "cpu" if dense else model.device.type
     if attention == "flex" and device_type == "cpu":
         raise ValueError("attention: 'flex' cannot train on the CPU (FlexAttention has no backward there), use 'sdpa'")
     # Different tokens, whatever the data: where a few repeat, wrong attention may give the right hidden states.
@@ -162,7 +164,9 @@ def use_attention(model: PreTrainedModel, attention: str, flex_saving: float | N
         if not can_share(model.config):
             _check_rows(model, input_ids, _plain_hidden_states(model, input_ids))
             return model.config._attn_implementation
-        candidates = [attention_implementation(model.config, attention, device_type, flex_saving)]
+        candidates = [attention]
+        if attention != "eager":
+            candidates = [attention_implementation(model.config, attention, device_type, flex_saving)]
         if attention == "auto":
             candidates += [attention_implementation(model.config), "eager"]
         with _short_windows(model):

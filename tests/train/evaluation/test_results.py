@@ -67,6 +67,7 @@ def test_an_item_of_one_id_with_another_question_is_another():
 
 
 def test_written_and_read_again(tmp_path):
+    beside = {"kl": 1.0, "entropy": 3.0, "reference_entropy": 2.5, "agreement": 4.0}
     found = Evaluation(
         settings={"model_name_or_path": "m"},
         versions={},
@@ -74,7 +75,7 @@ def test_written_and_read_again(tmp_path):
             ProbeOutcome("a", "new", "closed book", "What?", scores=[-1.0, -2.0], right_choice=True),
             ProbeOutcome("b", "new", "closed book", "Who?", excluded="too long"),
         ],
-        texts=[TextOutcome("t", "news", 5, 0, 4, 8.0, kl=1.0, entropy=3.0, reference_entropy=2.5, agreement=4.0)],
+        texts=[TextOutcome(id="t", group="news", cut=0, tokens=5, predicted=4, loss=8.0, **beside)],
         tasks={
             "results": {"t": {"acc,none": 0.5, "f1,none": 0.3}},
             "items": {"t": {"acc,none": {"0": (1, 1), "1": (0, 1)}}},

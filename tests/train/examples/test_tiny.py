@@ -62,9 +62,9 @@ def test_disc_eval_asks_what_the_example_asks(tiny, initial_model, monkeypatch):
     arguments = parse_arguments([str(tiny / "eval.yaml"), "--model_name_or_path=x", "--output_dir=y"])
     questions = read_questions(arguments.probes_file, initial_model[1], read_documents(arguments.documents_file))
     for name in ("new_facts", "old_facts", "skills"):
-        asked = [each.probe(initial_model[1]) for each in questions if each.group == name]
+        asked = [each.closed_book for each in questions if each.group == name]
         assert asked == load_probes(tiny / f"{name}.jsonl")
-    assert [bool(each.context) for each in questions] == [each.group == "new_facts" for each in questions]
+    assert [bool(each.in_context) for each in questions] == [each.group == "new_facts" for each in questions]
 
 
 @pytest.mark.slow

@@ -1,17 +1,19 @@
 """disc-generate: the records it writes, the same file whether interrupted or not, bad input in one clear line."""
 
-import json
 import math
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import disc_train.generation.run as generation
 from disc_train.cli import generate
 from disc_train.data.contexts import load_records
 from disc_train.data.documents import load_documents
-from disc_train.decoding import continue_batch
+from disc_train.generation import decoding
+from disc_train.generation.decoding import continue_batch
+from tests.train.bos_tokenizer import with_bos
+from tests.train.commands import error_line
+from tests.train.files import read_jsonl
 
 TEXTS = [
     "Merin is a town.",
@@ -43,24 +45,15 @@ def fails(disc_generate, capsys):
 
     def run(*flags, **options):
         code = disc_generate(*flags, **options)
-        captured = capsys.readouterr()
-        errors = [line for line in captured.err.splitlines() if "disc-generate: error" in line]
-        assert code != 0
-        assert len(errors) == 1
-        assert "Traceback" not in captured.err
-        return code, errors[0]
+        return code, error_line(capsys, code)
 
     return run
-
-
-def _records(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_paraphrases_are_documents(disc_generate, tmp_path, capsys):
     assert disc_generate() == 0
     assert "9 texts written; 9 stopped at 8 tokens; 0 empty, left out" in capsys.readouterr().out
-    records = _records(tmp_path / "out.jsonl")
+    records = read_jsonl(tmp_path / "out.jsonl")
     assert len({record["id"] for record in records}) == len({record["text"] for record in records}) == 9
     sources = [record["document"].rpartition(":")[2] for record in records]
     assert sorted(sources) == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
@@ -71,7 +64,7 @@ def test_paraphrases_are_documents(disc_generate, tmp_path, capsys):
 
 def test_continuations_are_records_for_cd(disc_generate, tmp_path, tokenizer):
     assert disc_generate("--mode", "cd") == 0
-    records = _records(tmp_path / "out.jsonl")
+    records = read_jsonl(tmp_path / "out.jsonl")
     examples = load_records(str(tmp_path / "out.jsonl"), None, tokenizer, None)
     for record, example in zip(records, examples, strict=True):
         document = TEXTS[int(record["document"].rpartition(":")[2]) - 1]
@@ -104,9 +97,9 @@ def test_a_run_stopped_between_batches_goes_on(disc_generate, fails, tmp_path, m
         return continue_batch(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(generation, "continue_batch", stopped)
+        patched.setattr(decoding, "continue_batch", stopped)
         assert fails() == (130, "disc-generate: error: interrupted")
-    assert len(_records(tmp_path / "out.jsonl")) == 4
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 4
     assert disc_generate() == 0
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
@@ -115,7 +108,7 @@ def test_what_is_drawn_depends_on_the_seed_and_not_on_the_batch(disc_generate, t
     assert disc_generate() == 0
     assert disc_generate("--batch_size", 7, "--max_batch_tokens", 150, output="batches.jsonl") == 0
     assert disc_generate("--seed", 43, output="seed.jsonl") == 0
-    first, batches, seed = (_records(tmp_path / f"{name}.jsonl") for name in ("out", "batches", "seed"))
+    first, batches, seed = (read_jsonl(tmp_path / f"{name}.jsonl") for name in ("out", "batches", "seed"))
     assert first == batches
     assert not {record["text"] for record in first} & {record["text"] for record in seed}
 
@@ -132,7 +125,7 @@ def test_samples_follow_the_models_distribution(disc_generate, model_folder, tmp
     kept = int((probabilities.cumsum(0) < 0.6).sum()) + 1
     probabilities = probabilities[:kept] / probabilities[:kept].sum()
     texts = [tokenizer.decode([token]).strip() for token in tokens[:kept]]
-    written = [record["text"] for record in _records(tmp_path / "out.jsonl")]
+    written = [record["text"] for record in read_jsonl(tmp_path / "out.jsonl")]
     assert set(written) <= set(texts)
     for text, probability in zip(texts, probabilities.tolist(), strict=True):
         if text and texts.count(text) == 1:
@@ -168,7 +161,7 @@ def test_documents_that_cannot_be_read_are_named(disc_generate, fails, tmp_path,
     assert "3 read; left out: " in out
     assert "documents.jsonl:2 (empty); left out: " in out
     assert "documents.jsonl:3 (" in out
-    assert len(_records(tmp_path / "out.jsonl")) == 3
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 3
     code, line = fails(texts=[long], output="none.jsonl")
     assert (code, "none of 1 documents can be used" in line) == (1, True)
     assert not (tmp_path / "none.jsonl").exists()
@@ -182,12 +175,12 @@ def test_texts_that_end_at_once_are_counted(disc_generate, fails, model_folder, 
     tokenizer.add_special_tokens({"additional_special_tokens": tokenizer.convert_ids_to_tokens(range(0, 300, 2))})
     tokenizer.save_pretrained(model_folder)  # and no text is written for them
     assert disc_generate("--temperature", 3) == 0
-    records = _records(tmp_path / "out.jsonl")
+    records = read_jsonl(tmp_path / "out.jsonl")
     assert 0 < len(records) < 9
     assert all(record["text"] for record in records)
     assert f"{9 - len(records)} empty, left out" in capsys.readouterr().out
     assert disc_generate("--temperature", 3) == 0
-    assert _records(tmp_path / "out.jsonl") == records
+    assert read_jsonl(tmp_path / "out.jsonl") == records
     model.generation_config.eos_token_id = list(range(300))
     model.save_pretrained(model_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": tokenizer.convert_ids_to_tokens(range(300))})
@@ -214,7 +207,7 @@ def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_fold
         prompts.extend(chat_tokenizer.decode(prompt) for prompt in batch)
         return continue_batch(model, batch, *arguments)
 
-    monkeypatch.setattr(generation, "continue_batch", seen)
+    monkeypatch.setattr(decoding, "continue_batch", seen)
     template = '{{ chat("Say it again: " ~ document, system="Briefly.") }}'
     assert disc_generate("--prompt_template", template, "--num_generations", 1) == 0
     expected = [f"<system>Briefly.</>\n<user>Say it again: {text}</>\n<assistant>" for text in TEXTS]
@@ -241,3 +234,46 @@ def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_fold
 def test_wrong_usage_is_code_2(flags, message, fails):
     code, line = fails(*flags)
     assert (code, message in line) == (2, True)
+
+
+def test_what_is_missing_is_named_by_its_flag(fails, tmp_path):
+    for flag in ("--train_file", "--model_name_or_path"):
+        assert f"disc-generate: error: {flag}: " in fails(flag, tmp_path / "none")[1]
+
+
+def test_a_model_that_needs_eager_attention_writes(disc_generate, model_folder, make_model):
+    make_model("gemma2").save_pretrained(model_folder)
+    assert disc_generate("--num_generations", 1) == 0
+
+
+def test_prompts_start_as_the_tokenizer_starts_them(disc_generate, model_folder, make_model, tokenizer, monkeypatch):
+    make_model(vocab_size=301).save_pretrained(model_folder)
+    starting = with_bos(tokenizer)
+    starting.save_pretrained(model_folder)
+    prompts = []
+
+    def seen(model, batch, *arguments):
+        prompts.extend(starting.decode(prompt) for prompt in batch)
+        return continue_batch(model, batch, *arguments)
+
+    monkeypatch.setattr(decoding, "continue_batch", seen)
+    for number, (template, add_bos, start) in enumerate(
+        [
+            ("{{ document }}", "auto", "<s>"),
+            ("{{ bos_token }}{{ document }}", "true", "<s>"),
+            ("{{ document }}", "false", ""),
+        ]
+    ):
+        prompts.clear()
+        flags = ("--num_generations", 1, "--prompt_template", template, "--add_bos", add_bos)
+        assert disc_generate(*flags, output=f"{number}.jsonl") == 0
+        assert sorted(prompts) == sorted(start + text for text in TEXTS)
+
+
+def test_a_file_is_not_gone_on_with_where_sequences_start_otherwise(
+    disc_generate, fails, model_folder, make_model, tokenizer
+):
+    make_model(vocab_size=301).save_pretrained(model_folder)
+    with_bos(tokenizer).save_pretrained(model_folder)
+    assert disc_generate("--num_generations", 1) == 0
+    assert "is no text of this run" in fails("--num_generations", 1, "--add_bos", "false")[1]

@@ -1,11 +1,11 @@
-"""Choices and texts are scored as a forward over each alone would, with full logits."""
+"""Choices are scored as a forward over each alone would score them, with full logits."""
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from disc_train.evaluation import Probe, choice_accuracy, choice_scores, perplexity
+from disc_train.evaluation import Probe, choice_accuracy, choice_scores
 
 CHOICES = [" Merin.", " the northern tower of red stone.", " spring.", " her life!"]
 PROMPTS = [
@@ -78,18 +78,3 @@ def test_a_model_that_cannot_share_a_prompt(tokenizer):
     expected = [_scores(model, tokenizer, prompt, CHOICES).tolist() for prompt in PROMPTS]
     found = choice_scores(model, tokenizer, [Probe(prompt, CHOICES, 0) for prompt in PROMPTS])
     assert found == [pytest.approx(each, rel=1e-4) for each in expected]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_perplexity(architecture, make_model, tokenizer):
-    model = make_model(architecture).eval()
-    losses = []
-    for text in PROMPTS:
-        ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-        losses.append(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
-    expected = torch.cat(losses).mean().exp().item()
-    for batch_size in (1, 3, 64):
-        assert perplexity(model, tokenizer, [*PROMPTS, "", "a"], batch_size) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="at least two tokens"):
-        perplexity(model, tokenizer, ["", "a"])

@@ -1,4 +1,4 @@
-"""Which texts are to be written, and which of them are there already."""
+"""Which texts are to be generated, and which of them a file has already."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.data.chat import encode
 from disc_train.data.context_length import ContextLength
 from disc_train.data.documents import Document
+from disc_train.data.sequence_start import bos_prefix, start_sequence
 from disc_train.data.templates import render
 from disc_train.generation.config import GenerateArguments
 
@@ -27,66 +28,67 @@ PLAIN_TEMPLATES = {
 }
 
 
-class Job(NamedTuple):
-    """One text to write."""
-
-    id: str  # the document, the text's number, and a digest of all that decides what is written
+class TextToGenerate(NamedTuple):
+    id: str  # the document, the text's number, and a digest of all that decides what is generated
     document: Document
     prompt: list[int]
     seed: int
 
 
-def plan(
+def list_texts(
     arguments: GenerateArguments,
     documents: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
     limit: ContextLength | None,
-) -> tuple[list[Job], list[str]]:
-    """All texts to write, in the order of the file, and which documents are left out and why.
+) -> tuple[list[TextToGenerate], list[str]]:
+    """List all texts to generate in the order of the file, and the documents that are left out with the reason.
 
     Raises:
         ValueError: a template that does not write the document, or no document is left.
     """
     defaults = CHAT_TEMPLATES if tokenizer.chat_template else PLAIN_TEMPLATES
     template = arguments.prompt_template or defaults[arguments.mode]
-    jobs: list[Job] = []
+    prefix = bos_prefix(tokenizer, arguments.add_bos)
+    texts: list[TextToGenerate] = []
     left_out: list[str] = []
     for index, document in enumerate(documents):
         if not document.text.strip():
             left_out.append(f"{document.name} (empty)")
             continue
-        text = render("--prompt_template", template, tokenizer, document=document.text)
-        if document.text.strip() not in text:
+        written = render("--prompt_template", template, tokenizer, document=document.text)
+        if document.text.strip() not in written:
             raise ValueError("--prompt_template: expected a template that writes {{ document }}, unchanged")
-        prompt = encode(tokenizer, text).tolist()
+        plain = encode(tokenizer, written).tolist()
+        prompt = start_sequence(prefix, plain)
         tokens = len(prompt) + arguments.max_new_tokens
         if limit is not None and tokens > limit.tokens:
             left_out.append(f"{document.name} ({tokens:,} tokens with its text, the model reads {limit.tokens:,})")
             continue
+        # What starts the prompt comes last, and may be nothing: then files of earlier versions can be gone on with.
+        how = (arguments.temperature, arguments.top_p, *prompt[: len(prompt) - len(plain)])
         for number in range(arguments.num_generations):
             drawn = arguments.seed, index, number
-            decided = (*drawn, arguments.model_name_or_path, arguments.mode, text, arguments.max_new_tokens)
-            id = f"{document.name}#{number}-{_digest(*decided, arguments.temperature, arguments.top_p)[:12]}"
-            jobs.append(Job(id, document, prompt, int(_digest(*drawn)[:15], 16)))
-    if not jobs:
+            decided = (*drawn, arguments.model_name_or_path, arguments.mode, written, arguments.max_new_tokens)
+            id = f"{document.name}#{number}-{_digest(*decided, *how)[:12]}"
+            texts.append(TextToGenerate(id, document, prompt, int(_digest(*drawn)[:15], 16)))
+    if not texts:
         raise ValueError(f"none of {len(documents):,} documents can be used: {'; '.join(left_out)}")
-    return sorted(jobs, key=lambda job: -len(job.prompt)), left_out
+    return sorted(texts, key=lambda text: -len(text.prompt)), left_out
 
 
 def _digest(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def resume(path: Path, ids: Sequence[str]) -> int:
-    """How many of the texts, counted along `ids`, are behind the last one in a file; half a line at its end is dropped.
+def count_done(path: Path, ids: Sequence[str]) -> int:
+    """Count the texts, in the order of `ids`, up to the last one in a file; drop an unfinished line at its end.
 
     Raises:
-        ValueError: naming the line, one that is none of these, or out of order. The file is then left as it is.
+        ValueError: naming a line that is none of these texts, or out of order. The file is then left as it is.
     """
     if not path.exists():
         return 0
-    content = path.read_bytes()
-    *lines, rest = content.split(b"\n")
+    *lines, rest = path.read_bytes().split(b"\n")
     places = {id: place for place, id in enumerate(ids)}
     done = 0
     for number, line in enumerate(lines, start=1):
@@ -102,7 +104,7 @@ def resume(path: Path, ids: Sequence[str]) -> int:
         if not any(rest.startswith(begin) or begin.startswith(rest) for begin in beginnings):
             raise _of_another_run(path, len(lines) + 1)
         with path.open("r+b") as file:
-            file.truncate(len(content) - len(rest))
+            file.truncate(path.stat().st_size - len(rest))
     return done
 
 

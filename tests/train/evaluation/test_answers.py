@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from disc_train.evaluation import Probe, greedy_accuracy, greedy_answers
-from disc_train.evaluation.generation import contains_answer, is_answer
+from disc_train.evaluation import Probe, greedy_answers
+from disc_train.evaluation.answers import contains_answer, is_answer
 
 PROMPTS = ["The quarry is at", "It opened in the", "Was", "A plaque on the northern tower tells her story. Nobody"]
 
@@ -44,17 +44,9 @@ def test_sampling_and_penalties_of_the_model_are_left_aside(make_model, tokenize
     assert greedy_answers(model, tokenizer, probes, 12) == expected
 
 
-def test_accuracy(make_model, tokenizer):
-    model = make_model().eval()
-    answers = [tokenizer.decode(_alone(model, tokenizer, prompt, 6)) for prompt in PROMPTS]
-    probes = [Probe(prompt, [answer, "x"], 0) for prompt, answer in zip(PROMPTS, answers, strict=True)]
-    assert greedy_accuracy(model, tokenizer, probes, 6) == 1.0
-    wrong = [Probe(probe.prompt, probe.choices, 1) for probe in probes]
-    assert greedy_accuracy(model, tokenizer, [probes[0], *wrong[1:]], 6) == 0.25
-    with pytest.raises(ValueError, match="at least one"):
-        greedy_accuracy(model, tokenizer, [])
+def test_a_prompt_without_tokens_is_named(make_model, tokenizer):
     with pytest.raises(ValueError, match=r"probes\[0\]: expected tokens in the prompt"):
-        greedy_answers(model, tokenizer, [Probe("", ["x"], 0)], 4)
+        greedy_answers(make_model(), tokenizer, [Probe("", ["x"], 0)], 4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from disc_train.batches import batches_by_length, pad_right
+from disc_train.generation.batches import batches_by_length, pad_right
 
 
 @pytest.mark.parametrize(("batch_size", "max_batch_tokens"), [(1, 1000), (7, 1000), (64, 200), (64, 1), (100, 10_000)])

@@ -1,0 +1,65 @@
+"""What a model answers of itself, by greedy decoding, and whether the answer is in it."""
+
+import string
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from disc_train.data.sequence_start import start_sequence
+from disc_train.evaluation.probes import Probe
+from disc_train.generation.batches import MAX_BATCH_TOKENS
+from disc_train.generation.decoding import continue_prompts
+from disc_train.models.causal_lm import check_vocabulary
+
+
+def greedy_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    max_new_tokens: int,
+    batch_size: int = 64,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    prefix: Sequence[int] = (),
+) -> list[str]:
+    """Return the greedy continuation of every probe's context and prompt, as text without special tokens.
+
+    Args:
+        prefix: what every sequence starts with, see `disc_train.data.sequence_start.bos_prefix`.
+
+    Raises:
+        ValueError: a prompt without tokens, or with a token that is none of the model's.
+        FloatingPointError: logits that are NaN.
+    """
+    prompts = []
+    for number, probe in enumerate(probes):
+        ids = tokenizer.encode(probe.context + probe.prompt, add_special_tokens=False)
+        if not ids:
+            raise ValueError(f"probes[{number}]: expected tokens in the prompt, got {probe}")
+        prompts.append(start_sequence(prefix, ids))
+        check_vocabulary(model, max(prompts[-1]))
+    answers = [""] * len(probes)
+    for index, text, _ in continue_prompts(model, tokenizer, prompts, max_new_tokens, batch_size, max_batch_tokens):
+        answers[index] = text
+    return answers
+
+
+def right_answer(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str:
+    """Return the text of a probe's answer, without what ends a turn."""
+    ids = tokenizer.encode(probe.choices[probe.answer], add_special_tokens=False)
+    return tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+
+
+def is_answer(given: str, wanted: str) -> bool:
+    """Tell whether two texts have the same words; case, white space and punctuation at words' ends do not count."""
+    return _words(given) == _words(wanted)
+
+
+def contains_answer(given: str, wanted: str) -> bool:
+    """Tell whether the words of `wanted` stand in `given` one after another."""
+    given_words, wanted_words = _words(given), _words(wanted)
+    starts = range(len(given_words) - len(wanted_words) + 1)
+    return any(given_words[start : start + len(wanted_words)] == wanted_words for start in starts)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip(string.punctuation) or word for word in text.casefold().split()]

@@ -1,0 +1,124 @@
+"""How likely a model finds texts, and how far its predictions on them are from another model's; without logits."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from disc_kernels import SuffixKLStats, fused_suffix_kl
+from disc_train.evaluation.results import TextSums, exp
+from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
+from disc_train.models.causal_lm import common_vocabulary, head_of
+from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.progress import show_progress
+
+
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int = 64
+) -> float:
+    """Return exp of the mean negative log-likelihood of a token, over all tokens of the texts but the first of each.
+
+    Raises:
+        ValueError: no text has two tokens.
+    """
+    sums = text_sums(model, [tokenizer.encode(text, add_special_tokens=False) for text in texts], None, batch_size)
+    predicted = sum(each.predicted for each in sums)
+    if predicted == 0:
+        raise ValueError("texts: expected one with at least two tokens, the first is not predicted; got none")
+    return exp(sum(each.loss for each in sums) / predicted)
+
+
+def kl_to_reference(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]
+) -> float:
+    """Return the mean KL(reference || model) of a token, in nats at temperature 1, over the tokens of texts.
+
+    Raises:
+        ValueError: texts without a token.
+    """
+    sums = text_sums(model, [tokenizer.encode(text, add_special_tokens=False) for text in texts], reference)
+    tokens = sum(each.tokens for each in sums)
+    if tokens == 0:
+        raise ValueError("texts: expected at least one token, got none")
+    return sum(each.kl or 0.0 for each in sums) / tokens
+
+
+@torch.no_grad()
+def text_sums(
+    model: PreTrainedModel,
+    texts: Sequence[Sequence[int]],
+    reference: PreTrainedModel | None = None,
+    batch_size: int = 64,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+) -> list[TextSums]:
+    """Read texts, given as token ids, and return the sums over each.
+
+    Both models are on one device and are used in their present mode; of vocabularies that differ in padding the common
+    part is compared.
+
+    Raises:
+        FloatingPointError: a number that is NaN.
+    """
+    results = [TextSums() for _ in texts]
+    filled = [index for index, ids in enumerate(texts) if len(ids)]
+    batches = batches_by_length([len(texts[index]) for index in filled], batch_size, max_batch_tokens)
+    for batch in show_progress(batches, len(filled), "texts read"):
+        indices = [filled[each] for each in batch]
+        lengths = [len(texts[index]) for index in indices]
+        ids = pad_right([texts[index] for index in indices], model.device)
+        hidden = _hidden_states(model, ids, lengths)
+        losses = _losses(model, hidden, ids, lengths)
+        compared = _compare(model, hidden, reference, ids, lengths) if reference else [{}] * len(indices)
+        for index, length, loss, sums in zip(indices, lengths, losses, compared, strict=True):
+            check_numbers(f"texts[{index}]", [loss])
+            check_numbers(f"texts[{index}] beside the reference", sums.values())
+            results[index] = TextSums(tokens=length, predicted=length - 1, loss=loss, **sums)
+    return results
+
+
+def _hidden_states(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the hidden states of all tokens that are not padding, text after text."""
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.cat([hidden[row, :length] for row, length in enumerate(lengths)])
+
+
+def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Sequence[int]) -> list[float]:
+    last = torch.tensor(lengths).cumsum(0) - 1  # predict nothing
+    rows = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, last, False).nonzero().flatten()
+    targets = torch.cat([ids[row, 1:length] for row, length in enumerate(lengths)])
+    nats = linear_cross_entropy(hidden, head_of(model), targets, index=rows, reduction="none")
+    return [float(each) for each in _sum_texts(nats, [length - 1 for length in lengths])]
+
+
+def _compare(
+    model: PreTrainedModel, hidden: Tensor, reference: PreTrainedModel, ids: Tensor, lengths: Sequence[int]
+) -> list[dict[str, float]]:
+    """Return what `TextSums` has of each text beside a reference."""
+    head, reference_head = head_of(model), head_of(reference)
+    stats: SuffixKLStats = fused_suffix_kl(  # type: ignore[assignment]
+        *(hidden, head.weight, _hidden_states(reference, ids, lengths), reference_head.weight),
+        student_bias=head.bias,
+        teacher_bias=reference_head.bias,
+        student_transform=head.transform,
+        teacher_transform=reference_head.transform,
+        vocab_size=common_vocabulary(head, reference_head),
+        return_stats=True,
+    )[1]
+    names = ("kl", "entropy", "reference_entropy", "agreement")
+    sums = zip(*(_sum_texts(each, lengths) for each in stats), strict=True)
+    return [dict(zip(names, each, strict=True)) for each in sums]
+
+
+def _sum_texts(values: Tensor, lengths: Sequence[int]) -> list[float]:
+    return torch.stack([part.double().sum() for part in values.split(list(lengths))]).tolist()
+
+
+def check_numbers(name: str, values: Iterable[float]) -> None:
+    """Raise FloatingPointError if what a model says of an item is NaN, which compares as if it were an answer."""
+    if any(map(math.isnan, values)):
+        raise FloatingPointError(
+            f"{name}: expected numbers from the model, got NaN: its weights are damaged, or its dtype has too small a"
+            " range"
+        )
