@@ -1,14 +1,7 @@
 """Fused linear + KL losses and shared-prefix attention masks for context distillation."""
 
-from disc_kernels.linear_kl import (
-    FusedSuffixKLLoss,
-    LogitTransform,
-    SuffixKLStats,
-    TeacherSummary,
-    expected_embedding_kl,
-    fused_suffix_kl,
-    teacher_summary,
-)
+from disc_kernels.frozen_head import TeacherSummary, expected_embedding_kl, teacher_summary
+from disc_kernels.linear_kl import FusedSuffixKLLoss, LogitTransform, SuffixKLStats, fused_suffix_kl
 from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
 
 __all__ = [

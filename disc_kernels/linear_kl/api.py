@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from disc_kernels.linear_kl.agreement import agree
+from disc_kernels.linear_kl.compile import traced_suffix_kl
 from disc_kernels.linear_kl.function import Call, Result, fused, prepare
-from disc_kernels.linear_kl.implementations import choose_implementation
-from disc_kernels.linear_kl.operator import traced_suffix_kl
-from disc_kernels.linear_kl.problem import LogitTransform, SuffixKLStats
+from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.ranks.agreement import agree
+from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
+from disc_kernels.linear_kl.ranks.group import VocabGroup
 from disc_kernels.linear_kl.reference import reference_suffix_kl
-from disc_kernels.linear_kl.sharded_heads import local_tensors, vocabulary_group
-from disc_kernels.linear_kl.validation import build_problem, check_options, is_traced
-from disc_kernels.linear_kl.vocab_group import VocabGroup
+from disc_kernels.linear_kl.rows import choose_implementation
+from disc_kernels.linear_kl.validation import build_problem, check_workspace, is_traced
 
 
 def fused_suffix_kl(
@@ -38,7 +38,6 @@ def fused_suffix_kl(
     vocab_group: Any = None,
     max_workspace_bytes: int | None = None,
     return_stats: bool = False,
-    skip_below: float | None = None,
     impl: str | None = None,
 ) -> Tensor | tuple[Any, ...]:
     """Divergence between a teacher's and a student's next-token distributions, from their hidden states and heads.
@@ -87,24 +86,18 @@ def fused_suffix_kl(
             other arguments are the same on every rank. Result, statistics and the hidden gradient are those of the
             whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
             the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
-            they are rounded. Not with `skip_below`, `impl="reference"`, `torch.compile` or `torch.export`.
+            they are rounded. Not with `impl="reference"`, `torch.compile` or `torch.export`.
             Heads that are DTensors need none: see below.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient, and
             the hidden states' where M is more than their rows, also once at 4 bytes an entry while they accumulate);
             None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row needs it.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached.
-        skip_below: an approximation, off by default. In each chunk of rows, vocabulary entries whose gradient is below
-            this for every row are left out of the two gradient products; the gradient meant is that of a row's
-            divergence in its logit over T, between -1 and 1 for forward KL, times the row's weight over the largest.
-            The host waits for the device once a chunk, to learn how many are left.
         impl: "triton", "torch" or "reference" (materialises the logits; for comparison); None: "triton" on CUDA
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
 
     Returns:
         The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states or weights are. With
-        M = 0 a zero (an empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`. With
-        `skip_below` one more: the part of the absolute sum of the logits' gradients that was left out, a scalar from 0
-        to 1, 0 where no gradient was asked for.
+        M = 0 a zero (an empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
         "sum" they are computed in the forward and handed out by the first backward; a second one, through a graph that
@@ -151,7 +144,7 @@ def fused_suffix_kl(
         "teacher_transform": teacher_transform,
         "vocab_size": vocab_size,
     }
-    options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "skip_below": skip_below, "impl": impl}
+    options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "impl": impl}
     vocab_group = vocabulary_group(arguments, vocab_group)
     if vocab_group is not None:
         if is_traced(student_hidden):
@@ -163,40 +156,32 @@ def fused_suffix_kl(
             result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
         else:
             result = _on_one_rank(arguments, **options, return_stats=return_stats)
-    extra: list[SuffixKLStats | Tensor] = [SuffixKLStats(*result[1:5])] if return_stats else []
-    if skip_below is not None:
-        extra.append(result.skipped)
-    return (result.loss, *extra) if extra else result.loss
+    return (result.loss, result.stats) if return_stats else result.loss
 
 
 def _on_one_rank(
     arguments: dict[str, Any],  # of `build_problem`
     max_workspace_bytes: int | None,
-    skip_below: float | None,
     impl: str | None,
     return_stats: bool,
 ) -> Result:
-    max_workspace_bytes, skip_below = check_options(max_workspace_bytes, skip_below, impl, arguments["reduction"])
+    max_workspace_bytes = check_workspace(max_workspace_bytes)
     problem = build_problem(**arguments)
     impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
     if impl == "reference":
         loss, stats = reference_suffix_kl(problem)
-        return Result(loss, *stats, skipped=loss.new_zeros(()))
-    return fused(prepare(problem, arguments["teacher_index"], impl, max_workspace_bytes, return_stats, skip_below))
+        return Result(loss, *stats)
+    return fused(prepare(problem, arguments["teacher_index"], impl, max_workspace_bytes, return_stats))
 
 
 def _shard_of_call(arguments: dict[str, Any], group: VocabGroup) -> Call:
     """This rank's part of a call, as `agree` takes it."""
     given = dict(arguments)
-    max_bytes, skip_below, impl, statistics = map(
-        given.pop, ("max_workspace_bytes", "skip_below", "impl", "return_stats")
-    )
-    check_options(max_bytes, skip_below, impl, given["reduction"])
-    if skip_below is not None:
-        raise ValueError("skip_below: expected None with a vocab_group, which skips nothing")
+    max_bytes, impl, statistics = map(given.pop, ("max_workspace_bytes", "impl", "return_stats"))
+    check_workspace(max_bytes)
     problem = build_problem(**given, sharded=True)
     impl = choose_implementation(impl, problem.device, problem.accumulate_dtype, sharded=True)
-    return prepare(problem, given["teacher_index"], impl, max_bytes, statistics, skip_below=None, group=group)
+    return prepare(problem, given["teacher_index"], impl, max_bytes, statistics, group=group)
 
 
 class FusedSuffixKLLoss(nn.Module):

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.gradient_sums import GradientSums, Wanted
-from disc_kernels.linear_kl.implementations import rows_backend, streaming_is_faster
-from disc_kernels.linear_kl.problem import Problem, SuffixKLStats
+from disc_kernels.linear_kl.gradients import GradientSums, Wanted
+from disc_kernels.linear_kl.inputs import Problem, SuffixKLStats
 from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
+from disc_kernels.linear_kl.ranks.group import ShardedRows, VocabGroup
+from disc_kernels.linear_kl.rows import rows_backend
 from disc_kernels.linear_kl.teacher_rows import TeacherRows, share_teacher_rows
-from disc_kernels.linear_kl.vocab_group import ShardedRows, VocabGroup
 from disc_kernels.linear_kl.workspace import Plan, most_kept_rows, plan
 
 
@@ -33,8 +33,6 @@ class Call:
     plan: Plan
     rows_backend: Any  # whose `compare_rows` is that of rows_torch.py
     statistics: bool
-    skip_below: float | None
-    streams: bool  # if no gradient is asked for, no logits are written
     group: VocabGroup | None = None
 
     @property
@@ -59,13 +57,12 @@ def prepare(
     impl: str,  # "triton" or "torch"
     max_bytes: int | None,
     statistics: bool,
-    skip_below: float | None,
     group: VocabGroup | None = None,
 ) -> Call:
     """Sort the rows, divide the workspace, choose the row functions."""
     host_index = teacher_index if teacher_index is not None and teacher_index.device.type == "cpu" else None
     rows = rows_backend(impl, sharded=group is not None)
-    demands = (max_bytes, rows.BLOCK_ENTRIES, rows.BLOCK_TEMPORARIES, skip_below is not None)
+    demands = (max_bytes, rows.BLOCK_ENTRIES, rows.BLOCK_TEMPORARIES)
     ranks = 1 if group is None else group.ranks
     problem, teacher_rows = share_teacher_rows(problem, host_index, most_kept_rows(problem, max_bytes))
     try:
@@ -76,9 +73,8 @@ def prepare(
         # What keeping them leaves of the workspace is too little for the rest.
         teacher_rows = TeacherRows(problem.rows, problem.teacher.index)
         how = plan(problem, teacher_rows, *demands, ranks)
-    streams = impl == "triton" and group is None and streaming_is_faster(problem, teacher_rows, statistics, max_bytes)
     compare = rows if group is None else ShardedRows(rows, group)
-    return Call(problem, teacher_rows, how, compare, statistics, skip_below, streams, group)
+    return Call(problem, teacher_rows, how, compare, statistics, group)
 
 
 class Result(NamedTuple):
@@ -89,7 +85,6 @@ class Result(NamedTuple):
     student_entropy: Tensor
     teacher_entropy: Tensor
     agreement: Tensor
-    skipped: Tensor  # 0-dim: the part of the gradient's absolute sum that `skip_below` left out
 
     @property
     def stats(self) -> SuffixKLStats:
@@ -107,20 +102,15 @@ def fused(call: Call) -> Result:
 def fused_forward(call: Call) -> Result:
     """The result where no gradient is asked for."""
     with torch.no_grad():
-        if not call.streams:
-            return _result(call, _run_chunks(call, None, None), None)
-        from disc_kernels.linear_kl.stream_triton import stream_rows
-
-        with torch.autocast(call.problem.device.type, enabled=False):
-            return _result(call, stream_rows(call.problem, call.statistics), None)
+        return _result(call, _run_chunks(call, None, None))
 
 
 def forward_with_gradients(call: Call, wanted: Wanted) -> tuple[Result, GradientSums]:
     """The result for a reduction to a scalar, and its gradients but for the upstream one."""
     with torch.no_grad():
         row_scale, largest_weight = _row_scale(_normalised_weight(call.problem), call.problem)
-        gradients = GradientSums(call.problem, call.plan, wanted, largest_weight, call.skip_below, call.group)
-        return _result(call, _run_chunks(call, row_scale, gradients), gradients), gradients
+        gradients = GradientSums(call.problem, call.plan, wanted, largest_weight, call.group)
+        return _result(call, _run_chunks(call, row_scale, gradients)), gradients
 
 
 class FusedSuffixKL(torch.autograd.Function):
@@ -167,12 +157,11 @@ def refuse_double_backward() -> None:
         raise RuntimeError("The gradients of this loss cannot be differentiated: call backward without create_graph")
 
 
-def _result(call: Call, stats: SuffixKLStats, gradients: GradientSums | None) -> Result:
+def _result(call: Call, stats: SuffixKLStats) -> Result:
     loss = _reduced(call.problem, stats.divergence)
     if call.problem.reduction == "none":
         loss = call.teacher_rows.in_callers_order(loss)
-    stats = SuffixKLStats(*map(call.teacher_rows.in_callers_order, stats))
-    return Result(loss, *stats, skipped=loss.new_zeros(()) if gradients is None else gradients.skipped_part())
+    return Result(loss, *map(call.teacher_rows.in_callers_order, stats))
 
 
 def save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:

@@ -12,10 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.problem import Side
-
-# Entries that `skip_below` keeps, copied at once: enough for a product to run at full speed.
-MAX_KEPT_COLUMNS = 4096
+from disc_kernels.linear_kl.inputs import Side
 
 
 def to_product_dtype(x: Tensor, side: Side) -> Tensor:
@@ -28,15 +25,12 @@ def needs_tiles(side: Side) -> bool:
     return not (side.weight.dtype == side.operand_dtype == side.product_dtype and blas_layout)
 
 
-def weight_tiles(side: Side, tile_rows: int, kept: Tensor | None = None) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """(rows, weight[rows]) over the vocabulary, or over its entries `kept`, int64; ready to multiply.
+def weight_tiles(side: Side, tile_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, weight[rows]) over the vocabulary, ready to multiply.
 
     One tile where no copy is needed.
     """
-    if kept is not None:
-        for rows in kept.split(min(tile_rows, MAX_KEPT_COLUMNS)):
-            yield rows, to_product_dtype(side.weight.index_select(0, rows), side)
-    elif side.vocab_size > 0 and not needs_tiles(side):
+    if side.vocab_size > 0 and not needs_tiles(side):
         yield slice(side.vocab_size), side.weight[: side.vocab_size]
     else:
         for first in range(0, side.vocab_size, tile_rows):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disc_kernels.linear_kl.problem import Problem, Side, SuffixKLStats
+from disc_kernels.linear_kl.inputs import Problem, Side, SuffixKLStats
 
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.problem import Problem
+from disc_kernels.linear_kl.inputs import Problem
 
 
 class Chunk(NamedTuple):

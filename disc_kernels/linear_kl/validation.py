@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from disc_kernels.autocast import autocast_dtype
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.problem import LogitTransform, Problem, Side
+from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Side
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
@@ -114,22 +115,8 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_options(
-    max_workspace_bytes: Any, skip_below: Any, impl: Any, reduction: str
-) -> tuple[int | None, float | None]:
-    """What says how to compute, as far as that needs no backend: (max_workspace_bytes, skip_below)."""
-    if max_workspace_bytes is not None:
-        max_workspace_bytes = check_count("max_workspace_bytes", max_workspace_bytes)
-    if skip_below is None:
-        return max_workspace_bytes, None
-    skip_below = check_number("skip_below", skip_below)
-    if skip_below <= 0:
-        raise ValueError(f"skip_below: expected a positive number, or None to skip nothing, got {skip_below}")
-    if impl == "reference":
-        raise ValueError('skip_below: expected None for impl="reference", which computes every column')
-    if reduction == "none":
-        raise ValueError('skip_below: expected reduction "mean" or "sum", whose gradient is known in the forward')
-    return max_workspace_bytes, skip_below
+def check_workspace(max_workspace_bytes: Any) -> int | None:
+    return None if max_workspace_bytes is None else check_count("max_workspace_bytes", max_workspace_bytes)
 
 
 def check_transform(name: str, value: Any) -> LogitTransform:
@@ -176,10 +163,9 @@ def check_side(
 
 def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What a linear layer would multiply in: autocast's dtype (which leaves float64 alone), else the inputs' own."""
-    device_type = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
-        return torch.get_autocast_dtype(device_type)
+    autocast = autocast_dtype(hidden.device.type)
+    if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
+        return autocast
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{name}_hidden: expected {weight.dtype}, the dtype of {name}_weight, got {hidden.dtype}; "

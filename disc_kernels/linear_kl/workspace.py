@@ -5,8 +5,7 @@ Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 
     - the logits of both models for one chunk of rows (the student's becomes the gradient, in place); fewer of the
       teacher's where student rows share them;
     - gathered and widened hidden rows of the chunk, and the chunk's hidden gradient;
-    - a tile of a weight that must be copied before it can be multiplied (see `products.py`), and with `skip_below` of
-      the gradient's columns that go with it;
+    - a tile of a weight that must be copied before it can be multiplied (see `products.py`);
     - temporaries of the torch row functions for one block of rows;
     - a few numbers a row of the whole call.
 """
@@ -16,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from disc_kernels.linear_kl.problem import Problem
-from disc_kernels.linear_kl.products import MAX_KEPT_COLUMNS, needs_tiles
+from disc_kernels.linear_kl.inputs import Problem
+from disc_kernels.linear_kl.products import needs_tiles
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 
 # On CUDA about 2048 rows at V = 128k, so that the weight-gradient product stays compute-bound. Neither was tuned: see
@@ -86,7 +85,6 @@ def plan(
     max_bytes: int | None,
     block_entries: dict[str, int],
     block_temporaries: int,
-    skips_columns: bool = False,
     ranks: int = 1,
 ) -> Plan:
     """Rows a chunk for `max_bytes`, as `divide` gives them.
@@ -95,7 +93,6 @@ def plan(
         block_entries: logits the backend's row function treats at once, by device type.
         block_temporaries: tensors of that many entries it holds at once; 0 when it works in registers.
         ranks: how many share the vocabulary.
-        skips_columns: whether columns of the gradient may be left out of its products, so that those kept are copied.
 
     Raises:
         ValueError: not even one row fits; says how many bytes one row needs.
@@ -109,10 +106,6 @@ def plan(
     sides = (problem.student, problem.teacher)
     # A tile exists as rounded copy and as widened copy.
     tile_row_bytes = 2 * size * max((side.hidden_size for side in sides if needs_tiles(side)), default=0)
-    if skips_columns:
-        # Kept rows of the weight, twice, their gradient's product, and their columns of the logits' gradient.
-        tile_row_bytes = 4 * size * max(side.hidden_size for side in sides)
-        row_bytes += size * MAX_KEPT_COLUMNS
     if block_temporaries and teacher_rows.slot is not None:
         block_temporaries += 1  # a block's rows of the teacher, gathered
     device_type = problem.device.type

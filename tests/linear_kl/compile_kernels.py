@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from disc_kernels.linear_kl import rows_triton, shard_rows_triton, stream_triton
-from disc_kernels.linear_kl.vocab_parallel import VocabPart
+from disc_kernels.linear_kl.rows import shard_triton, triton_backend
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -37,11 +35,11 @@ def compare_rows(
     name: str, divergence: str, gradient: str | None, everything: bool = False, one_head: bool = False
 ) -> Variant:
     constants: dict[str, Any] = {
-        "KIND": rows_triton.KINDS[divergence],
+        "KIND": triton_backend.KINDS[divergence],
         "STATISTICS": everything,
         "NARROW": gradient not in (None, "fp32"),
         "ONE_HEAD": one_head,
-        "BLOCK_V": rows_triton.MAX_BLOCK_V,
+        "BLOCK_V": triton_backend.MAX_BLOCK_V,
     }
     if gradient is None:
         constants["gradient_ptr"] = None
@@ -50,12 +48,12 @@ def compare_rows(
         constants |= dict.fromkeys((*optional, "teacher_slot_ptr"))
     types = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
     types |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16"}
-    kernel = rows_triton._compare_rows_kernel
-    return Variant(kernel, name, types, constants, {"num_warps": rows_triton.NUM_WARPS})
+    kernel = triton_backend._compare_rows_kernel
+    return Variant(kernel, name, types, constants, {"num_warps": triton_backend.NUM_WARPS})
 
 
 def normalise_rows(name: str, weights: str | None, remainder: bool, everything: bool) -> Variant:
-    constants: dict[str, Any] = {"NARROW": weights not in (None, "fp32"), "BLOCK_V": rows_triton.MAX_BLOCK_V}
+    constants: dict[str, Any] = {"NARROW": weights not in (None, "fp32"), "BLOCK_V": triton_backend.MAX_BLOCK_V}
     if weights is None:
         constants["weights_ptr"] = None
     if not remainder:
@@ -68,57 +66,28 @@ def normalise_rows(name: str, weights: str | None, remainder: bool, everything: 
         "bias_ptr": "*bf16",
         "other_bias_ptr": "*bf16",
     }
-    options = {"num_warps": rows_triton.NUM_WARPS, "maxnreg": rows_triton.MAX_REGISTERS}
-    return Variant(rows_triton._normalise_rows_kernel, name, types, constants, options)
-
-
-def stream(name: str, memory: str, operand: tl.dtype, forward: bool = True, everything: bool = False) -> Variant:
-    blocks = stream_triton.BLOCKS[4 if memory == "fp32" else 2]
-    constants: dict[Any, Any] = {
-        "STUDENT_DTYPES": (operand, operand),
-        "TEACHER_DTYPES": (operand, operand),
-        "FORWARD": forward,
-        "STATISTICS": everything,
-        "BLOCK_M": blocks.rows,
-        "BLOCK_V": blocks.entries,
-        "BLOCK_D": blocks.depth,
-    }
-    types: dict[Any, str] = {}
-    for side in ("student", "teacher"):
-        for field in stream_triton.Head._fields:
-            types[side, field] = "i32" if field == "D" or field.startswith("stride") else "fp32"
-        types |= {(side, "hidden_ptr"): f"*{memory}", (side, "weight_ptr"): f"*{memory}"}
-        types |= {(side, "index_ptr"): "*i64", (side, "bias_ptr"): "*bf16"}
-        constants |= {(side, "stride_hd"): 1, (side, "stride_wd"): 1}
-        if not everything:
-            constants |= {(side, field): None for field in ("index_ptr", "bias_ptr", "inner")}
-    for field in VocabPart._fields:
-        types["out", field] = "*fp32"
-        if field in VocabPart._field_defaults and not everything:
-            constants["out", field] = None
-    return Variant(
-        stream_triton._stream_kernel, name, types, constants, {"num_warps": blocks.warps, "num_stages": blocks.stages}
-    )
+    options = {"num_warps": triton_backend.NUM_WARPS, "maxnreg": triton_backend.MAX_REGISTERS}
+    return Variant(triton_backend._normalise_rows_kernel, name, types, constants, options)
 
 
 def shard(name: str, kernel: JITFunction, gradient: str | None, everything: bool, **constants: Any) -> Variant:
-    options: dict[Any, Any] = {"BLOCK_V": rows_triton.MAX_BLOCK_V, "STATISTICS": everything, **constants}
+    options: dict[Any, Any] = {"BLOCK_V": triton_backend.MAX_BLOCK_V, "STATISTICS": everything, **constants}
     options["NARROW"] = gradient not in (None, "fp32")
     if gradient is None:
         options["gradient_ptr"] = None
     types: dict[Any, str] = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
     for side in ("student", "teacher"):
-        for field in shard_rows_triton.Logits._fields:
+        for field in shard_triton.Logits._fields:
             types[side, field] = "i32" if field.startswith("stride") else "fp32"
         types |= {(side, "rows_ptr"): "*fp32", (side, "bias_ptr"): "*bf16"}
         if not everything:
             options |= {(side, "bias_ptr"): None, (side, "softcap"): None}
     if not everything:
         options |= {"teacher_slot_ptr": None, "row_scale_ptr": None}
-    return Variant(kernel, name, types, options, {"num_warps": rows_triton.NUM_WARPS})
+    return Variant(kernel, name, types, options, {"num_warps": triton_backend.NUM_WARPS})
 
 
-KINDS = rows_triton.KINDS
+KINDS = triton_backend.KINDS
 
 VARIANTS = (
     compare_rows("forward_kl", "forward_kl", "fp32"),
@@ -132,31 +101,24 @@ VARIANTS = (
     normalise_rows("bf16", "bf16", remainder=False, everything=False),
     normalise_rows("fp32, everything", "fp32", remainder=False, everything=True),
     normalise_rows("bf16 in two parts, everything", "bf16", remainder=True, everything=True),
-    shard("everything", shard_rows_triton._normalise_shard_kernel, None, everything=True),
+    shard("everything", shard_triton._normalise_shard_kernel, None, everything=True),
     shard(
         "forward_kl, everything",
-        shard_rows_triton._compare_shard_kernel,
+        shard_triton._compare_shard_kernel,
         "bf16",
         everything=True,
         KIND=KINDS["forward_kl"],
         mean_slope_ptr=None,
     ),
-    shard("jsd, everything", shard_rows_triton._compare_shard_kernel, None, everything=True, KIND=KINDS["jsd"]),
-    shard("reverse_kl", shard_rows_triton._shard_gradient_kernel, "fp32", everything=False, KIND=KINDS["reverse_kl"]),
-    shard("jsd, everything", shard_rows_triton._shard_gradient_kernel, "bf16", everything=True, KIND=KINDS["jsd"]),
-    stream("bf16", "bf16", tl.bfloat16),
-    stream("bf16, everything", "bf16", tl.bfloat16, everything=True),
-    stream("bf16, everything, reverse", "bf16", tl.bfloat16, forward=False, everything=True),
-    stream("fp32", "fp32", tl.float32),
-    stream("fp32, everything", "fp32", tl.float32, everything=True),
-    stream("fp32 rounded to bf16, everything", "fp32", tl.bfloat16, everything=True),
+    shard("jsd, everything", shard_triton._compare_shard_kernel, None, everything=True, KIND=KINDS["jsd"]),
+    shard("reverse_kl", shard_triton._shard_gradient_kernel, "fp32", everything=False, KIND=KINDS["reverse_kl"]),
+    shard("jsd, everything", shard_triton._shard_gradient_kernel, "bf16", everything=True, KIND=KINDS["jsd"]),
 )
 
 
 def source(variant: Variant) -> ASTSource:
     names = variant.kernel.arg_names
-    head = stream_triton.Head if variant.kernel is stream_triton._stream_kernel else shard_rows_triton.Logits
-    fields = {"student": head, "teacher": head, "out": VocabPart}
+    fields = {"student": shard_triton.Logits, "teacher": shard_triton.Logits}
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -166,10 +128,10 @@ def source(variant: Variant) -> ASTSource:
         if key in variant.constants:
             constants[path] = variant.constants[key]
             return "constexpr"
-        count = name.startswith("stride") or name in ("M", "R", "V", "ranges")
+        count = name.startswith("stride") or name in ("R", "V")
         kind = variant.types.get(key, "*fp32" if name.endswith("_ptr") else "i32" if count else "fp32")
-        # As hidden sizes and addresses of real models are; V and M are any number.
-        if (kind.startswith("*") and name not in rows_triton.ROW_NUMBERS) or name in ("stride_hn", "stride_wv", "D"):
+        # As addresses of real tensors are; R and V are any number.
+        if kind.startswith("*") and name not in triton_backend.ROW_NUMBERS:
             aligned[path] = [["tt.divisibility", 16]]
         return kind
 
@@ -194,7 +156,7 @@ def usage(compiled: Any) -> dict[str, int]:
 
 
 def kernels() -> Iterator[JITFunction]:
-    for module in (rows_triton, shard_rows_triton, stream_triton):
+    for module in (triton_backend, shard_triton):
         for name, value in vars(module).items():
             if isinstance(value, JITFunction) and name.endswith("_kernel"):
                 yield value

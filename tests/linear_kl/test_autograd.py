@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from disc_kernels import fused_suffix_kl
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, oracle, run
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 
@@ -29,7 +30,7 @@ def assert_same(got, expected, rtol=1e-5):
 
 
 @pytest.fixture
-def call(build_everything, impl, reduction, loss_of):
+def call(impl, reduction):
     """The problem, and the function that gives its loss from leaves."""
     problem = build_everything(reduction=reduction)
 
@@ -77,7 +78,7 @@ def test_gradients_received_stay_what_they_were(call, expected):
     assert_same(dict(zip(STUDENT, again, strict=True)), expected)
 
 
-def test_double_backward_is_refused(build_everything, fused_impl, reduction, loss_of):
+def test_double_backward_is_refused(fused_impl, reduction):
     problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     loss = loss_of(problem, leaves, fused_impl).sum()
@@ -133,7 +134,7 @@ def test_weight_used_elsewhere_too(call, expected):
     assert_same(gradients_of(leaves), {**expected, "student_weight": tied})
 
 
-def test_one_weight_for_both_models(build, oracle, impl, reduction, loss_of):
+def test_one_weight_for_both_models(impl, reduction):
     """The same parameter on both sides learns as the student's only."""
     problem = build(reduction=reduction, bias=True)
     shared = {f"teacher_{part}": problem.tensors[f"student_{part}"] for part in ("weight", "bias")}
@@ -179,9 +180,7 @@ def test_checkpoint(call, expected, use_reentrant):
     assert_same(gradients_of(leaves), expected)
 
 
-def test_autocast_rounds_the_products_and_nothing_else(
-    build_everything, run, assert_accurate, impl, divergence, reduction
-):
+def test_autocast_rounds_the_products_and_nothing_else(impl, divergence, reduction):
     """Float32 parameters under bfloat16 autocast: the bfloat16 problem, with float32 gradients."""
     problem = build_everything(divergence=divergence, reduction=reduction)
     half = problem.with_tensors(**{n: t if n.endswith("bias") else t.bfloat16() for n, t in problem.tensors.items()})
@@ -191,7 +190,7 @@ def test_autocast_rounds_the_products_and_nothing_else(
     assert_accurate(replace(got, gradients=rounded), half)
 
 
-def test_autocast_allows_hidden_states_of_its_dtype_with_float32_weights(build, run, assert_accurate, impl):
+def test_autocast_allows_hidden_states_of_its_dtype_with_float32_weights(impl):
     """What a model under autocast returns."""
     problem = build(dtype=torch.bfloat16)
     float_weights = {n: problem.tensors[n].float() for n in ("student_weight", "teacher_weight")}
@@ -203,7 +202,7 @@ def test_autocast_allows_hidden_states_of_its_dtype_with_float32_weights(build, 
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_teacher_from_inference_mode(build, reduction):
+def test_teacher_from_inference_mode(reduction):
     """The usual way to run a frozen teacher; its tensors are not ones that autograd saves."""
     problem = build(reduction=reduction)
     leaves = problem.leaves()
@@ -215,7 +214,7 @@ def test_teacher_from_inference_mode(build, reduction):
     assert_same({n: leaves[n].grad for n in STUDENT[:2]}, {n: expected[n].grad for n in STUDENT[:2]})
 
 
-def test_teacher_may_change_before_the_first_backward(build):
+def test_teacher_may_change_before_the_first_backward():
     """A moving-average teacher is updated in place; the gradients were computed in the forward."""
     problem = build(reduction="mean")
     leaves = problem.leaves()

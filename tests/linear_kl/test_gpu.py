@@ -1,15 +1,15 @@
 """The same problems and the same comparison on a GPU, and what only a GPU shows: peak memory, host synchronisations."""
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, plain, run, smallest_workspace
+from tests.linear_kl.ranks import test_vocab_group, world
 
 pytestmark = pytest.mark.gpu
 
@@ -21,25 +21,25 @@ def gpu_impl(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_everything_at_once(build_everything, run, assert_accurate, gpu_impl, divergence, dtype, reduction):
+def test_everything_at_once(gpu_impl, divergence, dtype, reduction):
     problem = build_everything(dtype, divergence=divergence, reduction=reduction)
     assert_accurate(run(problem, gpu_impl, device="cuda"), problem)
 
 
 @pytest.mark.parametrize("vocab", [31, 32003, 131075])
-def test_vocabulary(build, run, assert_accurate, gpu_impl, divergence, vocab):
+def test_vocabulary(gpu_impl, divergence, vocab):
     problem = build(rows=33, width=64, vocab=vocab, dtype=torch.bfloat16, divergence=divergence, temperature=2.0)
     assert_accurate(run(problem, gpu_impl, device="cuda"), problem)
 
 
-def test_many_small_chunks(build_everything, run, assert_accurate, smallest_workspace, gpu_impl, divergence):
+def test_many_small_chunks(gpu_impl, divergence):
     problem = build_everything(torch.bfloat16, divergence=divergence)
     smallest = smallest_workspace(problem.on("cuda"), gpu_impl)
     problem = problem.with_options(max_workspace_bytes=2 * smallest)
     assert_accurate(run(problem, gpu_impl, device="cuda"), problem)
 
 
-def test_shared_teacher_rows(build, run, assert_accurate, gpu_impl, divergence):
+def test_shared_teacher_rows(gpu_impl, divergence):
     """An index on the host shows which rows repeat; one on the device keeps all teacher rows, which fit."""
     index = (torch.arange(48) * 5) % 6
     problem = build(rows=48, width=64, vocab=3001, teacher_rows=6, dtype=torch.bfloat16, divergence=divergence)
@@ -55,7 +55,7 @@ def test_shared_teacher_rows(build, run, assert_accurate, gpu_impl, divergence):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_head(build, run, assert_accurate, gpu_impl, divergence, dtype):
+def test_one_head(gpu_impl, divergence, dtype):
     problem = build(rows=33, width=64, vocab=3001, dtype=dtype, divergence=divergence).on("cuda")
     problem = problem.with_tensors(teacher_weight=problem.tensors["student_weight"])
     assert_accurate(run(problem, gpu_impl, device="cuda"), problem.on("cpu"))
@@ -63,7 +63,7 @@ def test_one_head(build, run, assert_accurate, gpu_impl, divergence, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_expected_embedding(build_everything, plain, assert_accurate, gpu_impl, dtype, reduction):
+def test_expected_embedding(gpu_impl, dtype, reduction):
     problem = build_everything(dtype, reduction=reduction, student_transform=LogitTransform(scale=1.5))
     problem = replace(problem, asks=("student_hidden",))
     moved = problem.on("cuda")
@@ -81,33 +81,16 @@ def test_expected_embedding(build_everything, plain, assert_accurate, gpu_impl, 
     assert_accurate(got, problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_streaming(build_everything, loss_of, monkeypatch, dtype, divergence):
-    """Whether or not it is this device's default, it gives what chunks give."""
-    problem = replace(build_everything(dtype, divergence=divergence, reduction="none").on("cuda"), asks=())
-    chunks = loss_of(problem, problem.leaves(), "triton", return_stats=True)[1]
-    monkeypatch.setattr("disc_kernels.linear_kl.function.streaming_is_faster", lambda *_: True)
-    streamed = loss_of(problem, problem.leaves(), "triton", return_stats=True)[1]
-    for name, expected in chunks._asdict().items():
-        torch.testing.assert_close(getattr(streamed, name), expected, rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_two_ranks_on_one_gpu(tmp_path):
     """What `ranks/test_vocab_group.py` does with processes on the CPU: two ranks, over gloo, by Triton."""
-    program = Path(__file__).parent / "ranks" / "test_vocab_group.py"
-    spec = importlib.util.spec_from_file_location("vocab_group_ranks", program)
-    ranks = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = ranks  # dataclasses look their module up
-    spec.loader.exec_module(ranks)
-    results = ranks.world.run(str(program), 2, tmp_path, "cuda")
-    names = [name for name, case in ranks.CASES.items() if case.impl == "triton"]
+    results = world.run(test_vocab_group.__name__, 2, tmp_path, "cuda")
+    names = [name for name, case in test_vocab_group.CASES.items() if case.impl == "triton"]
     assert names
     for name in names:
-        ranks.assert_as_one_process([result["answers"][name] for result in results], name)
+        test_vocab_group.assert_as_one_process([result["answers"][name] for result in results], name)
 
 
-def test_compiled(build, gpu_impl):
+def test_compiled(gpu_impl):
     problem = build(rows=33, width=64, vocab=3001, dtype=torch.bfloat16).on("cuda")
     compiled = torch.compile(fused_suffix_kl, fullgraph=True)
     gradients = []

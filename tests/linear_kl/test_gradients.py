@@ -8,25 +8,26 @@ import pytest
 import torch
 
 from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, oracle, run, smallest_workspace
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 
 
 @pytest.mark.parametrize("asks", [c for n in (1, 2) for c in combinations(STUDENT, n)], ids="+".join)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_whoever_asks(build_everything, run, assert_accurate, impl, reduction, asks):
+def test_whoever_asks(impl, reduction, asks):
     problem = replace(build_everything(reduction=reduction), asks=asks)
     got = run(problem, impl)
     assert tuple(got.gradients) == asks
     assert_accurate(got, problem)
 
 
-def test_nobody_asks(build_everything, impl, loss_of):
+def test_nobody_asks(impl):
     problem = replace(build_everything(), asks=())
     assert not loss_of(problem, problem.leaves(), impl).requires_grad
 
 
-def test_inference_mode(build_everything, impl, loss_of):
+def test_inference_mode(impl):
     problem = build_everything()
     expected = loss_of(problem, problem.leaves(), impl).detach()
     with torch.inference_mode():
@@ -35,7 +36,7 @@ def test_inference_mode(build_everything, impl, loss_of):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_grad_gives_the_same_value(build_everything, impl, reduction, loss_of):
+def test_no_grad_gives_the_same_value(impl, reduction):
     problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     with torch.no_grad():
@@ -45,7 +46,7 @@ def test_no_grad_gives_the_same_value(build_everything, impl, reduction, loss_of
     torch.testing.assert_close(silent, loss.detach(), rtol=1e-6, atol=0.0)
 
 
-def test_teacher_gets_no_gradient(build_everything, impl, loss_of):
+def test_teacher_gets_no_gradient(impl):
     problem = build_everything()
     leaves = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
     loss_of(problem, leaves, impl).backward()
@@ -53,13 +54,13 @@ def test_teacher_gets_no_gradient(build_everything, impl, loss_of):
         assert (leaf.grad is None) == name.startswith("teacher"), name
 
 
-def test_only_the_teacher_asks(build_everything, impl, loss_of):
+def test_only_the_teacher_asks(impl):
     problem = replace(build_everything(), asks=("teacher_hidden", "teacher_weight", "teacher_bias"))
     assert not loss_of(problem, problem.leaves(), impl).requires_grad
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_no_rows(build, impl, divergence, reduction, loss_of):
+def test_no_rows(impl, divergence, reduction):
     """Zero, still part of the graph; every gradient is zero."""
     problem = build(bias=True, student_index=[], teacher_index=[], divergence=divergence, reduction=reduction)
     leaves = problem.leaves()
@@ -73,7 +74,7 @@ def test_no_rows(build, impl, divergence, reduction, loss_of):
         assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
 
 
-def test_no_rows_of_hidden_states(build, impl, loss_of):
+def test_no_rows_of_hidden_states(impl):
     problem = build(dtype=torch.bfloat16)
     problem = problem.with_tensors(
         **{f"{m}_hidden": problem.tensors[f"{m}_hidden"][:0] for m in ("student", "teacher")}
@@ -86,7 +87,7 @@ def test_no_rows_of_hidden_states(build, impl, loss_of):
     assert torch.equal(leaves["student_weight"].grad, torch.zeros_like(leaves["student_weight"]))
 
 
-def test_all_rows_masked(build, impl, divergence, loss_of):
+def test_all_rows_masked(impl, divergence):
     """Weights that sum to zero: the mean is zero, not 0/0, and so is its gradient."""
     problem = build(bias=True, row_weight=[0.0] * 6, divergence=divergence)
     leaves = problem.leaves()
@@ -97,7 +98,7 @@ def test_all_rows_masked(build, impl, divergence, loss_of):
         assert torch.equal(leaves[name].grad, torch.zeros_like(leaves[name])), name
 
 
-def test_row_weight_does_not_scale_none(build, run, impl):
+def test_row_weight_does_not_scale_none(impl):
     problem = build(reduction="none")
     weighted = problem.with_options(row_weight=torch.tensor([0.5, 0.0, 2.0, 0.0, 0.25, 1.0]))
     got, expected = run(weighted, impl), run(problem, impl)
@@ -105,13 +106,13 @@ def test_row_weight_does_not_scale_none(build, run, impl):
     assert all(torch.equal(got.gradients[name], gradient) for name, gradient in expected.gradients.items())
 
 
-def test_rows_of_weight_zero_have_no_gradient(build, run, impl):
+def test_rows_of_weight_zero_have_no_gradient(impl):
     got = run(build(row_weight=[0.5, 0.0, 2.0, 0.0, 0.25, 1.0]), impl)
     empty = (got.gradients["student_hidden"] == 0).all(-1)
     assert empty.tolist() == [False, True, False, True, False, False]
 
 
-def test_upstream_gradient_that_misses_rows(build, run, assert_accurate, impl):
+def test_upstream_gradient_that_misses_rows(impl):
     problem = replace(build(reduction="none", bias=True), upstream=torch.tensor([0.0, -2.0, 0.0, 1.0, 0.5, 0.0]))
     got = run(problem, impl)
     assert_accurate(got, problem)
@@ -120,9 +121,7 @@ def test_upstream_gradient_that_misses_rows(build, run, assert_accurate, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_one_student_row_repeated_across_chunks(
-    build, run, assert_accurate, smallest_workspace, fused_impl, dtype, reduction
-):
+def test_one_student_row_repeated_across_chunks(fused_impl, dtype, reduction):
     problem = build(
         rows=4, vocab=101, dtype=dtype, student_index=[2, 1] * 24, teacher_index=[0, 1, 2, 3] * 12, reduction=reduction
     )
@@ -131,22 +130,20 @@ def test_one_student_row_repeated_across_chunks(
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_weight_gradient_is_not_accumulated_in_bfloat16(
-    build, run, assert_accurate, smallest_workspace, fused_impl, reduction
-):
+def test_weight_gradient_is_not_accumulated_in_bfloat16(fused_impl, reduction):
     problem = build(rows=96, vocab=67, dtype=torch.bfloat16, bias=True, reduction=reduction)
     problem = problem.with_options(max_workspace_bytes=2 * smallest_workspace(problem, fused_impl))
     assert_accurate(run(problem, fused_impl), problem)
 
 
-def test_loss_scaling_reaches_float16_gradients(build, run, assert_accurate, impl):
+def test_loss_scaling_reaches_float16_gradients(impl):
     """A GradScaler's factor arrives with the backward: gradients that only it lifts into float16's range survive."""
     problem = replace(build(rows=48, vocab=2003, dtype=torch.float16, temperature=4.0), upstream=2.0**14)
     assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_gradcheck(build, double_impl, divergence, reduction):
+def test_gradcheck(double_impl, divergence, reduction):
     """Finite differences in float64, with repeated rows, weights, biases, temperature and softcap."""
     problem = build(
         rows=3, width=4, vocab=7, dtype=torch.float64, bias=True,
@@ -166,7 +163,7 @@ def test_gradcheck(build, double_impl, divergence, reduction):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_row_that_repeats_often(build, run, oracle, smallest_workspace, fused_impl, dtype, reduction):
+def test_a_row_that_repeats_often(fused_impl, dtype, reduction):
     """In many chunks; a sum of 16-bit numbers stops growing after a few hundred."""
     problem = build(rows=2, width=8, vocab=31, dtype=dtype, student_index=[0] * 600, teacher_index=[1] * 600)
     problem = replace(problem.with_options(reduction=reduction), asks=("student_hidden",))

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels import fused_suffix_kl
+from tests.linear_kl.oracle import build, loss_of, smallest_workspace
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 ROWS = 48
@@ -86,7 +87,7 @@ def plain_torch(*, student_hidden, student_weight, teacher_hidden, teacher_weigh
 
 
 @pytest.fixture
-def problem(build):
+def problem():
     def made(rows=ROWS, vocab=1003, width=8, teacher_width=12, workspace=70_000, asks=STUDENT, **options):
         problem = build(rows=rows, vocab=vocab, width=width, teacher_width=teacher_width, **options)
         return replace(problem.with_options(max_workspace_bytes=workspace), asks=asks)
@@ -221,21 +222,21 @@ def test_peak_of_sequences_without_their_last_position(measure, problem, reducti
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_of_many_rows_in_the_smallest_workspace(measure, problem, smallest_workspace, reduction):
+def test_peak_of_many_rows_in_the_smallest_workspace(measure, problem, reduction):
     """A few numbers a row of the whole call are more than all the rest here."""
     p = problem(rows=600, vocab=67, row_weight=torch.rand(600), reduction=reduction)
     check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, "torch")), "torch")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_in_the_smallest_workspace(measure, problem, smallest_workspace, fused_impl, reduction):
+def test_peak_in_the_smallest_workspace(measure, problem, fused_impl, reduction):
     """The bytes that the refusal names are enough, and are all that is used."""
     p = problem(reduction=reduction)
     check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, fused_impl)), fused_impl)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_peak_without_gradients(measure, problem, fused_impl, reduction, loss_of):
+def test_peak_without_gradients(measure, problem, fused_impl, reduction):
     """The outputs and the workspace: evaluation pays for no gradient."""
     p = problem(asks=(), reduction=reduction)
     leaves = p.leaves()
@@ -245,7 +246,7 @@ def test_peak_without_gradients(measure, problem, fused_impl, reduction, loss_of
     assert seen.left == 4 * entries
 
 
-def test_peak_of_statistics(measure, problem, fused_impl, loss_of):
+def test_peak_of_statistics(measure, problem, fused_impl):
     """They are four more outputs of [M]."""
     p = problem(asks=())
     leaves = p.leaves()
@@ -254,7 +255,7 @@ def test_peak_of_statistics(measure, problem, fused_impl, loss_of):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_is_left_of_a_loss_nobody_uses(measure, problem, reduction, loss_of):
+def test_nothing_is_left_of_a_loss_nobody_uses(measure, problem, reduction):
     p = problem(bias=True, reduction=reduction)
     leaves = p.leaves()
     assert measure(lambda: loss_of(p, leaves, "torch") is None).left == 0
@@ -270,7 +271,7 @@ def test_nothing_but_gradients_is_left_after_the_backward(measure, problem, fuse
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("more", [0, 20_000])
 @pytest.mark.parametrize("of", [1, 5, 40])
-def test_peak_where_teacher_rows_are_shared(measure, problem, smallest_workspace, fused_impl, of, more, reduction):
+def test_peak_where_teacher_rows_are_shared(measure, problem, fused_impl, of, more, reduction):
     """Sorted rows, their order and a teacher's rows beside a chunk's own all count."""
     p = problem(teacher_index=torch.randint(of, (ROWS,)), row_weight=torch.rand(ROWS), reduction=reduction)
     check(measure, p.with_options(max_workspace_bytes=smallest_workspace(p, fused_impl) + more), fused_impl)
@@ -285,17 +286,3 @@ def test_peak_where_both_models_have_one_head(measure, problem, divergence, shap
     if shared:
         p = p.with_options(teacher_index=torch.arange(len(p.tensors["student_hidden"])) // 3)
     check(measure, p, "torch")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("skip_below", [1e-9, 1e-3])
-def test_peak_where_columns_are_skipped(measure, problem, fused_impl, dtype, skip_below):
-    p = problem(dtype=dtype, workspace=140_000)
-
-    def call(**arguments):
-        return fused_suffix_kl(**arguments, impl=fused_impl, skip_below=skip_below)[0]
-
-    _, work = forward_backward(p, call)
-    seen = measure(work)
-    assert seen.largest < ROWS * 1003
-    assert seen.peak <= budget(p, result_entries=2)

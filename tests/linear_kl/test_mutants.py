@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, plain
+
 GRADIENTS = ("student_hidden", "student_weight", "student_bias")
 EVERYWHERE = ("loss", *GRADIENTS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +27,7 @@ class Mutant:
 def on_changed(**changed):
     """Plain torch on the problem with other options; a callable makes the option from the problem's own."""
 
-    def outcome(problem, plain):
+    def outcome(problem):
         made = {k: v(problem.options) if callable(v) else v for k, v in changed.items()}
         return plain(problem.with_options(**made))
 
@@ -35,14 +37,14 @@ def on_changed(**changed):
 def times(factor):
     """Loss and gradients multiplied by a number made from the options."""
 
-    def outcome(problem, plain):
+    def outcome(problem):
         right, f = plain(problem), factor(problem.options)
         return replace(right, loss=right.loss * f, gradients={n: g * f for n, g in right.gradients.items()})
 
     return outcome
 
 
-def without_softcap_derivative(problem, plain):
+def without_softcap_derivative(problem):
     def straight_through(z, transform):
         z = transform.scale * z
         return z + (transform.softcap * torch.tanh(z / transform.softcap) - z).detach()
@@ -50,7 +52,7 @@ def without_softcap_derivative(problem, plain):
     return plain(problem, transform=straight_through)
 
 
-def accumulated_over_chunks_in_the_input_dtype(problem, plain):
+def accumulated_over_chunks_in_the_input_dtype(problem):
     """The weight's gradient as a sum over chunks of one row, rounded to the inputs' dtype after each."""
     right = plain(problem)
     rows = len(problem.options["student_index"])
@@ -63,7 +65,7 @@ def accumulated_over_chunks_in_the_input_dtype(problem, plain):
     return replace(right, gradients={**right.gradients, "student_weight": total / scale})
 
 
-def last_tile_dropped(problem, plain):
+def last_tile_dropped(problem):
     """128 entries of the vocabulary never visited in the backward: their part of every gradient is missing."""
     right, start = plain(problem), problem.options["vocab_size"] - 128
     gradients = {n: g.clone() for n, g in right.gradients.items()}
@@ -119,7 +121,7 @@ def damaged(right, wrong, part):
 
 
 @pytest.mark.parametrize("mutant, part, dtype", CASES)
-def test_mutant_is_rejected(build_everything, plain, assert_accurate, mutant, part, dtype):
+def test_mutant_is_rejected(mutant, part, dtype):
     problem = build_everything(dtype, **dict(mutant.options))
     right = plain(problem)
     assert_accurate(right, problem)  # the control: nothing but the mutation is at fault
@@ -128,7 +130,7 @@ def test_mutant_is_rejected(build_everything, plain, assert_accurate, mutant, pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_accumulation_in_the_input_dtype_is_rejected(build, plain, assert_accurate, dtype):
+def test_accumulation_in_the_input_dtype_is_rejected(dtype):
     everyone = {"student_index": list(range(96)), "row_weight": [1.0] * 96}
     problem = build(rows=96, vocab=67, dtype=dtype, bias=True, reduction="sum", **everyone)
     right = plain(problem)
@@ -138,7 +140,7 @@ def test_accumulation_in_the_input_dtype_is_rejected(build, plain, assert_accura
 
 
 @pytest.mark.parametrize("part", ["loss", *GRADIENTS])
-def test_not_a_number_is_rejected(build_everything, plain, assert_accurate, part):
+def test_not_a_number_is_rejected(part):
     problem = build_everything()
     right = plain(problem)
     wrong = {n: g.clone() for n, g in right.gradients.items()}
@@ -149,7 +151,7 @@ def test_not_a_number_is_rejected(build_everything, plain, assert_accurate, part
 
 
 @pytest.mark.parametrize("statistic", ["divergence", "student_entropy", "teacher_entropy", "agreement"])
-def test_wrong_statistic_is_rejected(build_everything, plain, assert_accurate, statistic):
+def test_wrong_statistic_is_rejected(statistic):
     problem = build_everything()
     right = plain(problem)
     wrong = {**right.stats, statistic: 0.999 * right.stats[statistic] + 0.001}
@@ -158,14 +160,14 @@ def test_wrong_statistic_is_rejected(build_everything, plain, assert_accurate, s
 
 
 @pytest.mark.parametrize("rows_off", [1, -1])
-def test_none_off_by_one_row_is_rejected(build_everything, plain, assert_accurate, rows_off):
+def test_none_off_by_one_row_is_rejected(rows_off):
     problem = build_everything(reduction="none")
     right = plain(problem)
     with pytest.raises(AssertionError, match=r"^loss: off by"):
         assert_accurate(replace(right, loss=right.loss.roll(rows_off)), problem)
 
 
-def test_budget_that_proves_nothing_is_rejected(build, plain, assert_accurate):
+def test_budget_that_proves_nothing_is_rejected():
     """Identical models in bfloat16: the answer is below the rounding, so agreement with it would mean nothing."""
     problem = build(dtype=torch.bfloat16)
     problem = problem.with_tensors(**{f"teacher_{n}": problem.tensors[f"student_{n}"] for n in ("hidden", "weight")})

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from disc_kernels import LogitTransform
+from tests.linear_kl.oracle import assert_accurate, build, loss_of, oracle, run
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-def with_logits(build, student, teacher, **options):
+def with_logits(student, teacher, **options):
     """A problem whose logits are exactly these [M, V] numbers: the hidden states are the identity."""
     identity = torch.eye(len(student), dtype=student.dtype)
     problem = build(rows=len(student), width=len(student), vocab=student.shape[1], **options)
@@ -20,7 +21,7 @@ def with_logits(build, student, teacher, **options):
 
 
 @pytest.mark.parametrize("vocab", [31, 4099])
-def test_logits_ten_thousand_apart(build, run, assert_accurate, impl, divergence, vocab):
+def test_logits_ten_thousand_apart(impl, divergence, vocab):
     """Both models certain, in places 10^4 nats apart; then certain of the same entry."""
     student, teacher = torch.randn(2, 4, vocab)
     rows = torch.arange(4)
@@ -34,7 +35,7 @@ def test_logits_ten_thousand_apart(build, run, assert_accurate, impl, divergence
 
 
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
-def test_logits_far_from_zero(build, loss_of, impl, divergence, offset):
+def test_logits_far_from_zero(impl, divergence, offset):
     """A constant added to every logit changes nothing: the same float32 numbers, shifted exactly."""
     student, teacher = torch.randint(-64, 64, (2, 4, 1003)) / 16
     near = with_logits(build, student, teacher, divergence=divergence, reduction="none")
@@ -43,7 +44,7 @@ def test_logits_far_from_zero(build, loss_of, impl, divergence, offset):
     torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=0.0)
 
 
-def test_logits_beyond_float16(build, run, assert_accurate, impl, divergence):
+def test_logits_beyond_float16(impl, divergence):
     """Float16 inputs whose products float16 cannot hold."""
     small = LogitTransform(scale=1e-4)
     problem = build(dtype=torch.float16, divergence=divergence, student_transform=small, teacher_transform=small)
@@ -54,7 +55,7 @@ def test_logits_beyond_float16(build, run, assert_accurate, impl, divergence):
 
 
 @pytest.mark.parametrize("vocab, temperature", [(1000, 0.5), (1000, 1.0), (32003, 2.0)])
-def test_nearly_identical_distributions(build, oracle, run, fused_impl, divergence, vocab, temperature):
+def test_nearly_identical_distributions(fused_impl, divergence, vocab, temperature):
     """A KL of about 10^-10 nats.
 
     Float32 log-probabilities are off by more than 10^-7, so sum p (log p - log q) says nothing. In a formula without
@@ -72,7 +73,7 @@ def test_nearly_identical_distributions(build, oracle, run, fused_impl, divergen
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 3e-7, 1e-5, 1e-3])
 @pytest.mark.parametrize("vocab", [3, 517])
-def test_never_negative(build, loss_of, fused_impl, divergence, vocab, gap):
+def test_never_negative(fused_impl, divergence, vocab, gap):
     """Rounding alone makes one row in some hundreds negative; the interpreter is too slow for so many."""
     rows = 1500 if fused_impl == "torch" else 6
     teacher = 3 * torch.randn(rows, vocab)
@@ -83,7 +84,7 @@ def test_never_negative(build, loss_of, fused_impl, divergence, vocab, gap):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_identical_models(build, run, fused_impl, divergence, dtype, temperature):
+def test_identical_models(fused_impl, divergence, dtype, temperature):
     """At most the square of the logits' rounding, and no gradient to speak of."""
     problem = build(
         dtype=dtype, vocab=2003, bias=True, divergence=divergence, reduction="none", temperature=temperature
@@ -100,7 +101,7 @@ def test_identical_models(build, run, fused_impl, divergence, dtype, temperature
 
 
 @pytest.mark.parametrize("masked", [slice(0, 2500), slice(2000, 3000), slice(700, 2900), slice(1, None)], ids=str)
-def test_entries_masked_in_both_models(build, run, assert_accurate, impl, divergence, masked):
+def test_entries_masked_in_both_models(impl, divergence, masked):
     """A bias of -inf takes an entry out of both vocabularies, whole tiles of them too."""
     problem = build(vocab=3000, bias=True, divergence=divergence)
     biases = {name: problem.tensors[name].clone() for name in ("student_bias", "teacher_bias")}
@@ -119,7 +120,7 @@ def test_entries_masked_in_both_models(build, run, assert_accurate, impl, diverg
 @pytest.mark.parametrize(
     "divergence, model", [("forward_kl", "teacher"), ("reverse_kl", "student"), ("jsd", "teacher"), ("jsd", "student")]
 )
-def test_entries_masked_in_one_model(build, run, assert_accurate, impl, divergence, model):
+def test_entries_masked_in_one_model(impl, divergence, model):
     """Where the divergence exists, 0 log 0 counts nothing."""
     problem = build(vocab=3000, bias=True, divergence=divergence, beta=0.3)
     bias = problem.tensors[f"{model}_bias"].clone()
@@ -129,7 +130,7 @@ def test_entries_masked_in_one_model(build, run, assert_accurate, impl, divergen
 
 
 @pytest.mark.parametrize("divergence, model", [("forward_kl", "student"), ("reverse_kl", "teacher")])
-def test_impossible_where_the_other_model_is_not(build, impl, divergence, model, loss_of):
+def test_impossible_where_the_other_model_is_not(impl, divergence, model):
     problem = build(bias=True, divergence=divergence)
     problem.tensors[f"{model}_bias"][7] = -torch.inf
     assert not loss_of(problem, problem.tensors, impl).isfinite()
@@ -138,7 +139,7 @@ def test_impossible_where_the_other_model_is_not(build, impl, divergence, model,
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", ["hidden", "weight", "bias"])
 @pytest.mark.parametrize("model", ["student", "teacher"])
-def test_what_is_not_finite_is_not_hidden(build, impl, divergence, value, tensor, model, loss_of):
+def test_what_is_not_finite_is_not_hidden(impl, divergence, value, tensor, model):
     problem = build(vocab=3000, bias=True, divergence=divergence, reduction="none")
     problem.tensors[f"{model}_{tensor}"][5] = value
     loss = loss_of(problem, problem.leaves(), impl)
@@ -147,13 +148,13 @@ def test_what_is_not_finite_is_not_hidden(build, impl, divergence, value, tensor
     assert not total.isfinite()
 
 
-def test_nan_is_not_hidden_by_a_softcap(build, impl, divergence, loss_of):
+def test_nan_is_not_hidden_by_a_softcap(impl, divergence):
     problem = build(divergence=divergence, student_transform=LogitTransform(softcap=3.0))
     problem.tensors["student_weight"][999] = torch.nan
     assert not loss_of(problem, problem.tensors, impl).isfinite()
 
 
-def test_gradient_is_not_finite_where_the_loss_is_not(build, impl, divergence, loss_of):
+def test_gradient_is_not_finite_where_the_loss_is_not(impl, divergence):
     problem = build(divergence=divergence)
     problem.tensors["teacher_hidden"][2, 3] = torch.nan
     leaves = problem.leaves()
@@ -162,7 +163,7 @@ def test_gradient_is_not_finite_where_the_loss_is_not(build, impl, divergence, l
     assert not leaves["student_weight"].grad.isfinite().all()
 
 
-def test_what_is_left_out_may_hold_anything(build, run, assert_accurate, impl, divergence):
+def test_what_is_left_out_may_hold_anything(impl, divergence):
     """Rows no index names and entries beyond vocab_size are never read into a result, NaN or not."""
     problem = build(bias=True, vocab_size=900, student_index=[1, 3], teacher_index=[0, 4], divergence=divergence)
     poisoned = {name: t.clone() for name, t in problem.tensors.items()}

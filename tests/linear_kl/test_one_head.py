@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from disc_kernels import LogitTransform
+from tests.linear_kl.oracle import assert_accurate, build, oracle, plain, run, smallest_workspace
 
 
 def one_head(problem, apart=None):
@@ -21,19 +22,19 @@ def one_head(problem, apart=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_values_and_gradients(build, run, assert_accurate, fused_impl, divergence, dtype, reduction):
+def test_values_and_gradients(fused_impl, divergence, dtype, reduction):
     problem = one_head(
         build(rows=7, bias=True, dtype=dtype, divergence=divergence, reduction=reduction, temperature=2.0)
     )
     assert_accurate(run(problem, fused_impl), problem)
 
 
-def test_float64(build, run, assert_accurate, divergence):
+def test_float64(divergence):
     problem = one_head(build(rows=7, dtype=torch.float64, divergence=divergence))
     assert_accurate(run(problem, "torch"), problem)
 
 
-def test_with_indices_weights_a_scale_and_a_smaller_vocabulary(build, run, assert_accurate, fused_impl, divergence):
+def test_with_indices_weights_a_scale_and_a_smaller_vocabulary(fused_impl, divergence):
     problem = build(
         rows=6,
         student_index=[4, 0, 2, 2, 5, 1, 3],
@@ -49,9 +50,7 @@ def test_with_indices_weights_a_scale_and_a_smaller_vocabulary(build, run, asser
 
 @pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3, 1e-4])
 @pytest.mark.parametrize("workspace", [None, "smallest"])
-def test_gradients_keep_their_digits_however_close_the_models_are(
-    build, run, oracle, plain, smallest_workspace, fused_impl, divergence, apart, workspace
-):
+def test_gradients_keep_their_digits_however_close_the_models_are(fused_impl, divergence, apart, workspace):
     """Subtracted logits lose a digit for every tenfold that the models come closer; the difference loses none."""
     problem = one_head(build(rows=6, width=64, divergence=divergence), apart)
     if workspace is not None:
@@ -68,7 +67,7 @@ def test_gradients_keep_their_digits_however_close_the_models_are(
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e3])
-def test_models_far_apart(build, run, assert_accurate, fused_impl, divergence, scale):
+def test_models_far_apart(fused_impl, divergence, scale):
     """The ratio of the normalisers overflows where it is computed as for close models."""
     problem = one_head(build(rows=6, width=8, divergence=divergence))
     problem = problem.with_tensors(student_hidden=problem.tensors["student_hidden"] * scale)
@@ -76,7 +75,7 @@ def test_models_far_apart(build, run, assert_accurate, fused_impl, divergence, s
     assert_accurate(replace(got, stats={"divergence": got.stats["divergence"]}), problem)  # entropies are all but 0
 
 
-def test_impossible_entries(build, run, assert_accurate, fused_impl, divergence):
+def test_impossible_entries(fused_impl, divergence):
     problem = build(rows=5, bias=True, divergence=divergence)
     bias = problem.tensors["student_bias"].clone()
     bias[::3] = -torch.inf
@@ -86,7 +85,7 @@ def test_impossible_entries(build, run, assert_accurate, fused_impl, divergence)
     assert got.gradients["student_weight"][::3].count_nonzero() == 0
 
 
-def test_one_model_of_itself_learns_nothing(build, run, fused_impl, divergence):
+def test_one_model_of_itself_learns_nothing(fused_impl, divergence):
     problem = one_head(build(rows=6, divergence=divergence), apart=0.0)
     got = run(problem, fused_impl)
     assert got.loss == 0.0
@@ -101,13 +100,13 @@ def test_one_model_of_itself_learns_nothing(build, run, fused_impl, divergence):
     ],
     ids=["scale", "softcap"],
 )
-def test_what_the_models_do_to_the_head_s_output_still_counts(build, run, assert_accurate, fused_impl, different):
+def test_what_the_models_do_to_the_head_s_output_still_counts(fused_impl, different):
     problem = one_head(build(rows=6, **different))
     assert_accurate(run(problem, fused_impl), problem)
 
 
 @pytest.mark.parametrize("scale", [10.0, 30.0])
-def test_models_that_differ_noticeably_at_large_logits(build, run, oracle, plain, fused_impl, divergence, scale):
+def test_models_that_differ_noticeably_at_large_logits(fused_impl, divergence, scale):
     """Not close enough for the normalisers' ratio: no worse than subtracting log-probabilities."""
     problem = one_head(build(rows=5, width=5, vocab=13, divergence=divergence))
     teacher = problem.tensors["teacher_hidden"] * scale

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
 from disc_kernels import LogitTransform
+from tests.linear_kl.oracle import build, build_everything, loss_of, oracle, run
 
 
 def categoricals(problem, temperature):
@@ -20,7 +21,7 @@ def categoricals(problem, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_oracle_is_the_divergence_of_torch_distributions(build, oracle, temperature):
+def test_oracle_is_the_divergence_of_torch_distributions(temperature):
     problem = build(dtype=torch.float64, vocab=50, temperature=temperature, reduction="none")
     student, teacher = categoricals(problem, temperature)
     mixture = Categorical(probs=0.3 * teacher.probs + 0.7 * student.probs)
@@ -37,7 +38,7 @@ def test_oracle_is_the_divergence_of_torch_distributions(build, oracle, temperat
         torch.testing.assert_close(got.stats["teacher_entropy"], teacher.entropy())
 
 
-def test_oracle_is_kl_div_of_torch(build, oracle):
+def test_oracle_is_kl_div_of_torch():
     problem = build(dtype=torch.float64, vocab=50)
     student, teacher = categoricals(problem, 1.0)
     got = oracle(problem)
@@ -46,7 +47,7 @@ def test_oracle_is_kl_div_of_torch(build, oracle):
     )
 
 
-def test_two_entries_by_hand(oracle, build, double_impl, run):
+def test_two_entries_by_hand(double_impl):
     """Student (1/2, 1/2), teacher (3/4, 1/4), weights 1 and 3 on two equal rows, temperature 2."""
     problem = build(rows=2, width=1, vocab=2, dtype=torch.float64, row_weight=[1.0, 3.0], temperature=2.0).with_tensors(
         student_hidden=torch.zeros(2, 1, dtype=torch.float64),
@@ -71,7 +72,7 @@ def test_two_entries_by_hand(oracle, build, double_impl, run):
             torch.testing.assert_close(got.stats["student_entropy"], torch.full((2,), math.log(2), dtype=torch.float64))
 
 
-def test_transform_is_a_capped_tanh_of_the_scaled_logit(build, oracle, double_impl, run):
+def test_transform_is_a_capped_tanh_of_the_scaled_logit(double_impl):
     problem = build(rows=1, width=1, vocab=2, dtype=torch.float64).with_tensors(
         student_hidden=torch.ones(1, 1, dtype=torch.float64),
         student_weight=torch.tensor([[4.0], [-1.0]], dtype=torch.float64),
@@ -84,7 +85,7 @@ def test_transform_is_a_capped_tanh_of_the_scaled_logit(build, oracle, double_im
     assert run(problem, double_impl).loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_reference_is_the_oracle_in_float64(build_everything, oracle, divergence, loss_of):
+def test_reference_is_the_oracle_in_float64(divergence):
     problem = build_everything(torch.float64, divergence=divergence)
     exact = oracle(problem)
     leaves = problem.leaves()
@@ -95,7 +96,7 @@ def test_reference_is_the_oracle_in_float64(build_everything, oracle, divergence
         torch.testing.assert_close(leaves[name].grad, gradient, rtol=1e-11, atol=1e-15)
 
 
-def test_impl_none_on_the_cpu_is_torch(build_everything, loss_of):
+def test_impl_none_on_the_cpu_is_torch():
     problem = build_everything()
     by_default, by_name = (loss_of(problem, problem.tensors, impl) for impl in (None, "torch"))
     assert torch.equal(by_default, by_name)

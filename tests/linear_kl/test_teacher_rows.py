@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from disc_kernels.linear_kl import function
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, run, smallest_workspace
 
 INDICES = {
     "sorted": [0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4],
@@ -19,7 +20,7 @@ INDICES = {
 }
 
 
-def compared(build, index, **options):
+def compared(index, **options):
     options.setdefault("row_weight", [0.5, 1, 2, 0, 1, 1, 3, 0.25, 1, 1, 2, 1])
     return build(rows=12, teacher_rows=11, teacher_width=16, teacher_index=index, **options)
 
@@ -48,9 +49,7 @@ def on_an_accelerator(monkeypatch):
 @pytest.mark.parametrize("workspace", ["default", "smallest"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
-def test_results_are_those_of_the_oracle(
-    build, run, assert_accurate, smallest_workspace, fused_impl, index, reduction, workspace
-):
+def test_results_are_those_of_the_oracle(fused_impl, index, reduction, workspace):
     problem = compared(build, index, reduction=reduction, student_index=[11, 3, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9])
     if workspace == "smallest":
         problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
@@ -58,14 +57,14 @@ def test_results_are_those_of_the_oracle(
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
-def test_every_divergence_and_option(build_everything, run, assert_accurate, fused_impl, divergence, index):
+def test_every_divergence_and_option(fused_impl, divergence, index):
     indices = {"student_index": [4, 0, 2, 2, 5, 1, 3, 0, 1, 2, 3, 4], "teacher_index": [i % 4 for i in index]}
     problem = build_everything(divergence=divergence, row_weight=[0.5, 0.0, 2.0, 1.0, 0.25, 1.0] * 2, **indices)
     assert_accurate(run(problem, fused_impl), problem)
 
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
-def test_each_is_projected_once(build, loss_of, projected, fused_impl, index):
+def test_each_is_projected_once(projected, fused_impl, index):
     problem = compared(build, index)
     loss_of(problem, problem.leaves(), fused_impl)
     chunks = 2  # of at most half the rows; one teacher row may be in both
@@ -76,9 +75,7 @@ def test_each_is_projected_once(build, loss_of, projected, fused_impl, index):
 @pytest.mark.usefixtures("on_an_accelerator")
 @pytest.mark.parametrize("index", [[0, 0, 0, 1, 1, 2, 3, 3, 3, 3, 4, 4], [3, 0, 4, 3, 1, 0, 3, 2, 0, 1, 4, 3]])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_unseen_indices_keep_all_teacher_rows_if_they_fit(
-    build, run, assert_accurate, smallest_workspace, projected, fused_impl, index, reduction
-):
+def test_unseen_indices_keep_all_teacher_rows_if_they_fit(projected, fused_impl, index, reduction):
     problem = build(rows=12, teacher_rows=6, teacher_width=16, teacher_index=index, reduction=reduction)
     assert_accurate(
         run(replace(problem, asks=("student_hidden",)), fused_impl), replace(problem, asks=("student_hidden",))
@@ -91,7 +88,7 @@ def test_unseen_indices_keep_all_teacher_rows_if_they_fit(
     assert projected[1000, 16] >= 12
 
 
-def test_rows_without_repetition_stay_in_order(build, loss_of, projected):
+def test_rows_without_repetition_stay_in_order(projected):
     problem = build(rows=12, teacher_width=16, teacher_index=[11, 0, 5, 3, 2, 1, 4, 6, 7, 8, 9, 10])
     loss_of(problem, problem.leaves(), "torch")
     assert projected[1000, 16] == 12
@@ -113,7 +110,7 @@ def test_chunks_cover_all_rows_and_their_teachers(index, chunk_rows):
 
 @pytest.mark.usefixtures("on_an_accelerator")
 @pytest.mark.parametrize("rows", [12, 100])
-def test_more_workspace_is_never_refused_where_less_was_enough(build, loss_of, smallest_workspace, fused_impl, rows):
+def test_more_workspace_is_never_refused_where_less_was_enough(fused_impl, rows):
     """Keeping the teacher's rows may leave too little for the rest; then they are not kept."""
     problem = build(rows=2, width=8, vocab=64, student_index=[0] * rows, teacher_index=[0] * rows)
     smallest = smallest_workspace(problem, fused_impl)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from disc_kernels import FusedSuffixKLLoss, LogitTransform, fused_suffix_kl
+from tests.linear_kl.oracle import build, loss_of, smallest_workspace
 
 INTEGERS = torch.arange(6)
 
@@ -126,7 +127,7 @@ def test_message_of_a_short_index_says_both_lengths():
         good_call(student_index=torch.zeros(3, dtype=torch.int64), teacher_index=torch.zeros(4, dtype=torch.int64))
 
 
-def test_workspace_too_small_for_a_row(build, smallest_workspace, fused_impl, loss_of):
+def test_workspace_too_small_for_a_row(fused_impl):
     """One row needs two rows of logits at least. As many bytes as the message says will do; one less is refused."""
     problem = build(vocab=1000)
     need = smallest_workspace(problem, fused_impl)

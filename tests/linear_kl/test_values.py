@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from disc_kernels import FusedSuffixKLLoss, LogitTransform
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, run, smallest_workspace
 
 CASES = {
     "aligned": {},
@@ -28,27 +29,27 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_case(build, run, assert_accurate, impl, divergence, case):
+def test_case(impl, divergence, case):
     problem = build(divergence=divergence, **case)
     assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_everything_at_once(build_everything, run, assert_accurate, impl, divergence, temperature, reduction):
+def test_everything_at_once(impl, divergence, temperature, reduction):
     problem = build_everything(divergence=divergence, temperature=temperature, reduction=reduction)
     assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_dtype(build_everything, run, assert_accurate, impl, divergence, dtype, reduction):
+def test_dtype(impl, divergence, dtype, reduction):
     problem = build_everything(dtype, divergence=divergence, reduction=reduction)
     assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_float64(build_everything, run, assert_accurate, double_impl, divergence, reduction):
+def test_float64(double_impl, divergence, reduction):
     problem = build_everything(torch.float64, divergence=divergence, reduction=reduction)
     assert_accurate(run(problem, double_impl), problem)
 
@@ -58,19 +59,19 @@ def test_float64(build_everything, run, assert_accurate, double_impl, divergence
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)],
     ids=str,
 )
-def test_models_of_different_dtypes(build_everything, run, assert_accurate, impl, dtypes):
+def test_models_of_different_dtypes(impl, dtypes):
     student, teacher = dtypes
     problem = build_everything(student, teacher_dtype=teacher)
     assert_accurate(run(problem, impl), problem)
 
 
 @pytest.mark.parametrize("vocab", [2, 31, 1024, 1025, 32003, 131075])
-def test_vocabulary(build, run, assert_accurate, impl, divergence, vocab):
+def test_vocabulary(impl, divergence, vocab):
     problem = build(rows=3, width=16, vocab=vocab, divergence=divergence, temperature=2.0)
     assert_accurate(run(problem, impl), problem)
 
 
-def test_vocabulary_of_one_entry(build, run, impl, divergence):
+def test_vocabulary_of_one_entry(impl, divergence):
     """Both models are certain: no divergence, no entropy, no gradient."""
     got = run(build(vocab=1, divergence=divergence, bias=True, reduction="sum"), impl)
     assert abs(got.loss.item()) < 1e-6
@@ -81,12 +82,12 @@ def test_vocabulary_of_one_entry(build, run, impl, divergence):
 
 
 @pytest.mark.parametrize("rows", [1, 17, 33])
-def test_ragged_rows(build, run, assert_accurate, fused_impl, divergence, rows):
+def test_ragged_rows(fused_impl, divergence, rows):
     problem = build(rows=rows, vocab=203, divergence=divergence, reduction="none")
     assert_accurate(run(problem, fused_impl), problem)
 
 
-def test_leading_dimensions(build, run, assert_accurate, impl):
+def test_leading_dimensions(impl):
     problem = build(student_index=[5, 0, 3], teacher_index=[1, 2, 2])
     shaped = problem.with_tensors(
         student_hidden=problem.tensors["student_hidden"].view(2, 3, 24),
@@ -98,7 +99,7 @@ def test_leading_dimensions(build, run, assert_accurate, impl):
 
 
 @pytest.mark.parametrize("indexed", [False, True])
-def test_sequences_without_their_last_position(build, run, assert_accurate, fused_impl, smallest_workspace, indexed):
+def test_sequences_without_their_last_position(fused_impl, indexed):
     """hidden[:, :-1] of a batch, which no view makes [M, D]."""
     rows = {"student_index": [8, 0, 5, 3], "teacher_index": [1, 8, 2, 2]} if indexed else {}
     problem = build(rows=9, reduction="none", **rows)
@@ -114,25 +115,25 @@ def test_sequences_without_their_last_position(build, run, assert_accurate, fuse
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_row_weights_of_another_dtype(build, run, assert_accurate, impl, dtype):
+def test_row_weights_of_another_dtype(impl, dtype):
     problem = build(row_weight=torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25, 1.0], dtype=dtype))
     assert_accurate(run(problem, impl), problem)
 
 
-def test_negative_row_weights(build, run, assert_accurate, impl):
+def test_negative_row_weights(impl):
     """A pair of preferences, say."""
     problem = build(row_weight=[-3.0, 1.0, 0.5, -0.5, 0.0, 1.0], reduction="sum", dtype=torch.bfloat16)
     assert_accurate(run(problem, impl), problem)
 
 
-def test_tiny_row_weights(build, run, assert_accurate, impl):
+def test_tiny_row_weights(impl):
     """Weights that carry 1 / (tokens in a step): the mean divides them out again."""
     weights = torch.tensor([1.0, 2.0, 0.5, 0.0, 3.0, 1.0]) * 1e-12
     problem = build(row_weight=weights, dtype=torch.bfloat16)
     assert_accurate(run(problem, impl), problem)
 
 
-def test_whole_numbers_are_numbers(build, impl, loss_of):
+def test_whole_numbers_are_numbers(impl):
     problem = build()
     values = [loss_of(problem, problem.tensors, impl, temperature=t) for t in (2, 2.0)]
     assert torch.equal(*values)
@@ -153,7 +154,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_layout_of_hidden_and_weight(build_everything, run, assert_accurate, impl, divergence, layout):
+def test_layout_of_hidden_and_weight(impl, divergence, layout):
     problem = build_everything(divergence=divergence)
     names = [name for name in problem.tensors if not name.endswith("bias")]
     problem = problem.with_tensors(**{name: layout(problem.tensors[name]) for name in names})
@@ -161,7 +162,7 @@ def test_layout_of_hidden_and_weight(build_everything, run, assert_accurate, imp
     assert_accurate(run(problem, impl), problem)
 
 
-def test_strided_biases_indices_and_row_weights(build_everything, run, assert_accurate, impl):
+def test_strided_biases_indices_and_row_weights(impl):
     problem = build_everything()
     problem = problem.with_tensors(
         **{name: strided(problem.tensors[name]) for name in ("student_bias", "teacher_bias")}
@@ -174,7 +175,7 @@ def test_strided_biases_indices_and_row_weights(build_everything, run, assert_ac
     assert_accurate(run(problem, impl), problem)
 
 
-def test_expanded_rows(build, run, assert_accurate, impl):
+def test_expanded_rows(impl):
     """One row seen as six, and one number as six row weights: stride 0."""
     problem = build(row_weight=[0.5])
     problem = problem.with_tensors(
@@ -187,9 +188,7 @@ def test_expanded_rows(build, run, assert_accurate, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_many_small_chunks(
-    build_everything, build, run, assert_accurate, smallest_workspace, fused_impl, divergence, dtype, reduction
-):
+def test_many_small_chunks(fused_impl, divergence, dtype, reduction):
     """The smallest workspace the call accepts, and three times that: many chunks, the same numbers."""
     problem = build_everything(dtype, divergence=divergence, reduction=reduction)
     smallest = smallest_workspace(problem, fused_impl)
@@ -201,7 +200,7 @@ def test_many_small_chunks(
         torch.testing.assert_close(got.loss, whole.loss, rtol=1e-5, atol=0.0)
 
 
-def test_agreement_and_statistics_are_of_each_pair(build, run, impl):
+def test_agreement_and_statistics_are_of_each_pair(impl):
     """Teacher rows 0 and 1 equal the student's, and rows that tie everywhere agree with themselves."""
     problem = build(teacher_rows=2, teacher_index=[0, 1, 0, 1, 0, 1])
     hidden = problem.tensors["student_hidden"].clone()
@@ -218,7 +217,7 @@ def test_agreement_and_statistics_are_of_each_pair(build, run, impl):
     assert torch.equal(run(same, impl).stats["agreement"], torch.ones(6))
 
 
-def test_the_first_of_equal_maxima_counts(build, run, impl):
+def test_the_first_of_equal_maxima_counts(impl):
     """Equal logits in different tiles of the vocabulary: as `torch.argmax`, the lowest entry."""
     problem = build(rows=1, teacher_rows=2, width=1, vocab=9001, student_index=[0, 0], teacher_index=[0, 1], bias=True)
     zeros = {name: torch.zeros_like(t) for name, t in problem.tensors.items()}
@@ -230,7 +229,7 @@ def test_the_first_of_equal_maxima_counts(build, run, impl):
         assert got.stats["agreement"].tolist() == [agreement, agreement]
 
 
-def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(build_everything, impl, loss_of):
+def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(impl):
     problem = build_everything(reduction="none")
     leaves = problem.leaves()
     loss, stats = loss_of(problem, leaves, impl, return_stats=True)
@@ -241,7 +240,7 @@ def test_statistics_do_not_ask_for_a_gradient_nor_change_the_loss(build_everythi
         assert not value.requires_grad
 
 
-def test_inputs_are_left_as_they_were(build_everything, run, impl):
+def test_inputs_are_left_as_they_were(impl):
     problem = build_everything(torch.bfloat16)
     before = {k: v.clone() for k, v in {**problem.tensors, **problem.options}.items() if isinstance(v, torch.Tensor)}
     run(problem, impl)
@@ -249,7 +248,7 @@ def test_inputs_are_left_as_they_were(build_everything, run, impl):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_module_is_the_function(build_everything, impl, loss_of):
+def test_module_is_the_function(impl):
     problem = build_everything(divergence="jsd")
     rows = {name: problem.options[name] for name in ("student_index", "teacher_index", "row_weight")}
     biases = {name: problem.tensors[name] for name in ("student_bias", "teacher_bias")}
@@ -291,6 +290,6 @@ def calls(draw):
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(call=calls())
-def test_any_call(build, run, assert_accurate, impl, call):
+def test_any_call(impl, call):
     problem = build(**call)
     assert_accurate(run(problem, impl), problem)

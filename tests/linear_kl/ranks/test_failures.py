@@ -1,11 +1,9 @@
 """Ranks that disagree, or are wrong, or do not come: every rank raises, the same where it can know, and none hangs."""
 
 import datetime
-import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,12 +12,10 @@ import torch
 import torch.distributed as dist
 
 from disc_kernels import LogitTransform, TeacherSummary, expected_embedding_kl, fused_suffix_kl, teacher_summary
+from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
-_spec = importlib.util.spec_from_file_location("ranks_conftest", Path(__file__).with_name("conftest.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
 
 WORLDS = (2,)
 PATIENCE = 3  # seconds, of the groups in which a rank does not come
@@ -80,7 +76,6 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], str]] = {
     "workspace": ("fused", {"max_workspace_bytes": (100_000, 1000)}, f"ValueError: max_workspace_bytes: {SAME}100000"),
     "every rank's own": ("fused", {"temperature": -1.0}, "ValueError: temperature: expected a positive number, got -1"),
     "NaN on every rank": ("fused", {"temperature": float("nan")}, "ValueError: temperature: expected a finite number"),
-    "skip_below": ("fused", {"skip_below": 1e-3}, "ValueError: skip_below: expected None with a vocab_group"),
     "reference": ("fused", {"impl": "reference"}, 'ValueError: impl: expected "triton" or "torch" with a vocab_group'),
     "too much": (
         "fused",
@@ -145,7 +140,6 @@ WRONG = {
     "summary": [None, SUMMARY.embedding, SUMMARY._replace(bias=None), SUMMARY._replace(entropy=torch.zeros(5))],
     "vocab_size": [0, 1.5],
     "max_workspace_bytes": [0, 1, "1"],
-    "skip_below": [-1.0, "0"],
     "impl": ["cuda", "reference"],
 }
 TAKES = {

@@ -3,9 +3,7 @@
 Every rank has the same heads. Ranks that share a vocabulary have the same rows too, all others have rows of their own.
 """
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +16,11 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from disc_kernels import expected_embedding_kl, fused_suffix_kl, teacher_summary
+from tests.linear_kl.oracle import build
+from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
-_spec = importlib.util.spec_from_file_location("ranks_conftest", Path(__file__).with_name("conftest.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
-helpers = world.load(Path(__file__).parents[1] / "conftest.py")
 
 WORLDS = (2, 4)
 VOCAB = 1001  # no multiple of 2 or 4
@@ -33,8 +29,8 @@ HEADS = ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
 
 def rows_of(replica: int) -> dict[str, Tensor]:
     """Heads, and the hidden states that the ranks of one replica of the model have."""
-    tensors = helpers._build(vocab=VOCAB, bias=True).tensors
-    other = helpers._build(vocab=VOCAB, bias=True, seed=1 + replica).tensors
+    tensors = build(vocab=VOCAB, bias=True).tensors
+    other = build(vocab=VOCAB, bias=True, seed=1 + replica).tensors
     return tensors | {name: x for name, x in other.items() if name.endswith("hidden")}
 
 

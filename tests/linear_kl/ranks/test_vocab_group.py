@@ -3,10 +3,8 @@
 How worlds are run says the conftest.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,21 @@ import torch
 import torch.distributed as dist
 
 from disc_kernels import fused_suffix_kl
+from tests.linear_kl.oracle import (
+    Outcome,
+    accumulation_dtype,
+    assert_accurate,
+    build,
+    build_everything,
+    count,
+    loss_of,
+    oracle,
+    run,
+)
+from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
-_spec = importlib.util.spec_from_file_location("ranks_conftest", Path(__file__).with_name("conftest.py"))
-world = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(world)
-helpers = world.load(Path(__file__).parents[1] / "conftest.py")
 
 WORLDS = (2, 4)
 
@@ -44,7 +50,7 @@ class Case:
 
 def masked(**options: Any) -> Any:
     """Entries that a bias takes out of both models: all of the first shard of two, and some of the next."""
-    problem = helpers._build(bias=True, **options)
+    problem = build(bias=True, **options)
     bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
     for value in bias.values():
         value[:540] = -torch.inf
@@ -52,13 +58,13 @@ def masked(**options: Any) -> Any:
 
 
 def far_from_zero(**options: Any) -> Any:
-    problem = helpers._build(bias=True, **options)
+    problem = build(bias=True, **options)
     return problem.with_tensors(student_bias=problem.tensors["student_bias"] + 1000)
 
 
 def tied(**options: Any) -> Any:
     """Largest logits that several shards share, and models of one head."""
-    problem = helpers._build(vocab=40, **options)
+    problem = build(vocab=40, **options)
     hidden, weight = problem.tensors["student_hidden"], problem.tensors["student_weight"]
     weight = weight.clone()
     weight[[5, 25, 35]] = 3 * hidden[0]
@@ -69,7 +75,7 @@ def tied(**options: Any) -> Any:
 
 def apart(**options: Any) -> Any:
     """Both models' largest logit of the first shard is one entry, but the teacher's of all is in another shard."""
-    problem = helpers._build(vocab=40, bias=True, **options)
+    problem = build(vocab=40, bias=True, **options)
     bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
     bias["student_bias"][5] += 10
     bias["teacher_bias"][[5, 35]] += torch.tensor([10.0, 20.0])
@@ -84,11 +90,11 @@ for impl in ("torch", "triton"):
         everything = {"divergence": divergence, "max_workspace_bytes": 80_000}
         few = (2,) if impl == "triton" else (2, 4)
         CASES |= {
-            f"{name} everything": Case(helpers._everything, everything, impl, "ragged"),
-            f"{name} plain": Case(helpers._build, {"divergence": divergence}, impl, worlds=few),
+            f"{name} everything": Case(build_everything, everything, impl, "ragged"),
+            f"{name} plain": Case(build, {"divergence": divergence}, impl, worlds=few),
             f"{name} masked": Case(masked, {"divergence": divergence}, impl, worlds=few),
             f"{name} beyond": Case(
-                helpers._everything,
+                build_everything,
                 {"divergence": divergence, "vocab_size": 700, "reduction": "none"},
                 impl,
                 "beyond",
@@ -96,21 +102,21 @@ for impl in ("torch", "triton"):
             ),
         }
 for reduction in ("mean", "sum", "none"):
-    CASES[f"{reduction} empty"] = Case(helpers._build, {"reduction": reduction, "bias": True}, division="empty")
-    CASES[f"{reduction} bf16"] = Case(helpers._build, {"reduction": reduction, "dtype": torch.bfloat16})
+    CASES[f"{reduction} empty"] = Case(build, {"reduction": reduction, "bias": True}, division="empty")
+    CASES[f"{reduction} bf16"] = Case(build, {"reduction": reduction, "dtype": torch.bfloat16})
     CASES[f"{reduction} triton bf16"] = Case(
-        helpers._build, {"reduction": reduction, "dtype": torch.bfloat16}, "triton", worlds=(2,)
+        build, {"reduction": reduction, "dtype": torch.bfloat16}, "triton", worlds=(2,)
     )
 for divergence in ("forward_kl", "reverse_kl", "jsd"):
-    CASES[f"float64 {divergence}"] = Case(helpers._everything, {"divergence": divergence, "dtype": torch.float64})
+    CASES[f"float64 {divergence}"] = Case(build_everything, {"divergence": divergence, "dtype": torch.float64})
     CASES[f"far from zero {divergence}"] = Case(far_from_zero, {"divergence": divergence}, division="ragged")
     CASES[f"tied {divergence}"] = Case(tied, {"divergence": divergence})
     CASES[f"apart {divergence}"] = Case(apart, {"divergence": divergence, "temperature": 4.0})
 CASES |= {
-    "float16": Case(helpers._everything, {"dtype": torch.float16, "reduction": "sum"}),
-    "shared": Case(helpers._build, SHARED),
-    "shared sorted": Case(helpers._build, SHARED | {"teacher_index": [2, 0, 1, 0, 2, 1]}, "triton", "ragged"),
-    "no rows": Case(helpers._build, {"student_index": [], "teacher_index": []}),
+    "float16": Case(build_everything, {"dtype": torch.float16, "reduction": "sum"}),
+    "shared": Case(build, SHARED),
+    "shared sorted": Case(build, SHARED | {"teacher_index": [2, 0, 1, 0, 2, 1]}, "triton", "ragged"),
+    "no rows": Case(build, {"student_index": [], "teacher_index": []}),
 }
 
 
@@ -121,7 +127,7 @@ CASES |= {
 def second_backward(problem: Any, group: Any) -> list[torch.Tensor]:
     """Gradients of the first and of a second backward."""
     leaves = problem.leaves()
-    loss = helpers._loss_of(problem, leaves, "torch", vocab_group=group)
+    loss = loss_of(problem, leaves, "torch", vocab_group=group)
     asked = [leaves[name] for name in problem.asks if name in leaves]
     return [torch.cat([g.flatten() for g in torch.autograd.grad(loss, asked, retain_graph=True)]) for _ in range(2)]
 
@@ -135,15 +141,15 @@ def compute(rank: int, ranks: int, device: str) -> dict[str, Any]:
         if ranks in case.worlds and (device == "cpu" or case.impl == "triton"):
             sent |= {"gathered": 0, "added": 0}
             problem = world.shard(case.problem(), case.division, rank, ranks).with_options(vocab_group=group)
-            got = helpers._run(problem, case.impl, device)
+            got = run(problem, case.impl, device)
             answers[name] = {"loss": got.loss, "gradients": got.gradients, "stats": got.stats, "sent": dict(sent)}
     results: dict[str, Any] = {"answers": answers}
     if ranks == 2 and device == "cpu":
-        problem = world.shard(helpers._build(), "even", rank, ranks)
+        problem = world.shard(build(), "even", rank, ranks)
         results["second backward"] = second_backward(problem, group)
         frozen = problem.with_options(vocab_group=group, divergence="jsd")
         sent |= {"gathered": 0, "added": 0}
-        helpers._loss_of(frozen, frozen.tensors, "torch")
+        loss_of(frozen, frozen.tensors, "torch")
         results["sent without gradients"] = dict(sent)
     return results
 
@@ -164,7 +170,7 @@ def assembled(answers: list[dict[str, Any]]) -> Any:
         name: value if name == "student_hidden" else torch.cat([answer["gradients"][name] for answer in answers])
         for name, value in first["gradients"].items()
     }
-    return helpers.Outcome(first["loss"], gradients, first["stats"])
+    return Outcome(first["loss"], gradients, first["stats"])
 
 
 RUNS = [(name, ranks) for name, case in CASES.items() for ranks in case.worlds]
@@ -179,8 +185,8 @@ def assert_as_one_process(answers: list[dict[str, Any]], name: str) -> None:
     got = assembled(answers)
     problem = CASES[name].problem()
     if got.loss.dtype != torch.float64:  # there the oracle is no more accurate than what it would judge
-        helpers._assert_accurate(got, problem)
-    one, scale = helpers._run(problem, "torch"), helpers._oracle(problem).logit_scale
+        assert_accurate(got, problem)
+    one, scale = run(problem, "torch"), oracle(problem).logit_scale
     for part, value in {"loss": one.loss, **one.stats, **one.gradients}.items():
         other = {"loss": got.loss, **got.stats, **got.gradients}[part]
         size = value.abs().max().item() if value.numel() else 0.0
@@ -193,8 +199,8 @@ def assert_as_one_process(answers: list[dict[str, Any]], name: str) -> None:
 @pytest.mark.parametrize(("name", "ranks"), RUNS, ids=[f"{name}, {ranks} ranks" for name, ranks in RUNS])
 def test_bytes_sent(worlds, name, ranks):
     problem = CASES[name].problem()
-    rows, width = helpers._count(problem), problem.tensors["student_hidden"].shape[1]
-    size = helpers._accumulation_dtype(problem).itemsize
+    rows, width = count(problem), problem.tensors["student_hidden"].shape[1]
+    size = accumulation_dtype(problem).itemsize
     slope = problem.options.get("divergence", "forward_kl") != "forward_kl"  # whether its mean is needed
     # Numbers a row of each pass besides the hidden gradient. "none" makes that in a second pass, without statistics.
     passes = [(4, 3), (4, 1 + slope)] if problem.options.get("reduction") == "none" else [(4, 3 + slope)]
@@ -216,7 +222,7 @@ def test_second_backward(worlds):
         assert torch.equal(first, second)
 
 
-def test_traced_call_is_refused(build):
+def test_traced_call_is_refused():
     problem = build()
 
     def call(hidden):

@@ -10,7 +10,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounter
 
 from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
-from disc_kernels.linear_kl import operator as operator_module
+from disc_kernels.linear_kl import compile as compile_module
+from tests.linear_kl.oracle import build, build_everything, loss_of
+from tests.linear_kl.traced.steps import Step, assert_same, compare, compiled, outcome, step_outcome
 
 V, D = 37, 8
 STUDENT = ("student_hidden", "student_weight", "student_bias")
@@ -22,33 +24,33 @@ def backend(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_model_step(backend, dtype, build_step, step_outcome, compiled, assert_same):
-    step = build_step(dtype, temperature=2.0)
+def test_model_step(backend, dtype):
+    step = Step(dtype, temperature=2.0)
     inputs = step.inputs(5, dtype)
     assert_same(step_outcome(step, compiled(step, backend), *inputs), step_outcome(step, step, *inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU")
-def test_model_step_by_inductor(build_step, step_outcome, compiled, assert_same):
-    step = build_step()
+def test_model_step_by_inductor():
+    step = Step()
     inputs = step.inputs(5)
     assert_same(step_outcome(step, compiled(step, "inductor"), *inputs), step_outcome(step, step, *inputs), ulps=32)
 
 
-def test_every_option(build_everything, divergence, reduction, loss_of, compare):
-    compare(build_everything(divergence=divergence, reduction=reduction), loss_of)
+def test_every_option(divergence, reduction):
+    compare(build_everything(divergence=divergence, reduction=reduction))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit(build_everything, dtype, reduction, loss_of, compare):
+def test_16_bit(dtype, reduction):
     """To the bit: a factor that is rounded to the gradient's dtype before it is multiplied in would show."""
     once = {"student_index": [4, 0, 2, 5, 1, 3], "teacher_index": [3, 3, 0, 1, 1, 2]}  # no sum in 4 bytes to round
     weight = [0.5, 0.0, 2.0, 1.0, 0.25, 3.0]
-    compare(build_everything(dtype, reduction=reduction, row_weight=weight, **once), loss_of, ulps=0)
+    compare(build_everything(dtype, reduction=reduction, row_weight=weight, **once), ulps=0)
 
 
-def test_implementations(build_everything, impl, loss_of, compiled, compare, outcome, assert_same):
+def test_implementations(impl):
     """`reference` is traced like any torch code; the others are one operator."""
     problem = build_everything(reduction="sum")
     if impl == "reference":
@@ -56,15 +58,15 @@ def test_implementations(build_everything, impl, loss_of, compiled, compare, out
         expected = outcome(lambda leaves: loss_of(problem, leaves, impl, return_stats=True), problem)
         assert_same(outcome(call, problem), expected, ulps=64)
     else:
-        compare(problem, loss_of, impl=impl)
+        compare(problem, impl=impl)
 
 
 @pytest.mark.parametrize("asks", [*((name,) for name in STUDENT), STUDENT[:2]])
-def test_frozen_parts(build_everything, asks, reduction, loss_of, compare):
-    compare(replace(build_everything(reduction=reduction), asks=asks), loss_of)
+def test_frozen_parts(asks, reduction):
+    compare(replace(build_everything(reduction=reduction), asks=asks))
 
 
-def test_no_gradient_asked(build_everything, loss_of, compiled):
+def test_no_gradient_asked():
     problem = build_everything(reduction="mean")
     call = compiled(lambda leaves: loss_of(problem, leaves, "torch"))
     loss = call(problem.leaves())
@@ -74,7 +76,7 @@ def test_no_gradient_asked(build_everything, loss_of, compiled):
     assert torch.equal(loss, without)
 
 
-def test_one_weight_for_both_models(build, loss_of, compiled, outcome, assert_same):
+def test_one_weight_for_both_models():
     problem = build(bias=True)
     problem = problem.with_tensors(teacher_weight=problem.tensors["student_weight"])
 
@@ -84,7 +86,7 @@ def test_one_weight_for_both_models(build, loss_of, compiled, outcome, assert_sa
     assert_same(outcome(compiled(call), problem), outcome(call, problem))
 
 
-def test_no_rows(build, loss_of, compiled):
+def test_no_rows():
     problem = build(student_index=[], teacher_index=[])
     leaves = problem.leaves()
     loss = compiled(lambda leaves: loss_of(problem, leaves, "torch"))(leaves)
@@ -93,7 +95,7 @@ def test_no_rows(build, loss_of, compiled):
     assert not any(leaves[name].grad.any() for name in STUDENT[:2])
 
 
-def test_skip_below(build_everything, loss_of, compiled, compare):
+def test_skip_below():
     """What it reports comes third, and its approximate gradients are the eager call's."""
     problem = build_everything(reduction="mean")
 
@@ -102,11 +104,11 @@ def test_skip_below(build_everything, loss_of, compiled, compare):
 
     expected, got = call(problem.leaves())[2], compiled(call)(problem.leaves())[2]
     assert 0 < got < 1 and torch.equal(got, expected)
-    compare(problem, loss_of, skip_below=1e-3)
+    compare(problem, skip_below=1e-3)
 
 
-def test_autocast(backend, build_step, step_outcome, compiled, assert_same):
-    step = build_step()
+def test_autocast(backend):
+    step = Step()
     inputs = step.inputs(5)
 
     def call(*inputs):
@@ -122,7 +124,7 @@ def test_autocast(backend, build_step, step_outcome, compiled, assert_same):
     assert not torch.equal(step(*inputs)[0], expected["loss"])
 
 
-def test_second_backward(build_everything, reduction, loss_of, compiled, assert_same):
+def test_second_backward(reduction):
     problem = build_everything(reduction=reduction)
     leaves = problem.leaves()
     loss = compiled(lambda leaves: loss_of(problem, leaves, "torch"))(leaves)
@@ -135,7 +137,7 @@ def test_second_backward(build_everything, reduction, loss_of, compiled, assert_
     assert_same(dict(zip(STUDENT, second, strict=True)), {n: 4 * x for n, x in zip(STUDENT, kept, strict=True)})
 
 
-def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch, compiled):
+def test_gradients_are_computed_once(monkeypatch):
     """A scalar's in the forward, where the logits are at hand."""
     problem, calls = build_everything(reduction="mean"), []
 
@@ -143,8 +145,8 @@ def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch, com
         calls.append(arguments)
         return original(*arguments)
 
-    original = operator_module.forward_with_gradients
-    monkeypatch.setattr(operator_module, "forward_with_gradients", counted)
+    original = compile_module.forward_with_gradients
+    monkeypatch.setattr(compile_module, "forward_with_gradients", counted)
     loss = compiled(lambda leaves: loss_of(problem, leaves, "torch"))(problem.leaves())
     assert len(calls) == 1
     loss.backward()
@@ -152,8 +154,8 @@ def test_gradients_are_computed_once(build_everything, loss_of, monkeypatch, com
 
 
 @pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
-def test_another_number_of_rows_compiles_nothing(how, build_step, step_outcome, compiled, assert_same):
-    counter, step = CompileCounter(), build_step()
+def test_another_number_of_rows_compiles_nothing(how):
+    counter, step = CompileCounter(), Step()
     call = compiled(step, counter, dynamic=True if how == "dynamic" else None)
     for rows in (5, 6, 9, 17):
         ids, teacher_hidden, _, *by_row = inputs = step.inputs(rows)
@@ -164,7 +166,7 @@ def test_another_number_of_rows_compiles_nothing(how, build_step, step_outcome, 
     assert counter.frame_count == 1
 
 
-def test_rows_chosen_in_the_graph(compiled, assert_same):
+def test_rows_chosen_in_the_graph():
     """Their number is not known before it runs."""
     hidden, weight = torch.randn(10, D, requires_grad=True), torch.randn(V, D)
 
@@ -180,7 +182,7 @@ def test_rows_chosen_in_the_graph(compiled, assert_same):
     assert_same({"hidden": got}, {"hidden": expected})
 
 
-def test_options_given_to_the_graph(compiled):
+def test_options_given_to_the_graph():
     hidden, weight = torch.randn(6, D), torch.randn(V, D)
 
     def call(temperature, scale, vocab_size):
@@ -201,7 +203,7 @@ def test_options_given_to_the_graph(compiled):
     assert len(set(map(float, losses))) == 3
 
 
-def test_teacher_from_inference_mode(backend, loss_of, build, compiled, outcome, assert_same):
+def test_teacher_from_inference_mode(backend):
     problem = build()
     with torch.inference_mode():
         teacher = {name: x.clone() for name, x in problem.tensors.items() if name.startswith("teacher")}
@@ -221,14 +223,13 @@ WRONG = {
     "student_transform: expected a LogitTransform": {"student_transform": 3.0},
     "impl: expected one of": {"impl": "cuda"},
     "max_workspace_bytes: expected at least": {"max_workspace_bytes": 1},
-    "skip_below: expected a positive number": {"skip_below": -1.0},
     "student_hidden: expected a tensor": {"student_hidden": [1.0]},
     "student_hidden: expected torch.float64": {"student_weight": torch.zeros(V, D, dtype=torch.float64)},
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_errors_say_what_they_say_in_eager(message, compiled):
+def test_errors_say_what_they_say_in_eager(message):
     arguments = {"student_hidden": torch.zeros(6, D), "student_weight": torch.zeros(V, D)}
     arguments |= {"teacher_hidden": torch.zeros(6, D), "teacher_weight": torch.zeros(V, D), **WRONG[message]}
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from disc_kernels import fused_suffix_kl
-from disc_kernels.linear_kl import operator as operator_module
+from disc_kernels.linear_kl import compile as compile_module
+from tests.linear_kl.traced.steps import Step, assert_same, step_outcome
 
 V, D = 37, 8
 
@@ -20,9 +21,9 @@ def exported(step, inputs):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_export(training, build_step, step_outcome, assert_same):
+def test_export(training):
     """Runs at other sizes, and trains, even if it was exported where no gradient was asked for."""
-    step = build_step(temperature=2.0)
+    step = Step(temperature=2.0)
     with torch.set_grad_enabled(training):
         program = exported(step, step.inputs(5))
     file = io.BytesIO()
@@ -35,8 +36,8 @@ def test_export(training, build_step, step_outcome, assert_same):
     assert_same(got, expected)
 
 
-def test_exported_graph_has_one_operator(build_step):
-    step = build_step()
+def test_exported_graph_has_one_operator():
+    step = Step()
     targets = [str(node.target) for node in exported(step, step.inputs(5)).graph.nodes]
     assert targets.count("disc_kernels.fused_suffix_kl.default") == 1
     assert not any("softmax" in target for target in targets)
@@ -71,7 +72,7 @@ def test_opcheck(dtype, reduction, return_stats):
     def parameter(*shape):
         return torch.randn(*shape).to(dtype).requires_grad_()
 
-    arguments = operator_module.Arguments(
+    arguments = compile_module.Arguments(
         student_hidden=parameter(2, 5, D),
         student_weight=parameter(V, D),
         student_bias=parameter(V),
@@ -92,17 +93,16 @@ def test_opcheck(dtype, reduction, return_stats):
         vocab_size=V - 1,
         max_workspace_bytes=None,
         return_stats=return_stats,
-        skip_below=None,
         impl=None,
         autocast_dtype=None,
         wanted=[True, True, True],
     )
-    torch.library.opcheck(operator_module.operator, tuple(arguments))
+    torch.library.opcheck(compile_module.operator, tuple(arguments))
 
 
-def test_double_backward_is_refused(reduction, build_step):
+def test_double_backward_is_refused(reduction):
     """Also where the hidden states are no leaf, so that a part of the second gradient would be there, and wrong."""
-    step = build_step(reduction=reduction)
+    step = Step(reduction=reduction)
     module = exported(step, step.inputs(5)).module()
     loss, _ = module(*step.inputs(5))
     with pytest.raises(RuntimeError, match="cannot be differentiated"):

@@ -1,0 +1,113 @@
+"""The student's gradients while they are summed over chunks, still to be multiplied by a scale."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from disc_kernels.linear_kl.inputs import Problem, Side
+from disc_kernels.linear_kl.products import multiply_into, weight_tiles
+from disc_kernels.linear_kl.ranks.group import Adding, VocabGroup
+from disc_kernels.linear_kl.workspace import Plan
+
+
+class Wanted(NamedTuple):
+    """Which gradients of the student's tensors are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class GradientSums:
+    """The student's gradients while they are summed over chunks, still to be multiplied by a scale.
+
+    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows_torch.py` leaves out. It
+    is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is float32, the
+    power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does not underflow
+    before the upstream gradient (a loss scaler's) has been multiplied in.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        plan: Plan,
+        wanted: Wanted,
+        largest_weight: Tensor,
+        group: VocabGroup | None = None,
+    ):
+        student, wide = problem.student, problem.accumulate_dtype
+        scale = largest_weight * (student.transform.scale / problem.temperature)
+        self.mantissa, _ = torch.frexp(scale)
+        self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
+        self.adding = Adding(group)
+        weight, hidden, bias = student.weight, student.hidden, student.bias
+        # Nothing here keeps the inputs alive until the backward.
+        self.hidden_shape, self.chunk_rows, self.tile_rows = hidden.shape, plan.chunk_rows, plan.tile_rows
+        self.hidden_dtype, self.weight_dtype = hidden.dtype, weight.dtype
+        self.bias_dtype = weight.dtype if bias is None else bias.dtype
+        self.hidden: Tensor | None = None
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+        if wanted.hidden:
+            # With an index some rows may never be written, and some may be summed; where some must be, in 4 bytes, for
+            # the sum of many 16-bit numbers stops growing.
+            new = torch.empty if student.index is None else torch.zeros
+            dtype = wide if problem.rows > student.hidden_rows else hidden.dtype
+            self.hidden = new(student.hidden_rows, student.hidden_size, dtype=dtype, device=hidden.device)
+        if wanted.weight:
+            # With the weight's strides, or autograd would copy it to get them.
+            self.weight = torch.empty_like(weight, dtype=wide)
+            # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
+            self.weight[problem.vocab_size if problem.rows else 0 :].zero_()
+        if wanted.bias:
+            self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
+
+    def add_chunk(self, student: Side, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
+        if self.hidden is not None:
+            rows = self._hidden_rows(student, gradient)
+            index = None if student.index is None else student.index[start:stop]
+            self.adding.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
+        if self.weight is not None:
+            multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
+        if self.bias is not None:
+            self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
+
+    def finish_chunks(self) -> None:
+        """After the last chunk: all sums are complete."""
+        self.adding.finish()
+
+    @staticmethod
+    def _take_hidden_rows(total: Tensor, rows: Tensor, start: int, index: Tensor | None) -> None:
+        if index is None:
+            total[start : start + len(rows)] = rows
+        else:
+            total.index_add_(0, index, rows.to(total.dtype))
+
+    def _hidden_rows(self, student: Side, gradient: Tensor) -> Tensor:
+        """[R, D], but for the power of two."""
+        new = torch.empty if student.vocab_size > 0 else torch.zeros
+        rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
+        for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows)):
+            multiply_into(rows, gradient[:, columns], weight, accumulate=tile > 0)
+        return rows.mul_(self.mantissa)
+
+    def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
+        factor = self.power * upstream
+        hidden = weight = bias = None
+        if self.hidden is not None:
+            # In float32, a chunk at a time: a 16-bit factor would round, and promotion would copy the whole.
+            for rows in self.hidden.split(self.chunk_rows):
+                rows.copy_(rows.to(factor.dtype).mul_(factor))
+            hidden = self.hidden.view(self.hidden_shape).to(self.hidden_dtype)
+        factor = factor * self.mantissa
+        if self.weight is not None:
+            weight = self.weight.mul_(factor).to(self.weight_dtype)
+        if self.bias is not None:
+            bias = self.bias.mul_(factor).to(self.bias_dtype)
+        return hidden, weight, bias

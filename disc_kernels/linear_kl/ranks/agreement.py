@@ -1,0 +1,175 @@
+"""Ranks that share a vocabulary learn, before a call, that they mean the same call.
+
+One small exchange of Python objects a call: what each rank was given, and what it found wrong with it. So ranks that
+disagree all raise the same error, where collectives that do not fit each other would wait forever. With a group that
+has a backend for the CPU ("gloo", or "cpu:gloo,cuda:nccl", which is what `init_process_group()` makes) hosts wait for
+each other only, and a rank that never calls makes the others raise within the group's timeout; with NCCL alone they
+wait for their devices too, and NCCL's watchdog ends the process.
+
+Compared are shapes, dtypes, options, which gradients are asked for, and values of indices on the CPU. Not compared
+are values on a device and of floating-point tensors: ranks whose hidden states differ compute something meaningless.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Number
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from disc_kernels.autocast import autocast_dtype
+from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.ranks.dtensor import local_tensors
+from disc_kernels.linear_kl.ranks.group import VocabGroup, with_all_ranks
+
+S = TypeVar("S", bound="Shard")
+
+
+class Shard(Protocol):
+    """One rank's part of a call, checked and planned as if all entries of its heads were compared."""
+
+    @property
+    def head_rows(self) -> dict[str, int]:
+        """Vocabulary rows of each head, by argument."""
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows a chunk that fit this rank's workspace."""
+
+    def divided(self: S, entries: int, chunk_rows: int) -> S:
+        """The same, of the first `entries` entries and in chunks of so many rows."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What one rank says of its call."""
+
+    arguments: dict[str, Any]  # what must be the same on all ranks
+    failure: str | None = None  # what it found wrong
+    head_rows: dict[str, int] | None = None
+    chunk_rows: int = 0
+
+
+def agree(
+    vocab_group: Any,
+    arguments: dict[str, Any],  # all of the public call's, by name
+    prepare: Callable[[dict[str, Any], VocabGroup], S],  # from arguments without DTensors
+) -> S:
+    """This rank's part of a call that all ranks of the group make.
+
+    Raises:
+        TypeError: the group is none.
+        ValueError: this process is no member of it; the ranks disagree, or one of them found something wrong.
+        RuntimeError: a rank did not call within the group's timeout.
+    """
+    group = VocabGroup(_checked_group(vocab_group))
+    failure: Exception | None = None
+    try:
+        arguments = local_tensors(arguments, group.group)
+        shard = prepare(arguments, group)
+        here = Rank(_described(arguments), None, shard.head_rows, shard.chunk_rows)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        failure = error
+        here = Rank(_described(arguments), failure=f"{type(error).__name__}: {error}")
+    gathered: list[Any] = [None] * group.ranks
+    with with_all_ranks():
+        dist.all_gather_object(gathered, here, group=group.group)
+    _check_agreement(gathered, failure)
+    entries = _entries([rank.head_rows for rank in gathered], arguments["vocab_size"])
+    # All ranks must divide the rows alike.
+    return shard.divided(entries[group.group.rank()], min(rank.chunk_rows for rank in gathered))
+
+
+def _checked_group(group: Any) -> dist.ProcessGroup:
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("vocab_group: expected a group that this process is a member of")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"vocab_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    return group
+
+
+def _described(arguments: dict[str, Any]) -> dict[str, Any]:
+    described = {name: _description(name, value) for name, value in arguments.items()}
+    head = arguments["student_weight"]
+    if isinstance(head, Tensor):
+        dtype = autocast_dtype(head.device.type)
+        described["autocast"] = None if dtype is None else str(dtype)
+    return described
+
+
+def _description(name: str, value: Any) -> Any:
+    """What must be the same on all ranks, and what an error shows."""
+    if value is None or isinstance(value, int | float | str):
+        return value
+    if isinstance(value, tuple):  # a TeacherSummary
+        return ", ".join(str(_description(f"{name}.{i}", x)) for i, x in enumerate(value))
+    if isinstance(value, Number | LogitTransform):
+        return repr(value)
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    shape = [str(size) for size in value.shape]
+    if name.endswith(("_weight", "_bias")) and name != "row_weight":
+        shape[:1] = ["shard"]
+    gradient = " with a gradient" if torch.is_grad_enabled() and value.requires_grad else ""
+    # Values decide how rows are sorted and divided; CRC-32 is the same in all processes, as Python's hash is not.
+    # A DTensor is here where it was refused: it has no values to read.
+    index = name.endswith("_index") and type(value) is Tensor and value.dtype == torch.int64
+    index = index and value.layout == torch.strided
+    on_host = index and value.device.type == "cpu"
+    values = f", checksum {zlib.crc32(value.contiguous().numpy().tobytes()):08x}" if on_host else ""
+    return f"{value.dtype} [{', '.join(shape)}] on {value.device.type}{gradient}{values}"
+
+
+def _check_agreement(ranks: Sequence[Rank], failure: Exception | None) -> None:
+    """Raise the same on every rank; where all of them found the same, what this one found."""
+    for name in ranks[0].arguments:
+        values = [rank.arguments.get(name) for rank in ranks]
+        if any(repr(value) != repr(values[0]) for value in values):  # NaN is not equal to itself
+            listed = ", ".join(f"{value!r} on rank {i}" for i, value in enumerate(values))
+            raise ValueError(f"{name}: expected the same on all ranks of vocab_group, got {listed}")
+    failures = [(i, rank.failure) for i, rank in enumerate(ranks) if rank.failure is not None]
+    if failure is not None and len({rank.failure for rank in ranks}) == 1:
+        raise failure
+    if failures:
+        first, text = failures[0]
+        raise ValueError(f"vocab_group: rank {first} cannot take part: {text}") from failure
+
+
+def _entries(ranks: Sequence[dict[str, int]], vocab_size: int | None) -> list[int]:
+    """How many entries each rank's shards have below `vocab_size`, which counts over all of them.
+
+    `ranks` are each rank's vocabulary rows, by head; what is compared must be divided alike in all heads.
+    """
+    heads = {name: [rows[name] for rows in ranks] for name in ranks[0]}
+    first, *others = heads
+    if vocab_size is None:
+        for other in others:
+            if heads[other] != heads[first]:
+                raise ValueError(
+                    f"vocab_size: expected an int, because the shards of {first} have {heads[first]} vocabulary rows "
+                    f"and those of {other} {heads[other]}; got None"
+                )
+        return heads[first]
+    most = min(map(sum, heads.values()))
+    if vocab_size > most:
+        shards = " and of ".join(f"{name} ({rows})" for name, rows in heads.items())
+        raise ValueError(
+            f"vocab_size: expected at most {most}, the vocabulary rows that the shards of {shards} have, "
+            f"got {vocab_size}"
+        )
+    compared = {
+        name: [min(max(vocab_size - sum(rows[:rank]), 0), rows[rank]) for rank in range(len(ranks))]
+        for name, rows in heads.items()
+    }
+    for other in others:
+        if compared[other] != compared[first]:
+            raise ValueError(
+                f"{other}: expected the vocabulary divided as {first}'s, into {heads[first]} rows, "
+                f"as far as vocab_size {vocab_size}, got {heads[other]}"
+            )
+    return compared[first]

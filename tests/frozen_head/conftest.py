@@ -1,0 +1,13 @@
+import pytest
+import torch
+
+from tests.linear_kl.conftest import divergence, double_impl, fused_impl, impl  # noqa: F401
+from tests.linear_kl.ranks.conftest import worlds  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def new_memory_is_nan():
+    """An entry nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,110 @@
+"""Run worlds of processes, for what ranks do together. A test file is also the program that each of its ranks runs:
+
+    if __name__ == "__main__":
+        world.main(compute)        # compute(rank, ranks, device) -> what the tests are to compare
+
+The processes of a world are started once and go through every case of that world's.
+"""
+
+import datetime
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = str(Path(__file__).parents[3])
+TIMEOUT = 60  # seconds, of any collective, so that nothing waits forever
+
+
+def run(module: str, ranks: int, folder: Path, device: str = "cpu") -> list[Any]:
+    """Return what each of the `ranks` processes of a test module computed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    if device == "cpu":
+        environment["TRITON_INTERPRET"] = "1"
+    processes = []
+    for rank in range(ranks):
+        with (folder / f"{rank}.txt").open("w") as said:
+            command = [sys.executable, "-m", module, str(rank), str(ranks), str(folder), device]
+            processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said))
+    try:
+        codes = [process.wait(timeout=3 * TIMEOUT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, code in enumerate(codes):
+        if code != 0:
+            pytest.fail(f"rank {rank} of {ranks}: {(folder / f'{rank}.txt').read_text()[-4000:]}")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def main(compute: Callable[[int, int, str], Any]) -> None:
+    """One of those processes."""
+    rank, ranks, folder, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    torch.save(compute(rank, ranks, device), f"{folder}/{rank}.pt")
+    dist.barrier()  # none leaves while another may still need it
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How a vocabulary is divided
+
+
+def divide(division: str, ranks: int, vocab: int, compared: int) -> list[int]:
+    """Vocabulary rows of each rank."""
+    if division == "even":
+        sizes = [vocab // ranks] * ranks
+    elif division == "ragged":
+        sizes = [1, *(vocab * (i + 1) // ranks**2 for i in range(ranks - 1))]
+    elif division == "beyond":  # the last shard has nothing that is compared, the one before ends inside
+        sizes = [compared // (ranks - 1)] * (ranks - 2)
+        sizes += [compared - sum(sizes), 0]
+    else:
+        assert division == "empty"
+        sizes = [0, *[vocab // ranks] * (ranks - 1)]
+    return [*sizes[:-1], vocab - sum(sizes[:-1])]
+
+
+def shard(problem: Any, division: str, rank: int, ranks: int) -> Any:
+    """This rank's part of the problem."""
+    weights = [problem.tensors[f"{name}_weight"] for name in ("student", "teacher")]
+    compared = problem.options.get("vocab_size") or len(weights[0])
+    tensors = {}
+    for name, weight in zip(("student", "teacher"), weights, strict=True):
+        # Both divided as the smaller vocabulary: the last rank has the rest.
+        sizes = divide(division, ranks, min(map(len, weights)), compared)
+        start = sum(sizes[:rank])
+        stop = len(weight) if rank == ranks - 1 else start + sizes[rank]
+        for part in ("weight", "bias"):
+            if f"{name}_{part}" in problem.tensors:
+                tensors[f"{name}_{part}"] = problem.tensors[f"{name}_{part}"][start:stop].clone()
+    return problem.with_tensors(**tensors)
+
+
+def counted(sent: dict[str, int]) -> None:
+    """Note the bytes that this rank gives to collectives."""
+    all_gather, all_reduce = dist.all_gather, dist.all_reduce
+
+    def counted_gather(outputs: Any, x: torch.Tensor, **options: Any) -> Any:
+        sent["gathered"] += x.numel() * x.element_size()
+        return all_gather(outputs, x, **options)
+
+    def counted_reduce(x: torch.Tensor, **options: Any) -> Any:
+        sent["added"] += x.numel() * x.element_size()
+        return all_reduce(x, **options)
+
+    dist.all_gather, dist.all_reduce = counted_gather, counted_reduce
