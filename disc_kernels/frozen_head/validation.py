@@ -1,4 +1,4 @@
-"""Every check of what the frozen-head form is given, with the checks of `validation.py`; knows no backend."""
+"""Check what the frozen-head calls are given, with the checks of `linear_kl/validation.py`; knows no backend."""
 
 from __future__ import annotations
 
@@ -8,68 +8,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from disc_kernels.frozen_head.plan import LossCall, SummaryCall, TeacherSummary
-from disc_kernels.linear_kl.inputs import LogitTransform, Side
+from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, SummaryInputs, SummaryProblem, TeacherSummary
+from disc_kernels.linear_kl.inputs import LogitTransform, Projection
 from disc_kernels.linear_kl.validation import (
     REDUCTIONS,
     check_choice,
     check_count,
     check_index,
     check_number,
+    check_projection,
     check_row_weight,
-    check_side,
+    check_same_rows,
+    check_temperature,
     check_tensor,
     check_vocab_size,
+    check_workspace,
 )
 
 
-def check_summary_call(arguments: dict[str, Any], sharded: bool) -> SummaryCall:
-    """What `teacher_summary` was given, by name, as a call; see `build_problem` for `sharded`."""
-    a = arguments
-    temperature = _temperature(a["temperature"])
-    device = check_tensor("teacher_hidden", a["teacher_hidden"]).device
-    teacher = (a["teacher_hidden"], a["teacher_weight"], a["teacher_bias"], a["teacher_index"], a["teacher_transform"])
-    reading = check_side("teacher", *teacher, device, sharded)
+def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> SummaryProblem:
+    """Return the problem that the inputs pose, or raise; see `linear_kl.validation.check_inputs` for `sharded`."""
+    x, autocast = inputs, inputs.autocast_dtype
+    temperature = check_temperature(x.temperature)
+    check_workspace(x.max_workspace_bytes)
+    device = check_tensor("teacher_hidden", x.teacher_hidden).device
+    given = x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_index, x.teacher_transform
+    teacher = check_projection("teacher", *given, device, autocast, sharded)
     # Of the student there is a head and no row.
-    weight = check_tensor("student_weight", a["student_weight"])
+    weight = check_tensor("student_weight", x.student_weight)
     no_rows = weight.new_empty(0, weight.shape[-1] if weight.dim() else 0)
-    head = check_side("student", no_rows, weight, a["student_bias"], None, None, device, sharded)
-    vocab_size = check_vocab_size(a["vocab_size"], head.weight.shape[0], reading.weight.shape[0], sharded)
-    wide = torch.promote_types(head.accumulate_dtype, reading.accumulate_dtype)
-    reading, head = (replace(side, vocab_size=vocab_size, accumulate_dtype=wide) for side in (reading, head))
-    return SummaryCall(reading, head, temperature)
+    head = check_projection("student", no_rows, weight, x.student_bias, None, None, device, autocast, sharded)
+    vocab_size = check_vocab_size(x.vocab_size, head.weight.shape[0], teacher.weight.shape[0], sharded)
+    wide = torch.promote_types(head.accumulate_dtype, teacher.accumulate_dtype)
+    teacher, head = (replace(model, vocab_size=vocab_size, accumulate_dtype=wide) for model in (teacher, head))
+    return SummaryProblem(teacher, head, temperature)
 
 
-def check_loss_call(arguments: dict[str, Any], sharded: bool) -> LossCall:
-    """What `expected_embedding_kl` was given, by name, as a call; see `build_problem` for `sharded`."""
-    a, summary = arguments, arguments["summary"]
-    check_choice("reduction", a["reduction"], REDUCTIONS)
-    temperature = _temperature(a["temperature"])
-    device = check_tensor("student_hidden", a["student_hidden"]).device
-    transform = LogitTransform(_scale(a["student_scale"]))
-    given = (a["student_hidden"], a["student_weight"], a["student_bias"], a["student_index"], transform)
-    student = check_side("student", *given, device, sharded)
+def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
+    """Return the problem that the inputs pose, or raise; see `linear_kl.validation.check_inputs` for `sharded`."""
+    x, summary, index = inputs, inputs.summary, inputs.summary_index
+    check_choice("reduction", x.reduction, REDUCTIONS)
+    temperature = check_temperature(x.temperature)
+    check_workspace(x.max_workspace_bytes)
+    device = check_tensor("student_hidden", x.student_hidden).device
+    given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, LogitTransform(_scale(x.student_scale))
+    student = check_projection("student", *given, device, x.autocast_dtype, sharded)
     _refuse_trainable_head(student)
-    vocab_size = _vocab_size(a["vocab_size"], student, sharded)
+    vocab_size = _vocab_size(x.vocab_size, student, sharded)
     _check_summary(summary, student)
     wide = torch.promote_types(student.accumulate_dtype, summary.embedding.dtype)
     student = replace(student, vocab_size=vocab_size, accumulate_dtype=wide)
-    index = a["summary_index"]
+    compared = ("student_hidden" if student.index is None else "student_index", student.rows)
+    chosen = ("summary", len(summary.embedding))
     if index is not None:
         index = check_index("summary_index", index, len(summary.embedding), "summary", device)
-    rows = _paired_rows(student, summary, index)
-    return LossCall(
+        chosen = ("summary_index", len(index))
+    check_same_rows(compared, chosen, "student_index and summary_index")
+    row_weight = check_row_weight(x.row_weight, student.rows, device)
+    return LossProblem(
         student=student,
-        summary=TeacherSummary(*(x.detach() for x in summary)),
+        summary=TeacherSummary(*(part.detach() for part in summary)),
         summary_index=index,
-        rows=rows,
         temperature=temperature,
-        row_factor=_row_factor(check_row_weight(a["row_weight"], rows, device), rows, a["reduction"], student),
-        statistics=a["return_stats"],
+        row_factor=_row_factor(row_weight, student.rows, x.reduction, student),
+        statistics=x.return_stats,
     )
 
 
-def _vocab_size(vocab_size: Any, student: Side, sharded: bool) -> int:
+def _vocab_size(vocab_size: Any, student: Projection, sharded: bool) -> int:
     if vocab_size is not None:
         check_count("vocab_size", vocab_size)
     if vocab_size is None or sharded:
@@ -82,8 +88,8 @@ def _vocab_size(vocab_size: Any, student: Side, sharded: bool) -> int:
     return int(vocab_size)
 
 
-def _row_factor(row_weight: Tensor | None, rows: int, reduction: str, student: Side) -> Tensor:
-    """[M], what the reduction multiplies each row with: 0 where every row is masked, not NaN."""
+def _row_factor(row_weight: Tensor | None, rows: int, reduction: str, student: Projection) -> Tensor:
+    """Return what the reduction multiplies each row with, [M]: 0 where every row is masked, not NaN."""
     wide, device = student.accumulate_dtype, student.hidden.device
     if row_weight is None or reduction == "none":
         factor = torch.ones(rows, dtype=wide, device=device)
@@ -95,7 +101,7 @@ def _row_factor(row_weight: Tensor | None, rows: int, reduction: str, student: S
     return factor / torch.where(total == 0, torch.inf, total)
 
 
-def _refuse_trainable_head(student: Side) -> None:
+def _refuse_trainable_head(student: Projection) -> None:
     if not torch.is_grad_enabled():
         return
     for name, tensor in (("student_weight", student.weight), ("student_bias", student.bias)):
@@ -106,13 +112,6 @@ def _refuse_trainable_head(student: Side) -> None:
             )
 
 
-def _temperature(value: Any) -> float:
-    temperature = check_number("temperature", value)
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    return temperature
-
-
 def _scale(value: Any) -> float:
     scale = check_number("student_scale", value)
     if scale == 0:
@@ -120,7 +119,7 @@ def _scale(value: Any) -> float:
     return scale
 
 
-def _check_summary(summary: Any, student: Side) -> None:
+def _check_summary(summary: Any, student: Projection) -> None:
     if not isinstance(summary, TeacherSummary):
         raise TypeError(f"summary: expected a TeacherSummary, got {type(summary).__name__}")
     for name, tensor in summary._asdict().items():
@@ -142,17 +141,3 @@ def _check_summary(summary: Any, student: Side) -> None:
         got = list(getattr(summary, name).shape)
         if got != shape[:1]:
             raise ValueError(f"summary.{name}: expected shape {shape[:1]}, as summary.embedding {shape}, got {got}")
-
-
-def _paired_rows(student: Side, summary: TeacherSummary, summary_index: Tensor | None) -> int:
-    compared, given = ("student_hidden", student.hidden_rows), ("summary", len(summary.embedding))
-    if student.index is not None:
-        compared = ("student_index", len(student.index))
-    if summary_index is not None:
-        given = ("summary_index", len(summary_index))
-    if compared[1] != given[1]:
-        raise ValueError(
-            f"{given[0]}: expected {compared[1]} rows, one for each row of {compared[0]}, got {given[1]}; "
-            "student_index and summary_index choose the rows that are compared"
-        )
-    return compared[1]

@@ -1,4 +1,4 @@
-"""The public call: `fused_suffix_kl`, and `FusedSuffixKLLoss`, the module of it."""
+"""Compute the fused linear + divergence loss: `fused_suffix_kl`, and `FusedSuffixKLLoss`, the module of it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from disc_kernels.autocast import autocast_dtype
 from disc_kernels.linear_kl.compile import traced_suffix_kl
-from disc_kernels.linear_kl.function import Call, Result, fused, prepare
-from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.function import fused, prepare
+from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
-from disc_kernels.linear_kl.ranks.group import VocabGroup
 from disc_kernels.linear_kl.reference import reference_suffix_kl
-from disc_kernels.linear_kl.rows import choose_implementation
-from disc_kernels.linear_kl.validation import build_problem, check_workspace, is_traced
+from disc_kernels.linear_kl.validation import check_inputs, is_traced
 
 
 def fused_suffix_kl(
@@ -39,8 +38,8 @@ def fused_suffix_kl(
     max_workspace_bytes: int | None = None,
     return_stats: bool = False,
     impl: str | None = None,
-) -> Tensor | tuple[Any, ...]:
-    """Divergence between a teacher's and a student's next-token distributions, from their hidden states and heads.
+) -> Tensor | tuple[Tensor, SuffixKLStats]:
+    """Compute the divergence between a teacher's and a student's next-token distributions from hidden states and heads.
 
     Equal to, but without ever holding the `[M, V]` logits, probabilities or losses, in either direction::
 
@@ -126,66 +125,46 @@ def fused_suffix_kl(
             computes gradients again; when a rank of the `vocab_group` does not take part within the group's timeout
             (with NCCL alone its watchdog ends the process).
     """
-    arguments: dict[str, Any] = {
-        "student_hidden": student_hidden,
-        "student_weight": student_weight,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "student_index": student_index,
-        "teacher_index": teacher_index,
-        "row_weight": row_weight,
-        "temperature": temperature,
-        "divergence": divergence,
-        "beta": beta,
-        "reduction": reduction,
-        "student_bias": student_bias,
-        "teacher_bias": teacher_bias,
-        "student_transform": student_transform,
-        "teacher_transform": teacher_transform,
-        "vocab_size": vocab_size,
-    }
-    options: dict[str, Any] = {"max_workspace_bytes": max_workspace_bytes, "impl": impl}
-    vocab_group = vocabulary_group(arguments, vocab_group)
+    inputs = SuffixKLInputs(
+        student_hidden=student_hidden,
+        student_weight=student_weight,
+        student_bias=student_bias,
+        teacher_hidden=teacher_hidden,
+        teacher_weight=teacher_weight,
+        teacher_bias=teacher_bias,
+        student_index=student_index,
+        teacher_index=teacher_index,
+        row_weight=row_weight,
+        temperature=temperature,
+        divergence=divergence,
+        beta=beta,
+        reduction=reduction,
+        student_transform=student_transform,
+        teacher_transform=teacher_transform,
+        vocab_size=vocab_size,
+        max_workspace_bytes=max_workspace_bytes,
+        return_stats=return_stats,
+        impl=impl,
+        autocast_dtype=autocast_dtype(student_hidden),
+    )
+    vocab_group = vocabulary_group(inputs, vocab_group)
     if vocab_group is not None:
         if is_traced(student_hidden):
             raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
-        result = fused(agree(vocab_group, {**arguments, **options, "return_stats": return_stats}, _shard_of_call))
+        loss, stats = fused(*agree(vocab_group, inputs, prepare))
     else:
-        arguments = local_tensors(arguments, None)
-        if is_traced(student_hidden) and impl != "reference":
-            result = traced_suffix_kl(**arguments, **options, return_stats=return_stats)
+        inputs = local_tensors(inputs, None)
+        if impl == "reference":
+            loss, stats = reference_suffix_kl(check_inputs(inputs))
+        elif is_traced(student_hidden):
+            loss, stats = traced_suffix_kl(inputs)
         else:
-            result = _on_one_rank(arguments, **options, return_stats=return_stats)
-    return (result.loss, result.stats) if return_stats else result.loss
-
-
-def _on_one_rank(
-    arguments: dict[str, Any],  # of `build_problem`
-    max_workspace_bytes: int | None,
-    impl: str | None,
-    return_stats: bool,
-) -> Result:
-    max_workspace_bytes = check_workspace(max_workspace_bytes)
-    problem = build_problem(**arguments)
-    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype)
-    if impl == "reference":
-        loss, stats = reference_suffix_kl(problem)
-        return Result(loss, *stats)
-    return fused(prepare(problem, arguments["teacher_index"], impl, max_workspace_bytes, return_stats))
-
-
-def _shard_of_call(arguments: dict[str, Any], group: VocabGroup) -> Call:
-    """This rank's part of a call, as `agree` takes it."""
-    given = dict(arguments)
-    max_bytes, impl, statistics = map(given.pop, ("max_workspace_bytes", "impl", "return_stats"))
-    check_workspace(max_bytes)
-    problem = build_problem(**given, sharded=True)
-    impl = choose_implementation(impl, problem.device, problem.accumulate_dtype, sharded=True)
-    return prepare(problem, given["teacher_index"], impl, max_bytes, statistics, group=group)
+            loss, stats = fused(*prepare(inputs))
+    return (loss, stats) if return_stats else loss
 
 
 class FusedSuffixKLLoss(nn.Module):
-    """`fused_suffix_kl` as a module: options at construction, tensors (and any option again) at the call.
+    """Wrap `fused_suffix_kl` in a module: options at construction, tensors (and any option again) at the call.
 
     Args:
         **options: keyword arguments of `fused_suffix_kl`.
@@ -209,7 +188,7 @@ class FusedSuffixKLLoss(nn.Module):
         teacher_hidden: Tensor,
         teacher_weight: Tensor,
         **options: Any,
-    ) -> Tensor | tuple[Any, ...]:
+    ) -> Tensor | tuple[Tensor, SuffixKLStats]:
         return fused_suffix_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, **{**self.options, **options}
         )

@@ -1,4 +1,4 @@
-"""The student's gradients while they are summed over chunks, still to be multiplied by a scale."""
+"""Sum the student's gradients over chunks."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.inputs import Problem, Side
+from disc_kernels.linear_kl.inputs import Problem, Projection
 from disc_kernels.linear_kl.products import multiply_into, weight_tiles
-from disc_kernels.linear_kl.ranks.group import Adding, VocabGroup
+from disc_kernels.linear_kl.ranks.group import PendingSum
 from disc_kernels.linear_kl.workspace import Plan
 
 
 class Wanted(NamedTuple):
-    """Which gradients of the student's tensors are asked for."""
+    """Say which gradients of the student's tensors are asked for."""
 
     hidden: bool
     weight: bool
@@ -23,12 +23,12 @@ class Wanted(NamedTuple):
 
 
 class GradientSums:
-    """The student's gradients while they are summed over chunks, still to be multiplied by a scale.
+    """Sum the student's gradients over chunks, to be multiplied by a scale at the end.
 
-    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows_torch.py` leaves out. It
-    is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is float32, the
-    power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does not underflow
-    before the upstream gradient (a loss scaler's) has been multiplied in.
+    The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows/torch_backend.py` leaves
+    out. It is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is
+    float32, the power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does
+    not underflow before the upstream gradient (a loss scaler's) has been multiplied in.
     """
 
     def __init__(
@@ -37,13 +37,12 @@ class GradientSums:
         plan: Plan,
         wanted: Wanted,
         largest_weight: Tensor,
-        group: VocabGroup | None = None,
     ):
         student, wide = problem.student, problem.accumulate_dtype
         scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
         self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
-        self.adding = Adding(group)
+        self.pending_sum = PendingSum(plan.group)
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
         self.hidden_shape, self.chunk_rows, self.tile_rows = hidden.shape, plan.chunk_rows, plan.tile_rows
@@ -66,20 +65,20 @@ class GradientSums:
         if wanted.bias:
             self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
 
-    def add_chunk(self, student: Side, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
-        """Add what rows start..stop give, from their logits' `gradient` [R, V] and `hidden` rows [R, D]."""
+    def add_chunk(self, student: Projection, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
+        """Add what rows start..stop give, from the `gradient` [R, V] of their logits and their `hidden` rows [R, D]."""
         if self.hidden is not None:
             rows = self._hidden_rows(student, gradient)
             index = None if student.index is None else student.index[start:stop]
-            self.adding.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
+            self.pending_sum.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
         if self.weight is not None:
             multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
         if self.bias is not None:
             self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
 
     def finish_chunks(self) -> None:
-        """After the last chunk: all sums are complete."""
-        self.adding.finish()
+        """Complete all sums, after the last chunk."""
+        self.pending_sum.finish()
 
     @staticmethod
     def _take_hidden_rows(total: Tensor, rows: Tensor, start: int, index: Tensor | None) -> None:
@@ -88,8 +87,8 @@ class GradientSums:
         else:
             total.index_add_(0, index, rows.to(total.dtype))
 
-    def _hidden_rows(self, student: Side, gradient: Tensor) -> Tensor:
-        """[R, D], but for the power of two."""
+    def _hidden_rows(self, student: Projection, gradient: Tensor) -> Tensor:
+        """Return the hidden gradient of a chunk's rows, [R, D], but for the power of two."""
         new = torch.empty if student.vocab_size > 0 else torch.zeros
         rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
         for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows)):
@@ -97,7 +96,7 @@ class GradientSums:
         return rows.mul_(self.mantissa)
 
     def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Multiply by what is still missing; gradients in the inputs' shapes and dtypes."""
+        """Multiply by what is still missing; return gradients in the inputs' shapes and dtypes."""
         factor = self.power * upstream
         hidden = weight = bias = None
         if self.hidden is not None:

@@ -1,4 +1,4 @@
-"""What is compared with what: the one description of a call that every implementation is given."""
+"""Hold what is compared with what: the arguments of a call as they were given, and the checked problem they pose."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
+
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's output z (bias included): `softcap * tanh(scale * z / softcap)`, or `scale * z`.
+    """Describe a model's transform of its head's output z: `softcap * tanh(scale * z / softcap)`, or `scale * z`.
 
     Args:
         scale: finite factor on the logits (Cohere's `logit_scale`; `1 / logits_scaling` for Granite).
@@ -42,7 +44,7 @@ class LogitTransform:
 
 
 class SuffixKLStats(NamedTuple):
-    """Per-row statistics, each `[M]`, float32 (float64 for float64 inputs), detached.
+    """Hold statistics of each row, each `[M]`, float32 (float64 for float64 inputs), detached.
 
     `divergence` in nats, at temperature T, not multiplied by the row's weight; `student_entropy` and `teacher_entropy`
     in nats, of softmax(logits / T); `agreement` 1.0 where both put their largest logit on the same entry, else 0.0.
@@ -55,12 +57,42 @@ class SuffixKLStats(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Side:
-    """One model's half of the comparison."""
+class SuffixKLInputs:
+    """Hold the arguments of one `fused_suffix_kl` call, but for its group, before any check.
+
+    Tensors come first, and among them those that may require a gradient: the order of the operator in `compile.py`,
+    which takes its schema from these annotations.
+    """
+
+    student_hidden: Tensor
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: Tensor
+    teacher_weight: Tensor
+    teacher_bias: Tensor | None
+    student_index: Tensor | None
+    teacher_index: Tensor | None
+    row_weight: Tensor | None
+    temperature: float
+    divergence: str
+    beta: float
+    reduction: str
+    student_transform: LogitTransform | None
+    teacher_transform: LogitTransform | None
+    vocab_size: int | None
+    max_workspace_bytes: int | None
+    return_stats: bool
+    impl: str | None
+    autocast_dtype: torch.dtype | None  # of the autocast that is on around the call
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Hold one model's hidden rows and the head that projects them to logits, checked."""
 
     hidden: Tensor  # [..., D]
-    weight: Tensor  # [V_side, D]
-    bias: Tensor | None  # [V_side]
+    weight: Tensor  # [V_model, D]
+    bias: Tensor | None  # [V_model]
     index: Tensor | None  # [M] int64, rows of hidden.flatten(0, -2); None: all of them, in order
     transform: LogitTransform
     operand_dtype: torch.dtype  # what hidden and weight are rounded to before they are multiplied
@@ -69,7 +101,7 @@ class Side:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """What the matrix product is given, after rounding to `operand_dtype`."""
+        """The dtype that the matrix product is given, after rounding to `operand_dtype`."""
         sixteen_bit = self.operand_dtype in (torch.float16, torch.bfloat16)
         tensor_cores = self.hidden.is_cuda and sixteen_bit and self.accumulate_dtype == torch.float32
         return self.operand_dtype if tensor_cores else self.accumulate_dtype
@@ -82,39 +114,59 @@ class Side:
     def hidden_rows(self) -> int:
         return math.prod(self.hidden.shape[:-1])
 
-
-def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.data_ptr() == b.data_ptr() and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+    @property
+    def rows(self) -> int:
+        """The number of rows that are compared, M."""
+        return self.hidden_rows if self.index is None else self.index.shape[0]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """M student rows, each compared with one teacher row over the first `vocab_size` entries."""
+    """Hold M student rows, each compared with one teacher row over the first `vocab_size` entries."""
 
-    student: Side
-    teacher: Side
-    rows: int  # M
+    student: Projection
+    teacher: Projection
+    teacher_rows: TeacherRows  # the order of the M rows, and which teacher rows are projected
     row_weight: Tensor | None  # [M]
     temperature: float
     divergence: str
     beta: float
     reduction: str
-    sharded: bool = False  # whether the entries are one rank's shard of the vocabulary
+    statistics: bool  # whether more than the divergence is asked for
+    sharded: bool  # whether the entries are one rank's shard of the vocabulary
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         s, t = self.student, self.teacher
         return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """The same problem on what `tensors()` gave, or with all of them None while autograd keeps them."""
+        """Put in what `tensors()` gave, or None for all of them while autograd holds them."""
 
-        def side(old: Side, hidden: Any, weight: Any, bias: Any, index: Any) -> Side:
+        def projection(old: Projection, hidden: Any, weight: Any, bias: Any, index: Any) -> Projection:
             return replace(old, hidden=hidden, weight=weight, bias=bias, index=index)
 
-        student, teacher = side(self.student, *tensors[:4]), side(self.teacher, *tensors[4:8])
+        student, teacher = projection(self.student, *tensors[:4]), projection(self.teacher, *tensors[4:8])
         return replace(self, student=student, teacher=teacher, row_weight=tensors[8])
+
+    def with_teacher_rows(self, teacher_rows: TeacherRows) -> Problem:
+        """Project these teacher rows; sort the problem's rows as they say."""
+        order = teacher_rows.order
+        if order is None:
+            return replace(self, teacher_rows=teacher_rows)
+        student, teacher, weight = self.student, self.teacher, self.row_weight
+        assert teacher.index is not None
+        return replace(
+            self,
+            student=replace(student, index=order if student.index is None else student.index[order]),
+            teacher=replace(teacher, index=teacher.index[order]),
+            teacher_rows=teacher_rows,
+            row_weight=None if weight is None else weight[order],
+        )
+
+    def with_entries(self, entries: int) -> Problem:
+        """Compare the first `entries` entries of the heads."""
+        student, teacher = (replace(model, vocab_size=entries) for model in (self.student, self.teacher))
+        return replace(self, student=student, teacher=teacher)
 
     @property
     def one_head(self) -> bool:
@@ -122,7 +174,7 @@ class Problem:
 
         It is as exact as its own size allows, where a difference of logits is as exact as theirs.
 
-        Both sides must have one weight and do the same, linear thing to its product. Where products take 16-bit
+        Both models must have one weight and do the same, linear thing to its product. Where products take 16-bit
         operands the difference of two hidden states would be rounded, which costs more than it saves. Ranks that share
         a vocabulary would have one more number a row to send.
         """
@@ -138,6 +190,11 @@ class Problem:
         )
 
     @property
+    def rows(self) -> int:
+        """The number of rows that are compared, M."""
+        return self.student.rows
+
+    @property
     def device(self) -> torch.device:
         return self.student.hidden.device
 
@@ -148,3 +205,9 @@ class Problem:
     @property
     def accumulate_dtype(self) -> torch.dtype:
         return self.student.accumulate_dtype
+
+
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())

@@ -1,4 +1,4 @@
-"""Matrix products that keep float32 results from 16-bit operands, without a full-size copy of either operand.
+"""Multiply matrices with float32 results from 16-bit operands, without a full-size copy of either operand.
 
 On CUDA, 16-bit operands go to the tensor cores as they are and only the result is float32. CPUs have no such product,
 so there 16-bit operands are widened first (exact), one tile of vocabulary rows at a time; the same tiles serve weights
@@ -12,34 +12,32 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from disc_kernels.linear_kl.inputs import Side
+from disc_kernels.linear_kl.inputs import Projection
 
 
-def to_product_dtype(x: Tensor, side: Side) -> Tensor:
-    return x.to(side.operand_dtype).to(side.product_dtype)
+def to_product_dtype(x: Tensor, model: Projection) -> Tensor:
+    """Round to the operands' dtype, then widen to what the product takes."""
+    return x.to(model.operand_dtype).to(model.product_dtype)
 
 
-def needs_tiles(side: Side) -> bool:
-    """Whether the weight must be copied, tile by tile, before it can be multiplied."""
-    blas_layout = 1 in side.weight.stride() and 0 not in side.weight.stride()
-    return not (side.weight.dtype == side.operand_dtype == side.product_dtype and blas_layout)
+def needs_tiles(model: Projection) -> bool:
+    """Return whether the weight must be copied, tile by tile, before it can be multiplied."""
+    blas_layout = 1 in model.weight.stride() and 0 not in model.weight.stride()
+    return not (model.weight.dtype == model.operand_dtype == model.product_dtype and blas_layout)
 
 
-def weight_tiles(side: Side, tile_rows: int) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, weight[rows]) over the vocabulary, ready to multiply.
-
-    One tile where no copy is needed.
-    """
-    if side.vocab_size > 0 and not needs_tiles(side):
-        yield slice(side.vocab_size), side.weight[: side.vocab_size]
+def weight_tiles(model: Projection, tile_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, weight[rows]) over the vocabulary, ready to multiply: one tile where no copy is needed."""
+    if model.vocab_size > 0 and not needs_tiles(model):
+        yield slice(model.vocab_size), model.weight[: model.vocab_size]
     else:
-        for first in range(0, side.vocab_size, tile_rows):
-            tile = slice(first, min(first + tile_rows, side.vocab_size))
-            yield tile, to_product_dtype(side.weight[tile], side).contiguous()
+        for first in range(0, model.vocab_size, tile_rows):
+            tile = slice(first, min(first + tile_rows, model.vocab_size))
+            yield tile, to_product_dtype(model.weight[tile], model).contiguous()
 
 
 def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """`out = a @ b`, or `out += a @ b`; `out` may be wider than the operands (CUDA)."""
+    """Compute `out = a @ b`, or `out += a @ b`; `out` may be wider than the operands (CUDA)."""
     if out.numel() == 0:  # a rank's shard of the vocabulary may have no entry that is compared
         return
     if out.dtype == a.dtype:
@@ -50,29 +48,29 @@ def multiply_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def take_rows(side: Side, start: int, stop: int) -> Tensor:
-    """Rows start..stop of what the side compares; never a copy of more than those."""
-    shape = side.hidden.shape
+def take_rows(model: Projection, start: int, stop: int) -> Tensor:
+    """Return rows start..stop of what is compared; never a copy of more than those."""
+    shape = model.hidden.shape
     try:
-        flat = side.hidden.view(-1, shape[-1])
+        flat = model.hidden.view(-1, shape[-1])
     except RuntimeError:  # strides that no view can flatten, such as hidden[:, :-1]
         flat = None
-    if side.index is None and flat is not None:
+    if model.index is None and flat is not None:
         return flat[start:stop]
-    if side.index is None:
-        rows = torch.arange(start, stop, device=side.hidden.device)
+    if model.index is None:
+        rows = torch.arange(start, stop, device=model.hidden.device)
     else:
-        rows = side.index[start:stop]
+        rows = model.index[start:stop]
     if flat is not None:
         return flat.index_select(0, rows)
     coordinates = []
     for size in reversed(shape[:-1]):
         coordinates.append(rows % size)
         rows = rows // size
-    return side.hidden[tuple(reversed(coordinates))]
+    return model.hidden[tuple(reversed(coordinates))]
 
 
-def project(side: Side, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
-    """Head outputs of hidden rows [R, D], without bias, into `logits` [R, V]."""
-    for tile, weight in weight_tiles(side, tile_rows):
+def project(model: Projection, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
+    """Write the head's outputs for hidden rows [R, D], without bias, into `logits` [R, V]."""
+    for tile, weight in weight_tiles(model, tile_rows):
         multiply_into(logits[:, tile], hidden, weight.T)

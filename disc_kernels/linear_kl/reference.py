@@ -1,4 +1,4 @@
-"""The specification: plain torch that materialises the logits. Any dtype, any device, gradients by autograd.
+"""Specify the loss: plain torch that materialises the logits. Any dtype, any device, gradients by autograd.
 
 Everything else in this package is held to this file, run in float64.
 """
@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from disc_kernels.linear_kl.inputs import Problem, Side, SuffixKLStats
+from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
 
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
-    """The loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
+    """Compute the loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
     student_logits = reference_logits(problem.student)
     teacher_logits = reference_logits(problem.teacher).detach()
     log_q = F.log_softmax(student_logits / problem.temperature, dim=-1)
@@ -28,28 +28,28 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     return _reduce(divergence, problem), stats
 
 
-def reference_logits(side: Side) -> Tensor:
-    """[M, vocab_size], in the dtype everything accumulates in."""
-    hidden = side.hidden.flatten(0, -2)
-    if side.index is not None:
-        hidden = hidden.index_select(0, side.index)
+def reference_logits(model: Projection) -> Tensor:
+    """Compute the logits, [M, vocab_size], in the dtype everything accumulates in."""
+    hidden = model.hidden.flatten(0, -2)
+    if model.index is not None:
+        hidden = hidden.index_select(0, model.index)
 
     def operand(x: Tensor) -> Tensor:
-        return x.to(side.operand_dtype).to(side.accumulate_dtype)
+        return x.to(model.operand_dtype).to(model.accumulate_dtype)
 
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = operand(hidden) @ operand(side.weight[: side.vocab_size]).T
-    if side.bias is not None:
-        logits = logits + side.bias[: side.vocab_size].to(logits.dtype)
-    scale, cap = side.transform.scale, side.transform.softcap
+        logits = operand(hidden) @ operand(model.weight[: model.vocab_size]).T
+    if model.bias is not None:
+        logits = logits + model.bias[: model.vocab_size].to(logits.dtype)
+    scale, cap = model.transform.scale, model.transform.softcap
     return logits * scale if cap is None else cap * torch.tanh(logits * (scale / cap))
 
 
-def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
-    """[M, V] log-probabilities of teacher and student -> [M] divergences."""
-    if kind == "forward_kl":
+def _divergence(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> Tensor:
+    """Compute divergences [M] from log-probabilities [M, V] of teacher and student."""
+    if divergence == "forward_kl":
         return _kl(log_p, log_q)
-    if kind == "reverse_kl":
+    if divergence == "reverse_kl":
         return _kl(log_q, log_p)
     # Where both are -inf the gradient of their mixture is undefined, and nothing of it counts.
     nowhere = (log_p == -torch.inf) & (log_q == -torch.inf)
@@ -59,10 +59,10 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """KL(a || b) = sum a (log a - log b), with 0 log 0 = 0: an entry masked by a bias of -inf counts nothing."""
+    """Compute KL(a || b) = sum a (log a - log b), with 0 log 0 = 0: an entry that a bias masks counts nothing."""
     masked = log_a == -torch.inf
-    gap = torch.where(masked, 0.0, log_a) - torch.where(masked, 0.0, log_b)
-    return (log_a.exp() * gap).sum(-1)
+    log_ratio = torch.where(masked, 0.0, log_a) - torch.where(masked, 0.0, log_b)
+    return (log_a.exp() * log_ratio).sum(-1)
 
 
 def reference_entropy(log_p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every check of user input: ValueError or TypeError with what was expected and got. Knows no backend.
+"""Check user input: raise ValueError or TypeError with what was expected and got. Knows no backend.
 
 Nothing here reads a tensor's values on an accelerator, which would make the host wait for it.
 """
@@ -15,78 +15,58 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from disc_kernels.autocast import autocast_dtype
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Side
+from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Projection, SuffixKLInputs
+from disc_kernels.linear_kl.teacher_rows import TeacherRows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def build_problem(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    student_index: Tensor | None,
-    teacher_index: Tensor | None,
-    row_weight: Tensor | None,
-    temperature: float,
-    divergence: str,
-    beta: float,
-    reduction: str,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    student_transform: LogitTransform | None,
-    teacher_transform: LogitTransform | None,
-    vocab_size: int | None,
-    sharded: bool = False,
-) -> Problem:
-    """The checked problem, or an error that names the argument.
+def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
+    """Return the problem that the inputs pose, or raise an error that names the argument.
 
     Where it is `sharded`, weights and biases are one rank's shard of the vocabulary, which may be empty, and
     `vocab_size`, which counts over all of them, is left to who knows all: all entries of the shard are compared.
     """
-    check_choice("divergence", divergence, DIVERGENCES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    temperature = check_number("temperature", temperature)
-    if temperature <= 0:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
-    beta = check_number("beta", beta)
-    if divergence == "jsd" and not 0 < beta < 1:
+    x = inputs
+    check_choice("divergence", x.divergence, DIVERGENCES)
+    check_choice("reduction", x.reduction, REDUCTIONS)
+    temperature = check_temperature(x.temperature)
+    beta = check_number("beta", x.beta)
+    if x.divergence == "jsd" and not 0 < beta < 1:
         raise ValueError(
             f"beta: expected a number strictly between 0 and 1 (at the ends the divergence is zero), got {beta}; "
             'for the KL divergences use divergence="forward_kl" or "reverse_kl"'
         )
-
-    device = check_tensor("student_hidden", student_hidden).device
-    student, teacher = (
-        check_side(*side, device, sharded)
-        for side in (
-            ("student", student_hidden, student_weight, student_bias, student_index, student_transform),
-            ("teacher", teacher_hidden, teacher_weight, teacher_bias, teacher_index, teacher_transform),
-        )
-    )
-    rows = _paired_rows(student, teacher)
-    vocab_size = check_vocab_size(vocab_size, student.weight.shape[0], teacher.weight.shape[0], sharded)
+    check_workspace(x.max_workspace_bytes)
+    device, autocast = check_tensor("student_hidden", x.student_hidden).device, x.autocast_dtype
+    given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, x.student_transform
+    student = check_projection("student", *given, device, autocast, sharded)
+    given = x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_index, x.teacher_transform
+    teacher = check_projection("teacher", *given, device, autocast, sharded)
+    compared = "student_hidden" if student.index is None else "student_index", student.rows
+    chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
+    check_same_rows(compared, chosen, "student_index and teacher_index")
+    vocab_size = check_vocab_size(x.vocab_size, student.weight.shape[0], teacher.weight.shape[0], sharded)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
         teacher=replace(teacher, vocab_size=vocab_size, accumulate_dtype=wide),
-        rows=rows,
-        row_weight=check_row_weight(row_weight, rows, device),
+        teacher_rows=TeacherRows(student.rows, teacher.index),
+        row_weight=check_row_weight(x.row_weight, student.rows, device),
         temperature=temperature,
-        divergence=divergence,
+        divergence=x.divergence,
         beta=beta,
-        reduction=reduction,
+        reduction=x.reduction,
+        statistics=x.return_stats,
         sharded=sharded,
     )
 
 
 def is_traced(x: Any) -> bool:
-    """Whether a call with this tensor is being recorded, or asked for its shapes, so that there are no values."""
+    """Return whether a call with this tensor is being recorded, or asked for its shapes, so that it has no values."""
     return torch.compiler.is_compiling() or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
 
 
@@ -105,6 +85,13 @@ def check_number(name: str, value: Any) -> float:
     if not abs(number) < math.inf:  # unlike math.isfinite a compiler can trace this
         raise ValueError(f"{name}: expected a finite number, got {number}")
     return number
+
+
+def check_temperature(value: Any) -> float:
+    temperature = check_number("temperature", value)
+    if temperature <= 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    return temperature
 
 
 def check_count(name: str, value: Any) -> int:
@@ -127,7 +114,7 @@ def check_transform(name: str, value: Any) -> LogitTransform:
     return value
 
 
-def check_side(
+def check_projection(
     name: str,
     hidden: Tensor,
     weight: Tensor,
@@ -135,8 +122,10 @@ def check_side(
     index: Tensor | None,
     transform: LogitTransform | None,
     device: torch.device,
+    autocast: torch.dtype | None,
     may_be_empty: bool = False,
-) -> Side:
+) -> Projection:
+    """Return the hidden states and the head of the model `name`; only a head that `may_be_empty` has no entries."""
     hidden = _float_tensor(f"{name}_hidden", hidden, device)
     weight = _float_tensor(f"{name}_weight", weight, device)
     if hidden.dim() < 2:
@@ -153,17 +142,15 @@ def check_side(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}_bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     transform = check_transform(name, transform)
-    operand_dtype = _operand_dtype(name, hidden, weight)
+    operand_dtype = _operand_dtype(name, hidden, weight, autocast)
     wide = torch.promote_types(operand_dtype, torch.float32)
-    side = Side(hidden, weight, bias, None, transform, operand_dtype, wide, vocab_size=weight.shape[0])
-    if index is None:
-        return side
-    return replace(side, index=check_index(f"{name}_index", index, side.hidden_rows, f"{name}_hidden", device))
+    if index is not None:
+        index = check_index(f"{name}_index", index, math.prod(hidden.shape[:-1]), f"{name}_hidden", device)
+    return Projection(hidden, weight, bias, index, transform, operand_dtype, wide, vocab_size=weight.shape[0])
 
 
-def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What a linear layer would multiply in: autocast's dtype (which leaves float64 alone), else the inputs' own."""
-    autocast = autocast_dtype(hidden.device.type)
+def _operand_dtype(name: str, hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """Return what a linear layer multiplies in: autocast's dtype (which leaves float64 alone), else the inputs'."""
     if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
         return autocast
     if hidden.dtype != weight.dtype:
@@ -175,7 +162,7 @@ def _operand_dtype(name: str, hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def check_index(argument: str, index: Any, rows: int, of: str, device: torch.device) -> Tensor:
-    """[M] int64 on `device`, of the `rows` rows of the tensor `of`."""
+    """Return the index, [M] int64, on `device`; it chooses among the `rows` rows of the tensor `of`."""
     index = check_tensor(argument, index)
     if index.dtype != torch.int64:
         raise TypeError(f"{argument}: expected dtype torch.int64, got {index.dtype}")
@@ -195,22 +182,17 @@ def check_index(argument: str, index: Any, rows: int, of: str, device: torch.dev
     return to_device(index, device)
 
 
-def _paired_rows(student: Side, teacher: Side) -> int:
-    counts = [side.hidden_rows if side.index is None else side.index.shape[0] for side in (student, teacher)]
-    if counts[0] != counts[1]:
-        names = [
-            f"{name}_{'hidden' if side.index is None else 'index'}"
-            for name, side in (("student", student), ("teacher", teacher))
-        ]
+def check_same_rows(compared: tuple[str, int], chosen: tuple[str, int], indices: str) -> None:
+    """Raise where two arguments, each a name and a number of rows, are not as long as each other."""
+    if compared[1] != chosen[1]:
         raise ValueError(
-            f"{names[1]}: expected {counts[0]} rows, one for each row of {names[0]}, got {counts[1]}; "
-            "student_index and teacher_index choose the rows that are compared"
+            f"{chosen[0]}: expected {compared[1]} rows, one for each row of {compared[0]}, got {chosen[1]}; "
+            f"{indices} choose the rows that are compared"
         )
-    return counts[0]
 
 
 def check_vocab_size(vocab_size: int | None, student: int, teacher: int, sharded: bool = False) -> int:
-    """How many entries of the heads, of so many vocabulary rows, are compared; see `build_problem` for `sharded`."""
+    """Return how many entries of the heads, of so many vocabulary rows, are compared; `sharded` as `check_inputs`."""
     if sharded:
         if vocab_size is not None:
             check_count("vocab_size", vocab_size)

@@ -1,4 +1,4 @@
-"""How many bytes a call may use, turned into rows a chunk: the formula for peak memory that the tests hold.
+"""Turn the bytes a call may use into rows a chunk, by the formula for peak memory that the tests hold.
 
 Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 4 bytes an entry while they accumulate)
 + `max_workspace_bytes`. The workspace holds, at once:
@@ -13,11 +13,11 @@ Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import ModuleType
 
-from disc_kernels.linear_kl.inputs import Problem
+from disc_kernels.linear_kl.inputs import Problem, Projection
 from disc_kernels.linear_kl.products import needs_tiles
-from disc_kernels.linear_kl.teacher_rows import TeacherRows
+from disc_kernels.linear_kl.ranks.group import VocabGroup
 
 # On CUDA about 2048 rows at V = 128k, so that the weight-gradient product stays compute-bound. Neither was tuned: see
 # docs/performance.md, "Not measured".
@@ -28,8 +28,8 @@ DEFAULT_BYTES = {"cpu": 2**28, "cuda": 2**31}
 ROW_ALIGNMENT = 8
 
 # Whole-call vectors, each M accumulate-dtype numbers: divergence, 2 entropies, agreement, row scale, and 3 for indices
-# and intermediates of the reduction (int64 counts as two float32). Where rows are sorted: order, slots, three sorted
-# vectors, and the statistics once more.
+# and intermediates of the reduction (int64 counts as two float32). Where rows are sorted: order, inverse index, three
+# sorted vectors, and the statistics once more.
 _ROW_VECTORS = 10
 _SHARED_ROW_VECTORS = 15
 
@@ -40,131 +40,101 @@ _SHARED_STATISTICS = 3  # that ranks add up after the last chunk
 
 @dataclass(frozen=True)
 class Plan:
+    """Say how a call is computed: in pieces of which size, by which row functions, with which ranks."""
+
     chunk_rows: int  # rows whose logits exist at once
     tile_rows: int  # vocabulary rows of a weight copied at once
     block_rows: int  # rows the torch row functions treat at once
     row_stride: int  # entries from one row of logits to the next
-
-
-class Demand(NamedTuple):
-    """What a call needs bytes for."""
-
-    rows: int  # M
-    vocab_size: int
-    device_type: str
-    fixed_bytes: int  # whatever the chunk's size
-    row_bytes: int  # a row of a chunk
-    tile_row_bytes: int  # a vocabulary row of a weight that is copied, tile by tile; 0: none is
-    block_row_bytes: int  # temporaries of the row function, a row; 0: it works in registers
-    block_entries: int  # logits the row function should treat at once
+    backend: ModuleType  # rows.torch_backend or rows.triton_backend
+    group: VocabGroup | None  # the ranks that share the vocabulary
 
 
 def row_stride(vocab_size: int) -> int:
-    """Entries from one row of logits to the next."""
+    """Return the entries from one row of logits to the next."""
     return -(-vocab_size // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def workspace_bytes(max_bytes: int | None, device_type: str) -> int:
-    """What was asked for, or the device's default."""
-    return max_bytes or DEFAULT_BYTES.get(device_type, DEFAULT_BYTES["cpu"])
+def max_cached_rows(problem: Problem, max_bytes: int | None) -> int:
+    """Return how many projected teacher rows may be cached through the call: half of the workspace."""
+    return (max_bytes or _default_bytes(problem.device.type)) // 2 // _teacher_row_bytes(problem)
 
 
-def bytes_of_teacher_row(problem: Problem) -> int:
-    """A projected row of the teacher's: its logits, and its hidden state gathered, rounded, widened."""
+def plan_problem(problem: Problem, max_bytes: int | None, backend: ModuleType, group: VocabGroup | None) -> Plan:
+    """Plan a `fused_suffix_kl` call within `max_bytes`, as `divide_workspace` does."""
+    size, rows, student, teacher = problem.accumulate_dtype.itemsize, problem.rows, problem.student, problem.teacher
+    # Logits; hidden rows gathered, rounded, widened, less the teacher's; the hidden gradient and its cast.
+    row_bytes = size * (row_stride(problem.vocab_size) + 6 * student.hidden_size)
+    shared, teacher_row_bytes = problem.teacher_rows, _teacher_row_bytes(problem)
+    if shared.inverse_index is None:
+        fixed_bytes = size * _ROW_VECTORS * rows
+        row_bytes += teacher_row_bytes
+    else:
+        fixed_bytes = size * _SHARED_ROW_VECTORS * rows
+        if problem.one_head:
+            row_bytes += 3 * size * teacher.hidden_size  # a row of the teacher's for each of the student's, to subtract
+        if shared.cached:
+            fixed_bytes += shared.count * teacher_row_bytes
+        else:
+            fixed_bytes += teacher_row_bytes  # one more: a chunk's share is rounded up
+            row_bytes += -(-teacher_row_bytes * shared.count // rows)
+    if group is not None:
+        # Gathered, and what merges them; rows of the hidden gradient that are still being added up.
+        row_bytes += size * (_SHARD_NUMBERS * (3 * group.ranks + 4) + student.hidden_size)
+        fixed_bytes += size * _SHARED_STATISTICS * rows
+    gathered = shared.inverse_index is not None  # a block's rows of the teacher
+    return divide_workspace(max_bytes, rows, (student, teacher), fixed_bytes, row_bytes, backend, group, gathered)
+
+
+def _teacher_row_bytes(problem: Problem) -> int:
+    """Return the bytes of a projected teacher row: its logits, and its hidden state gathered, rounded, widened."""
     return problem.accumulate_dtype.itemsize * (row_stride(problem.vocab_size) + 3 * problem.teacher.hidden_size)
 
 
-def most_kept_rows(problem: Problem, max_bytes: int | None) -> int:
-    """How many projected teacher rows may be kept through the call: half of the workspace."""
-    return workspace_bytes(max_bytes, problem.device.type) // 2 // bytes_of_teacher_row(problem)
+def _default_bytes(device_type: str) -> int:
+    return DEFAULT_BYTES.get(device_type, DEFAULT_BYTES["cpu"])
 
 
-def plan(
-    problem: Problem,
-    teacher_rows: TeacherRows,
+def divide_workspace(
     max_bytes: int | None,
-    block_entries: dict[str, int],
-    block_temporaries: int,
-    ranks: int = 1,
+    rows: int,  # M
+    models: tuple[Projection, ...],
+    fixed_bytes: int,  # whatever the chunk's size
+    row_bytes: int,  # a row of a chunk
+    backend: ModuleType,
+    group: VocabGroup | None,
+    gathered: bool = False,  # whether the row functions gather rows of logits, a block at a time
 ) -> Plan:
-    """Rows a chunk for `max_bytes`, as `divide` gives them.
-
-    Args:
-        block_entries: logits the backend's row function treats at once, by device type.
-        block_temporaries: tensors of that many entries it holds at once; 0 when it works in registers.
-        ranks: how many share the vocabulary.
-
-    Raises:
-        ValueError: not even one row fits; says how many bytes one row needs.
-    """
-    size = problem.accumulate_dtype.itemsize
-    fixed_bytes, row_bytes = _fixed_and_row_bytes(problem, teacher_rows)
-    if problem.sharded:
-        # Gathered, and what merges them; rows of the hidden gradient that are still being added up.
-        row_bytes += size * (_SHARD_NUMBERS * (3 * ranks + 4) + problem.student.hidden_size)
-        fixed_bytes += size * _SHARED_STATISTICS * problem.rows
-    sides = (problem.student, problem.teacher)
-    # A tile exists as rounded copy and as widened copy.
-    tile_row_bytes = 2 * size * max((side.hidden_size for side in sides if needs_tiles(side)), default=0)
-    if block_temporaries and teacher_rows.slot is not None:
-        block_temporaries += 1  # a block's rows of the teacher, gathered
-    device_type = problem.device.type
-    demand = Demand(
-        rows=problem.rows,
-        vocab_size=max(problem.vocab_size, 1),  # a rank's shard may be empty
-        device_type=device_type,
-        fixed_bytes=fixed_bytes,
-        row_bytes=row_bytes,
-        tile_row_bytes=tile_row_bytes,
-        block_row_bytes=size * problem.vocab_size * block_temporaries,
-        block_entries=block_entries.get(device_type, block_entries["cpu"]),
-    )
-    return divide(demand, max_bytes)
-
-
-def _fixed_and_row_bytes(problem: Problem, teacher_rows: TeacherRows) -> tuple[int, int]:
-    """Bytes whatever the chunk's size, and bytes a student row of a chunk with its share of teacher rows."""
-    size, student, teacher = problem.accumulate_dtype.itemsize, problem.student, problem.teacher
-    # Logits; hidden rows gathered, rounded, widened, less the teacher's; the hidden gradient and its cast.
-    row_bytes = size * (row_stride(problem.vocab_size) + 6 * student.hidden_size)
-    teacher_row_bytes = bytes_of_teacher_row(problem)
-    if teacher_rows.slot is None:
-        return size * _ROW_VECTORS * problem.rows, row_bytes + teacher_row_bytes
-    fixed_bytes = size * _SHARED_ROW_VECTORS * problem.rows
-    if problem.one_head:
-        row_bytes += 3 * size * teacher.hidden_size  # a row of the teacher's for each of the student's, to subtract
-    if teacher_rows.kept:
-        return fixed_bytes + teacher_rows.count * teacher_row_bytes, row_bytes
-    share = -(-teacher_row_bytes * teacher_rows.count // problem.rows)
-    return fixed_bytes + teacher_row_bytes, row_bytes + share  # one more: a chunk's share is rounded up
-
-
-def divide(demand: Demand, max_bytes: int | None) -> Plan:
     """Divide `max_bytes` (None: the device's default, raised to fit one row where it must) among what is needed.
 
     Raises:
         ValueError: not even one row fits; says how many bytes one row needs.
     """
-    needed = demand.fixed_bytes + demand.row_bytes + demand.tile_row_bytes + demand.block_row_bytes
+    size, device_type = models[0].accumulate_dtype.itemsize, models[0].hidden.device.type
+    vocab_size = max(models[0].vocab_size, 1)  # a rank's shard may be empty
+    # A tile exists as rounded copy and as widened copy.
+    tile_row_bytes = 2 * size * max((model.hidden_size for model in models if needs_tiles(model)), default=0)
+    temporaries = backend.BLOCK_TEMPORARIES and backend.BLOCK_TEMPORARIES + gathered
+    block_row_bytes = size * models[0].vocab_size * temporaries
+    needed = fixed_bytes + row_bytes + tile_row_bytes + block_row_bytes
     if max_bytes is None:
-        max_bytes = max(workspace_bytes(None, demand.device_type), needed)
+        max_bytes = max(_default_bytes(device_type), needed)
     if max_bytes < needed:
         raise ValueError(
-            f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {demand.rows} rows and "
-            f"vocabulary {demand.vocab_size}, got {max_bytes}"
+            f"max_workspace_bytes: expected at least {needed} bytes, what one row needs at {rows} rows and "
+            f"vocabulary {vocab_size}, got {max_bytes}"
         )
     spare = max_bytes - needed
-    rows = max(demand.rows, 1)
     # An eighth each for tiles and blocks is plenty: both only have to be large enough to amortise a call.
-    tile_rows = demand.vocab_size
-    if demand.tile_row_bytes:
-        tile_rows = 1 + min(spare // 8 // demand.tile_row_bytes, demand.vocab_size - 1)
-        spare -= (tile_rows - 1) * demand.tile_row_bytes
+    tile_rows = vocab_size
+    if tile_row_bytes:
+        tile_rows = 1 + min(spare // 8 // tile_row_bytes, vocab_size - 1)
+        spare -= (tile_rows - 1) * tile_row_bytes
     block_rows = 1
-    if demand.block_row_bytes:
-        wanted = max(demand.block_entries // demand.vocab_size, 1)
-        block_rows = min(1 + (max_bytes - needed) // 8 // demand.block_row_bytes, wanted, rows)
-        spare -= (block_rows - 1) * demand.block_row_bytes
+    if block_row_bytes:
+        wanted = max(backend.BLOCK_ENTRIES.get(device_type, backend.BLOCK_ENTRIES["cpu"]) // vocab_size, 1)
+        block_rows = min(1 + (max_bytes - needed) // 8 // block_row_bytes, wanted, max(rows, 1))
+        spare -= (block_rows - 1) * block_row_bytes
     # Half the rows at most: however few there are and however large the workspace, no tensor is ever [M, V].
-    chunk_rows = min(1 + spare // demand.row_bytes, -(-rows // 2))
-    return Plan(chunk_rows, tile_rows, block_rows, row_stride(demand.vocab_size))
+    chunk_rows = min(1 + spare // row_bytes, -(-max(rows, 1) // 2))
+    return Plan(chunk_rows, tile_rows, block_rows, row_stride(vocab_size), backend, group)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from disc_kernels import LogitTransform
-from disc_kernels.frozen_head import chunks
+from disc_kernels.frozen_head import softmax, summary
 from disc_kernels.linear_kl import inputs, products
 from disc_kernels.linear_kl.rows import torch_backend
 from tests.frozen_head.calls import everything, run, simple
@@ -24,8 +24,8 @@ def tensor_cores(monkeypatch):
         product = a.to(out.dtype) @ b.to(out.dtype)
         out.add_(product) if accumulate else out.copy_(product)
 
-    monkeypatch.setattr(inputs.Side, "product_dtype", property(product_dtype))
-    for module in (chunks, products):
+    monkeypatch.setattr(inputs.Projection, "product_dtype", property(product_dtype))
+    for module in (softmax, products):
         monkeypatch.setattr(module, "multiply_into", multiply_into)
 
 
@@ -40,7 +40,7 @@ def test_probabilities_rounded_once_would_show(tensor_cores, monkeypatch):
     """The value needs the embedding in float32 accuracy."""
     p = simple(dtype=torch.bfloat16)
     assert_accurate(run(p, "torch"), p)
-    monkeypatch.setattr(chunks, "splits", lambda head: False)
+    monkeypatch.setattr(summary, "splits", lambda head: False)
     with pytest.raises(AssertionError, match=r"^loss: off by"):
         assert_accurate(run(p, "torch"), p)
 
@@ -51,7 +51,7 @@ def test_normalise_rows_in_place(fused_impl, dtype):
     vocab, stride = 4099, 4104
     p = simple(rows=5, vocab=vocab, dtype=dtype, bias=True)
     backend = pytest.importorskip(f"disc_kernels.linear_kl.rows.{fused_impl}_backend")
-    side = inputs.Side(
+    side = inputs.Projection(
         *(p.tensors[f"student_{name}"] for name in ("hidden", "weight", "bias")), None,
         LogitTransform(1.3, 4.0), dtype, torch.float32, vocab,
     )  # fmt: skip
@@ -78,5 +78,5 @@ def test_normalise_rows_in_place(fused_impl, dtype):
     whole = stored if remainder is None else stored + remainder.double()
     assert (whole / size / log_p.exp() - 1).abs().max() < 3e-5
     assert (whole.sum(-1) / total.double() - 1).abs().max() < 1e-6
-    assert stored.amax(-1).tolist() == [torch_backend.PEAK] * 5  # the largest is exact
+    assert stored.amax(-1).tolist() == [torch_backend.LARGEST_WEIGHT] * 5  # the largest is exact
     assert torch.equal(buffer.view(dtype)[:, vocab : vocab + beyond.shape[1]], beyond)

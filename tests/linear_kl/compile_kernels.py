@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel of the loss for GPUs that need not be there, and prints what each variant takes.
+"""Compile every Triton kernel of the loss for GPUs that need not be there, and print what each variant takes.
 
 A program of its own, because Triton's interpreter, which the tests run, replaces the compiler in a whole process.
 A line of JSON each: kernel, variant, architecture, and registers a thread and bytes a program.
@@ -16,40 +16,62 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from disc_kernels.linear_kl.rows import shard_triton, triton_backend
+from disc_kernels.linear_kl.rows import triton_backend
+from disc_kernels.linear_kl.rows.triton_math import DIVERGENCE_CODES
 
 ARCHITECTURES = (80, 90, 100)
+ROW_STATISTICS = ("divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr", "agreement_ptr")
+SHARD_POINTERS = ("shard_normalisers_ptr", "normalisers_ptr", "mean_score_ptr")
 
 
 class Variant(NamedTuple):
-    """A kernel as one launch specialises it; `types` and `constants` by argument, or (argument, field of it)."""
+    """A kernel as one launch specialises it; `types` and `constants` by argument."""
 
     kernel: JITFunction
     name: str
-    types: dict[Any, str]
-    constants: dict[Any, Any]
+    types: dict[str, str]
+    constants: dict[str, Any]
     options: dict[str, int]
 
 
 def compare_rows(
-    name: str, divergence: str, gradient: str | None, everything: bool = False, one_head: bool = False
+    name: str,
+    divergence: str,
+    gradient: str | None,
+    everything: bool = False,
+    one_head: bool = False,
+    absent: tuple[str, ...] = SHARD_POINTERS,
 ) -> Variant:
     constants: dict[str, Any] = {
-        "KIND": triton_backend.KINDS[divergence],
+        "DIVERGENCE": DIVERGENCE_CODES[divergence],
         "STATISTICS": everything,
         "NARROW": gradient not in (None, "fp32"),
         "ONE_HEAD": one_head,
         "BLOCK_V": triton_backend.MAX_BLOCK_V,
     }
     if gradient is None:
-        constants["gradient_ptr"] = None
+        absent = (*absent, "gradient_ptr")
     if not everything:
-        optional = ("student_bias_ptr", "teacher_bias_ptr", "row_scale_ptr", "student_softcap", "teacher_softcap")
-        constants |= dict.fromkeys((*optional, "teacher_slot_ptr"))
-    types = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
+        absent = (*absent, "student_bias_ptr", "teacher_bias_ptr", "row_scale_ptr", "inverse_index_ptr")
+        absent = (*absent, "student_softcap", "teacher_softcap")
+    types = {"gradient_ptr": f"*{gradient}", "inverse_index_ptr": "*i64"}
     types |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16"}
     kernel = triton_backend._compare_rows_kernel
-    return Variant(kernel, name, types, constants, {"num_warps": triton_backend.NUM_WARPS})
+    return Variant(kernel, name, types, constants | dict.fromkeys(absent), {"num_warps": triton_backend.NUM_WARPS})
+
+
+def shard_pass(number: int, divergence: str, gradient: str | None, everything: bool = True) -> Variant:
+    """Specialise the kernel for one pass of a rank with a shard of the vocabulary."""
+    absent = {
+        1: (*ROW_STATISTICS, "normalisers_ptr", "mean_score_ptr"),
+        2: ("agreement_ptr", "shard_normalisers_ptr", *(() if gradient is None else ("mean_score_ptr",))),
+        3: (*ROW_STATISTICS, "shard_normalisers_ptr"),
+    }[number]
+    what = ", everything" if everything else ""
+    name = f"shard, pass {number}, {divergence}{what}"
+    variant = compare_rows(name, divergence, gradient, everything, absent=absent)
+    bound = {"maxnreg": triton_backend.MAX_SHARD_REGISTERS} if number == 2 else {}
+    return variant._replace(options=variant.options | bound)
 
 
 def normalise_rows(name: str, weights: str | None, remainder: bool, everything: bool) -> Variant:
@@ -70,25 +92,6 @@ def normalise_rows(name: str, weights: str | None, remainder: bool, everything: 
     return Variant(triton_backend._normalise_rows_kernel, name, types, constants, options)
 
 
-def shard(name: str, kernel: JITFunction, gradient: str | None, everything: bool, **constants: Any) -> Variant:
-    options: dict[Any, Any] = {"BLOCK_V": triton_backend.MAX_BLOCK_V, "STATISTICS": everything, **constants}
-    options["NARROW"] = gradient not in (None, "fp32")
-    if gradient is None:
-        options["gradient_ptr"] = None
-    types: dict[Any, str] = {"gradient_ptr": f"*{gradient}", "teacher_slot_ptr": "*i64"}
-    for side in ("student", "teacher"):
-        for field in shard_triton.Logits._fields:
-            types[side, field] = "i32" if field.startswith("stride") else "fp32"
-        types |= {(side, "rows_ptr"): "*fp32", (side, "bias_ptr"): "*bf16"}
-        if not everything:
-            options |= {(side, "bias_ptr"): None, (side, "softcap"): None}
-    if not everything:
-        options |= {"teacher_slot_ptr": None, "row_scale_ptr": None}
-    return Variant(kernel, name, types, options, {"num_warps": triton_backend.NUM_WARPS})
-
-
-KINDS = triton_backend.KINDS
-
 VARIANTS = (
     compare_rows("forward_kl", "forward_kl", "fp32"),
     compare_rows("forward_kl, everything", "forward_kl", "bf16", everything=True),
@@ -97,50 +100,32 @@ VARIANTS = (
     compare_rows("jsd, value only", "jsd", None),
     compare_rows("forward_kl, one head", "forward_kl", "fp32", everything=True, one_head=True),
     compare_rows("jsd, one head", "jsd", "fp32", everything=True, one_head=True),
+    shard_pass(1, "forward_kl", None),
+    shard_pass(2, "forward_kl", "bf16"),
+    shard_pass(2, "jsd", None),
+    shard_pass(3, "reverse_kl", "fp32", everything=False),
+    shard_pass(3, "jsd", "bf16"),
     normalise_rows("value only", None, remainder=False, everything=False),
     normalise_rows("bf16", "bf16", remainder=False, everything=False),
     normalise_rows("fp32, everything", "fp32", remainder=False, everything=True),
     normalise_rows("bf16 in two parts, everything", "bf16", remainder=True, everything=True),
-    shard("everything", shard_triton._normalise_shard_kernel, None, everything=True),
-    shard(
-        "forward_kl, everything",
-        shard_triton._compare_shard_kernel,
-        "bf16",
-        everything=True,
-        KIND=KINDS["forward_kl"],
-        mean_slope_ptr=None,
-    ),
-    shard("jsd, everything", shard_triton._compare_shard_kernel, None, everything=True, KIND=KINDS["jsd"]),
-    shard("reverse_kl", shard_triton._shard_gradient_kernel, "fp32", everything=False, KIND=KINDS["reverse_kl"]),
-    shard("jsd, everything", shard_triton._shard_gradient_kernel, "bf16", everything=True, KIND=KINDS["jsd"]),
 )
 
 
 def source(variant: Variant) -> ASTSource:
-    names = variant.kernel.arg_names
-    fields = {"student": shard_triton.Logits, "teacher": shard_triton.Logits}
-    signature: dict[str, Any] = {}
+    signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
-
-    def leaf(key: Any, path: tuple[int, ...]) -> str:
-        name = key if isinstance(key, str) else key[1]
-        if key in variant.constants:
-            constants[path] = variant.constants[key]
-            return "constexpr"
-        count = name.startswith("stride") or name in ("R", "V")
-        kind = variant.types.get(key, "*fp32" if name.endswith("_ptr") else "i32" if count else "fp32")
-        # As addresses of real tensors are; R and V are any number.
-        if kind.startswith("*") and name not in triton_backend.ROW_NUMBERS:
-            aligned[path] = [["tt.divisibility", 16]]
-        return kind
-
-    for i, name in enumerate(names):
-        record = fields.get(name)
-        if record is None:
-            signature[name] = leaf(name, (i,))
-        else:
-            signature[name] = record(*(leaf((name, field), (i, j)) for j, field in enumerate(record._fields)))
+    for i, name in enumerate(variant.kernel.arg_names):
+        if name in variant.constants:
+            constants[i,] = variant.constants[name]
+            signature[name] = "constexpr"
+            continue
+        integer = name.startswith("stride") or name == "V"
+        signature[name] = variant.types.get(name, "*fp32" if name.endswith("_ptr") else "i32" if integer else "fp32")
+        # As addresses of real tensors are; V is any number.
+        if name.endswith("_ptr") and name not in triton_backend.ROW_POINTERS:
+            aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constexprs=constants, attrs=aligned)
 
 
@@ -156,10 +141,9 @@ def usage(compiled: Any) -> dict[str, int]:
 
 
 def kernels() -> Iterator[JITFunction]:
-    for module in (triton_backend, shard_triton):
-        for name, value in vars(module).items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
-                yield value
+    for name, value in vars(triton_backend).items():
+        if isinstance(value, JITFunction) and name.endswith("_kernel"):
+            yield value
 
 
 def main() -> None:

@@ -18,11 +18,8 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 BUDGET = json.loads((HERE / "kernel_budget.json").read_text())
 CONSTANTS = {
-    "_compare_rows_kernel": ["BLOCK_V", "KIND", "NARROW", "ONE_HEAD", "STATISTICS"],
+    "_compare_rows_kernel": ["BLOCK_V", "DIVERGENCE", "NARROW", "ONE_HEAD", "STATISTICS"],
     "_normalise_rows_kernel": ["BLOCK_V", "NARROW"],
-    "_normalise_shard_kernel": ["BLOCK_V", "STATISTICS"],
-    "_compare_shard_kernel": ["BLOCK_V", "KIND", "NARROW", "STATISTICS"],
-    "_shard_gradient_kernel": ["BLOCK_V", "KIND", "NARROW"],
 }
 
 

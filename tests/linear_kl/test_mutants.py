@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Mutant:
-    outcome: Callable  # (problem, plain) -> the wrong outcome
+    outcome: Callable  # problem -> the wrong outcome
     damages: tuple[str, ...] = EVERYWHERE
     options: tuple[tuple[str, object], ...] = ()  # what the problem must use for the fault to show
 
@@ -101,7 +101,7 @@ MUTANTS = {
     "teacher's softcap left out": Mutant(on_changed(teacher_transform=None)),
     "softcap derivative left out": Mutant(without_softcap_derivative, GRADIENTS),
     "scale left out of the gradient": Mutant(times(lambda o: 1 / o["student_transform"].scale), GRADIENTS),
-    "logits rounded to the input dtype": Mutant(lambda problem, plain: plain(problem, round_logits=True), ("loss",)),
+    "logits rounded to the input dtype": Mutant(lambda problem: plain(problem, round_logits=True), ("loss",)),
 }
 # In float32 rounding to the input dtype is no fault.
 CASES = [
@@ -126,7 +126,7 @@ def test_mutant_is_rejected(mutant, part, dtype):
     right = plain(problem)
     assert_accurate(right, problem)  # the control: nothing but the mutation is at fault
     with pytest.raises(AssertionError, match=f"^{part}: off by"):
-        assert_accurate(damaged(right, mutant.outcome(problem, plain), part), problem)
+        assert_accurate(damaged(right, mutant.outcome(problem), part), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -136,7 +136,7 @@ def test_accumulation_in_the_input_dtype_is_rejected(dtype):
     right = plain(problem)
     assert_accurate(right, problem)
     with pytest.raises(AssertionError, match=r"^student_weight: off by"):
-        assert_accurate(accumulated_over_chunks_in_the_input_dtype(problem, plain), problem)
+        assert_accurate(accumulated_over_chunks_in_the_input_dtype(problem), problem)
 
 
 @pytest.mark.parametrize("part", ["loss", *GRADIENTS])

@@ -27,7 +27,7 @@ def test_logits_ten_thousand_apart(impl, divergence, vocab):
     rows = torch.arange(4)
     student[rows, [0, 5, vocab - 1, 7]] += 1e4
     teacher[rows, [3, vocab - 1, 2, 7]] += 1e4
-    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none")
+    problem = with_logits(student, teacher, divergence=divergence, reduction="none")
     got = run(problem, impl)
     assert_accurate(got, problem)
     assert got.loss[:3].min() > 0.6
@@ -38,8 +38,8 @@ def test_logits_ten_thousand_apart(impl, divergence, vocab):
 def test_logits_far_from_zero(impl, divergence, offset):
     """A constant added to every logit changes nothing: the same float32 numbers, shifted exactly."""
     student, teacher = torch.randint(-64, 64, (2, 4, 1003)) / 16
-    near = with_logits(build, student, teacher, divergence=divergence, reduction="none")
-    far = with_logits(build, student + offset, teacher - offset, divergence=divergence, reduction="none")
+    near = with_logits(student, teacher, divergence=divergence, reduction="none")
+    far = with_logits(student + offset, teacher - offset, divergence=divergence, reduction="none")
     got = [loss_of(problem, problem.tensors, impl) for problem in (near, far)]
     torch.testing.assert_close(got[1], got[0], rtol=1e-5, atol=0.0)
 
@@ -63,7 +63,7 @@ def test_nearly_identical_distributions(fused_impl, divergence, vocab, temperatu
     """
     teacher = torch.randn(4, vocab)
     student = teacher + 1.4e-5 * temperature * torch.randn(4, vocab)
-    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none", temperature=temperature)
+    problem = with_logits(student, teacher, divergence=divergence, reduction="none", temperature=temperature)
     exact, got = oracle(problem).loss, run(problem, fused_impl).loss
     assert exact.min() > 1e-11 and exact.max() < 4e-10
     error = (got.double() - exact).abs()
@@ -78,7 +78,7 @@ def test_never_negative(fused_impl, divergence, vocab, gap):
     rows = 1500 if fused_impl == "torch" else 6
     teacher = 3 * torch.randn(rows, vocab)
     student = teacher + gap * torch.randn(rows, vocab)
-    problem = with_logits(build, student, teacher, divergence=divergence, reduction="none")
+    problem = with_logits(student, teacher, divergence=divergence, reduction="none")
     assert (loss_of(problem, problem.tensors, fused_impl) >= 0).all()
 
 

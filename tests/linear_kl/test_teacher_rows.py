@@ -1,5 +1,6 @@
 """A teacher row that many student rows share is projected once, and that changes no result."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -42,15 +43,15 @@ def projected(monkeypatch):
 @pytest.fixture
 def on_an_accelerator(monkeypatch):
     """As if the values of an index could not be seen without waiting."""
-    share = function.share_teacher_rows
-    monkeypatch.setattr(function, "share_teacher_rows", lambda problem, _, most: share(problem, None, most))
+    choose = function.choose_teacher_rows
+    monkeypatch.setattr(function, "choose_teacher_rows", lambda index, _, *sizes: choose(index, None, *sizes))
 
 
 @pytest.mark.parametrize("workspace", ["default", "smallest"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
 def test_results_are_those_of_the_oracle(fused_impl, index, reduction, workspace):
-    problem = compared(build, index, reduction=reduction, student_index=[11, 3, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9])
+    problem = compared(index, reduction=reduction, student_index=[11, 3, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9])
     if workspace == "smallest":
         problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
     assert_accurate(run(problem, fused_impl), problem)
@@ -65,7 +66,7 @@ def test_every_divergence_and_option(fused_impl, divergence, index):
 
 @pytest.mark.parametrize("index", INDICES.values(), ids=INDICES.keys())
 def test_each_is_projected_once(projected, fused_impl, index):
-    problem = compared(build, index)
+    problem = compared(index)
     loss_of(problem, problem.leaves(), fused_impl)
     chunks = 2  # of at most half the rows; one teacher row may be in both
     assert projected[1000, 24] == 12
@@ -97,15 +98,15 @@ def test_rows_without_repetition_stay_in_order(projected):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=80), st.integers(1, 80))
 def test_chunks_cover_all_rows_and_their_teachers(index, chunk_rows):
-    distinct, slot = torch.tensor(sorted(index)).unique(return_inverse=True)
-    rows = TeacherRows(len(distinct), distinct, slot, slot)
+    distinct, inverse = torch.tensor(sorted(index)).unique(return_inverse=True)
+    rows = TeacherRows(len(distinct), distinct, inverse, inverse)
     chunks = list(rows.chunks(len(index), chunk_rows))
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
     assert chunks[-1].stop == len(index)
     for start, stop, first, last in chunks:
         assert 0 < stop - start <= chunk_rows
-        assert (first, last) == (int(slot[start]), int(slot[stop - 1]) + 1)
-        assert last - first <= rows.teacher_chunk_rows(len(index), chunk_rows)
+        assert (first, last) == (int(inverse[start]), int(inverse[stop - 1]) + 1)
+        assert last - first <= math.ceil(chunk_rows * len(distinct) / len(index))
 
 
 @pytest.mark.usefixtures("on_an_accelerator")

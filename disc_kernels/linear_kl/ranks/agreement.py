@@ -1,4 +1,4 @@
-"""Ranks that share a vocabulary learn, before a call, that they mean the same call.
+"""Let ranks that share a vocabulary learn, before a call, that they mean the same call.
 
 One small exchange of Python objects a call: what each rank was given, and what it found wrong with it. So ranks that
 disagree all raise the same error, where collectives that do not fit each other would wait forever. With a group that
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any, Protocol, TypeVar
 
@@ -22,45 +22,39 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disc_kernels.autocast import autocast_dtype
 from disc_kernels.linear_kl.inputs import LogitTransform
-from disc_kernels.linear_kl.ranks.dtensor import local_tensors
+from disc_kernels.linear_kl.ranks.dtensor import I, Inputs, local_tensors
 from disc_kernels.linear_kl.ranks.group import VocabGroup, with_all_ranks
-
-S = TypeVar("S", bound="Shard")
+from disc_kernels.linear_kl.workspace import Plan
 
 
 class Shard(Protocol):
-    """One rank's part of a call, checked and planned as if all entries of its heads were compared."""
+    """One rank's part of a checked problem, as if all entries of its heads were compared."""
 
-    @property
-    def head_rows(self) -> dict[str, int]:
-        """Vocabulary rows of each head, by argument."""
+    def with_entries(self: S, entries: int) -> S:
+        """Compare the first `entries` entries of the heads."""
 
-    @property
-    def chunk_rows(self) -> int:
-        """Rows a chunk that fit this rank's workspace."""
 
-    def divided(self: S, entries: int, chunk_rows: int) -> S:
-        """The same, of the first `entries` entries and in chunks of so many rows."""
+S = TypeVar("S", bound=Shard)
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank says of its call."""
+    """Hold what one rank says of its call."""
 
     arguments: dict[str, Any]  # what must be the same on all ranks
     failure: str | None = None  # what it found wrong
-    head_rows: dict[str, int] | None = None
-    chunk_rows: int = 0
+    head_rows: dict[str, int] | None = None  # vocabulary rows of each head, by argument
+    chunk_rows: int = 0  # rows a chunk that fit its workspace
 
 
-def agree(
-    vocab_group: Any,
-    arguments: dict[str, Any],  # all of the public call's, by name
-    prepare: Callable[[dict[str, Any], VocabGroup], S],  # from arguments without DTensors
-) -> S:
-    """This rank's part of a call that all ranks of the group make.
+def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None], tuple[S, Plan]]) -> tuple[S, Plan]:
+    """Return this rank's part of a call that all ranks of the group make, and its plan.
+
+    Args:
+        vocab_group: the group as the caller gave it.
+        inputs: the arguments of the call; their DTensors are made local before they go to `prepare`.
+        prepare: checks and plans the call of one rank.
 
     Raises:
         TypeError: the group is none.
@@ -70,19 +64,20 @@ def agree(
     group = VocabGroup(_checked_group(vocab_group))
     failure: Exception | None = None
     try:
-        arguments = local_tensors(arguments, group.group)
-        shard = prepare(arguments, group)
-        here = Rank(_described(arguments), None, shard.head_rows, shard.chunk_rows)
+        inputs = local_tensors(inputs, group.group)
+        shard, plan = prepare(inputs, group)
+        here = Rank(_described(inputs), None, _head_rows(inputs), plan.chunk_rows)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
-        here = Rank(_described(arguments), failure=f"{type(error).__name__}: {error}")
+        here = Rank(_described(inputs), failure=f"{type(error).__name__}: {error}")
     gathered: list[Any] = [None] * group.ranks
     with with_all_ranks():
         dist.all_gather_object(gathered, here, group=group.group)
     _check_agreement(gathered, failure)
-    entries = _entries([rank.head_rows for rank in gathered], arguments["vocab_size"])
+    entries = _entries([rank.head_rows for rank in gathered], getattr(inputs, "vocab_size", None))
     # All ranks must divide the rows alike.
-    return shard.divided(entries[group.group.rank()], min(rank.chunk_rows for rank in gathered))
+    plan = replace(plan, chunk_rows=min(rank.chunk_rows for rank in gathered))
+    return shard.with_entries(entries[group.group.rank()]), plan
 
 
 def _checked_group(group: Any) -> dist.ProcessGroup:
@@ -93,22 +88,22 @@ def _checked_group(group: Any) -> dist.ProcessGroup:
     return group
 
 
-def _described(arguments: dict[str, Any]) -> dict[str, Any]:
-    described = {name: _description(name, value) for name, value in arguments.items()}
-    head = arguments["student_weight"]
-    if isinstance(head, Tensor):
-        dtype = autocast_dtype(head.device.type)
-        described["autocast"] = None if dtype is None else str(dtype)
-    return described
+def _head_rows(inputs: Inputs) -> dict[str, int]:
+    heads = ("student_weight", "teacher_weight")
+    return {name: getattr(inputs, name).shape[0] for name in heads if name in inputs.__dataclass_fields__}
+
+
+def _described(inputs: Inputs) -> dict[str, Any]:
+    return {name: _description(name, getattr(inputs, name)) for name in inputs.__dataclass_fields__}
 
 
 def _description(name: str, value: Any) -> Any:
-    """What must be the same on all ranks, and what an error shows."""
+    """Return what must be the same on all ranks, and what an error shows."""
     if value is None or isinstance(value, int | float | str):
         return value
     if isinstance(value, tuple):  # a TeacherSummary
         return ", ".join(str(_description(f"{name}.{i}", x)) for i, x in enumerate(value))
-    if isinstance(value, Number | LogitTransform):
+    if isinstance(value, Number | LogitTransform | torch.dtype):
         return repr(value)
     if not isinstance(value, Tensor):
         return type(value).__name__
@@ -126,7 +121,7 @@ def _description(name: str, value: Any) -> Any:
 
 
 def _check_agreement(ranks: Sequence[Rank], failure: Exception | None) -> None:
-    """Raise the same on every rank; where all of them found the same, what this one found."""
+    """Raise the same error on every rank; where all of them found the same, the one that this rank found."""
     for name in ranks[0].arguments:
         values = [rank.arguments.get(name) for rank in ranks]
         if any(repr(value) != repr(values[0]) for value in values):  # NaN is not equal to itself
@@ -141,7 +136,7 @@ def _check_agreement(ranks: Sequence[Rank], failure: Exception | None) -> None:
 
 
 def _entries(ranks: Sequence[dict[str, int]], vocab_size: int | None) -> list[int]:
-    """How many entries each rank's shards have below `vocab_size`, which counts over all of them.
+    """Return how many entries each rank's shards have below `vocab_size`, which counts over all of them.
 
     `ranks` are each rank's vocabulary rows, by head; what is compared must be divided alike in all heads.
     """

@@ -1,7 +1,7 @@
-"""Heads and hidden states that are DTensors: the plain tensors they are computed with here, and over which ranks.
+"""Turn heads and hidden states that are DTensors into the plain tensors of this rank; find who shares a vocabulary.
 
 Two engines give `Shard(0)` heads, for opposite reasons. Under tensor parallelism the ranks read the same tokens and
-each keeps its part of the vocabulary: they share it, as in `vocab_group.py`. Under FSDP the ranks read different tokens
+each keeps its part of the vocabulary: they share it, as in `group.py`. Under FSDP the ranks read different tokens
 and only the memory is divided: each needs the whole head. What tells them apart is the name of the mesh's dimension:
 
     "tp"        The name in PyTorch's tutorials, torchtitan, accelerate and transformers. `Shard(0)` over it stays
@@ -17,44 +17,54 @@ that names would save. Both kinds may occur together, on a mesh with two dimensi
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 TENSOR_PARALLEL = "tp"
 HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_bias")
-HIDDEN = ("student_hidden", "teacher_hidden")
 
 
-def vocabulary_group(arguments: dict[str, Any], vocab_group: Any) -> Any:
-    """`vocab_group`, or where it is None the ranks that share the vocabulary of a head; None where none do."""
+class Inputs(Protocol):
+    """The arguments of a public call, as a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+I = TypeVar("I", bound=Inputs)  # noqa: E741
+
+
+def vocabulary_group(inputs: Any, vocab_group: Any) -> Any:
+    """Return `vocab_group`, or where it is None the ranks that share the vocabulary of a head; None where none do."""
     if vocab_group is not None:
         return vocab_group
-    groups = (_group_of(arguments.get(name)) for name in HEADS)
+    groups = (_group_of(getattr(inputs, name, None)) for name in HEADS)
     return next((group for group in groups if group is not None), None)
 
 
-def local_tensors(arguments: dict[str, Any], vocab_group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """The arguments with plain tensors for DTensors: of heads the shard of the `vocab_group`, or else the whole.
+def local_tensors(inputs: I, vocab_group: dist.ProcessGroup | None) -> I:
+    """Put plain tensors in the place of DTensors: of heads the shard of the `vocab_group`, or else the whole.
 
     Gradients go back as DTensors of the same placements.
 
     Raises:
         ValueError: heads that are not all divided over one group; another DTensor that is not replicated.
     """
-    dtensors = {name: x for name, x in arguments.items() if _is_dtensor(x)}
+    dtensors = {name: x for name in inputs.__dataclass_fields__ if _is_dtensor(x := getattr(inputs, name))}
     if not dtensors:
-        return arguments
+        return inputs
     divided = vocab_group is not None and not dtensors.keys().isdisjoint(HEADS)
-    for name, x in arguments.items():
+    for name in inputs.__dataclass_fields__:
+        x = getattr(inputs, name)
         if name in HEADS:
             if divided and x is not None:
                 _check_divided(name, x, dist.get_process_group_ranks(vocab_group))
         elif name in dtensors:
             _check_replicated(name, x)
     local = {name: _local_head(name, x) if name in HEADS else _local_replica(x) for name, x in dtensors.items()}
-    return arguments | local
+    return replace(inputs, **local)
 
 
 def _is_dtensor(x: Any) -> bool:
@@ -71,7 +81,7 @@ def _tensor_parallel_dim(x: Any) -> int | None:
 
 
 def _group_of(head: Any) -> dist.ProcessGroup | None:
-    """The ranks that share the vocabulary of `head`."""
+    """Return the ranks that share the vocabulary of `head`, or None."""
     dim = _tensor_parallel_dim(head) if _is_dtensor(head) else None
     if dim is None or not head.placements[dim].is_shard(0) or head.device_mesh.size(dim) == 1:
         return None
@@ -100,7 +110,7 @@ def _check_replicated(name: str, x: Any) -> None:
 
 
 def _local_head(name: str, head: Any) -> Tensor:
-    """This rank's shard of the vocabulary, or all of it."""
+    """Return this rank's shard of the vocabulary, or all of it."""
     from torch.distributed.tensor import Partial, Replicate
 
     shared = _tensor_parallel_dim(head)
@@ -115,5 +125,5 @@ def _local_head(name: str, head: Any) -> Tensor:
 
 
 def _local_replica(x: Any) -> Tensor:
-    """Gradients are those of all that the ranks compute together, so equal on each."""
+    """Return the tensor; its gradient is that of all that the ranks compute together, so equal on each."""
     return x.to_local(grad_placements=x.placements)

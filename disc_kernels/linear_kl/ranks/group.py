@@ -1,11 +1,11 @@
-"""A vocabulary divided over ranks: what they send each other while a call runs.
+"""Exchange and merge what ranks that share a vocabulary know of its rows.
 
 Each rank holds a shard of both heads and all hidden states. Bytes a rank hands to collectives, with numbers of 4 bytes
 (8 for float64), `M` rows and `D` student hidden entries a row:
 
     fused_suffix_kl
         4 M numbers     gathered, a chunk at a time: each model's maximum and sum over the shard
-        1 M             added up, a chunk at a time: the mean slope, for the gradient of reverse KL and JSD only
+        1 M             added up, a chunk at a time: the mean score, for the gradient of reverse KL and JSD only
         1 or 3 M        added up, once: divergence, and with statistics both entropies
         D M             added up, a chunk at a time: the hidden gradient, where it is asked for, before it is rounded
     teacher_summary
@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -40,7 +41,7 @@ from disc_kernels.linear_kl.ranks.normalisers import expectation, merge_normalis
 
 @contextmanager
 def with_all_ranks() -> Iterator[None]:
-    """Around a collective: say what it means that it failed, which `torch.distributed` cannot know."""
+    """Say what it means that a collective failed, which `torch.distributed` cannot know."""
     try:
         yield
     except RuntimeError as error:
@@ -52,7 +53,7 @@ def with_all_ranks() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class VocabGroup:
-    """The ranks that share a vocabulary."""
+    """Know the ranks that share a vocabulary."""
 
     group: dist.ProcessGroup
 
@@ -61,19 +62,19 @@ class VocabGroup:
         return self.group.size()
 
     def whole_normalisers(self, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Each rank's `part` [4, R] (see shard_rows_torch.py) -> (`whole` [4, R], agreement [R])."""
+        """Merge each rank's `part` [R, 4] (see rows/torch_backend.py) into (normalisers [R, 4], agreement [R])."""
         gathered = self._start_gathering(part)()
-        maximum, total = gathered[:, 0::2], gathered[:, 1::2].abs()  # [ranks, 2, R]
+        maximum, total = gathered[..., 0::2], gathered[..., 1::2].abs()  # [ranks, R, 2]
         whole = torch.empty_like(part)
-        whole[0::2], whole_sum, _ = merge_normalisers(maximum, total, 0)
-        whole[1::2] = whole_sum.log()
+        whole[:, 0::2], whole_sum, _ = merge_normalisers(maximum, total, 0)
+        whole[:, 1::2] = whole_sum.log()
         # The largest logit of all is that of the first rank whose maximum is the largest.
-        student_rank, teacher_rank = maximum.argmax(0)
-        same_entry = gathered[:, 1].gather(0, student_rank.unsqueeze(0)).squeeze(0) > 0
+        student_rank, teacher_rank = maximum.argmax(0).unbind(1)
+        same_entry = gathered[..., 1].gather(0, student_rank.unsqueeze(0)).squeeze(0) > 0
         return whole, ((student_rank == teacher_rank) & same_entry).to(part.dtype)
 
     def start_merging(self, numbers: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Softmaxes of the shards -> that of the whole, while other work goes on.
+        """Start to merge the softmaxes of the shards into that of the whole, while other work goes on.
 
         Args:
             numbers: `[4, R]`, a row's maximum, log of the sum above it, entropy and expected bias over this shard; a
@@ -96,7 +97,7 @@ class VocabGroup:
         return merge
 
     def _start_gathering(self, part: Tensor) -> Callable[[], Tensor]:
-        """What waits and gives every rank's `part`, [ranks, *part.shape]."""
+        """Start to gather; return what waits and gives every rank's `part`, [ranks, *part.shape]."""
         gathered = part.new_empty(self.ranks, *part.shape)
         with with_all_ranks():
             work = dist.all_gather(list(gathered), part, group=self.group, async_op=True)
@@ -114,7 +115,7 @@ class VocabGroup:
             dist.all_reduce(x, group=self.group)
 
     def add_shares(self, stats: SuffixKLStats, statistics: bool) -> None:
-        """The same for what `ShardedRows` says of all rows; only where `statistics` for more than the divergence."""
+        """Sum the shares that `compare_shard_rows` gave of all rows; without `statistics` the divergence's only."""
         summed = stats[:3] if statistics else stats[:1]
         total = torch.stack(summed)
         self.add(total)
@@ -122,20 +123,21 @@ class VocabGroup:
             x.copy_(of_all)
 
 
-class Adding:
-    """Sums over the ranks, in place, behind other work: each is waited for when the next one starts.
+class PendingSum:
+    """Sum over the ranks, in place, behind other work: each sum is waited for when the next one starts.
 
     With no group there is nothing to add and nothing to wait for.
     """
 
     def __init__(self, group: VocabGroup | None):
         self.group = group
-        self.pending: tuple[dist.Work, Callable[[], None]] | None = None
+        self.pending: tuple[dist.Work, Callable[[], None] | None] | None = None
 
-    def start(self, x: Tensor, then: Callable[[], None]) -> None:
+    def start(self, x: Tensor, then: Callable[[], None] | None = None) -> None:
         """Add `x` up, and call `then` when its sum is there."""
         if self.group is None:
-            then()
+            if then is not None:
+                then()
             return
         with with_all_ranks():
             work = dist.all_reduce(x, group=self.group.group, async_op=True)
@@ -144,52 +146,55 @@ class Adding:
         self.pending = work, then
 
     def finish(self) -> None:
-        """Wait for the last one."""
+        """Wait for the last sum."""
         if self.pending is not None:
             (work, then), self.pending = self.pending, None
             with with_all_ranks():
                 work.wait()
-            then()
+            if then is not None:
+                then()
 
 
-@dataclass(frozen=True)
-class ShardedRows:
-    """Row functions of a shard with `compare_rows` of the whole: what `rows_torch.py` is to one rank."""
-
-    backend: ModuleType  # shard_rows_torch or shard_rows_triton
-    group: VocabGroup
-
-    def compare_rows(
-        self,
-        student: Tensor,  # [R, V], V may be 0
-        teacher: Tensor,  # [U, V]
-        teacher_slot: Tensor | None,  # [R] int64
-        problem: Problem,
-        block_rows: int,
-        out: SuffixKLStats,  # as in rows_torch.py, but divergence and entropies are the shard's share
-        *,
-        row_scale: Tensor | None,  # [R]
-        gradient: Tensor | None,  # [R, V]
-        statistics: bool,
-    ) -> None:
-        pair, part = (student, teacher, teacher_slot, problem, block_rows), student.new_empty(4, student.shape[0])
-        here = problem.vocab_size > 0
+def compare_shard_rows(
+    backend: ModuleType,  # see rows/torch_backend.py, for the arguments that follow too
+    group: VocabGroup,
+    student: Tensor,  # [R, V], V may be 0
+    teacher: Tensor,  # [U, V]
+    inverse_index: Tensor | None,  # [R] int64
+    problem: Problem,
+    block_rows: int,
+    *,
+    stats: SuffixKLStats,  # four [R] to fill; divergence and entropies with the shard's share
+    statistics: bool,
+    row_scale: Tensor | None,  # [R]
+    gradient: Tensor | None,  # [R, V]
+) -> None:
+    """Compare rows over this rank's shard, with the normalisers of all: `compare_rows` of the whole, for a rank."""
+    # A shard without an entry that is compared has nothing to launch.
+    compare = partial(backend.compare_rows, student, teacher, inverse_index, problem, block_rows)
+    here = problem.vocab_size > 0
+    part = student.new_empty(student.shape[0], 4)
+    if here:
+        compare(shard_normalisers=part, statistics=statistics)
+    else:
+        part[:, 0::2], part[:, 1::2] = -torch.inf, 0
+    normalisers, stats.agreement[:] = group.whole_normalisers(part)
+    needs_mean = gradient is not None and problem.divergence != "forward_kl"
+    mean_score = part.new_zeros(len(part)) if needs_mean else None
+    if here:
+        at_once = None if needs_mean else gradient
+        compare(
+            normalisers=normalisers,
+            stats=stats,
+            statistics=statistics,
+            row_scale=row_scale,
+            gradient=at_once,
+            mean_score=mean_score,
+        )
+    else:
+        for share in stats[:3]:
+            share.zero_()
+    if mean_score is not None:
+        group.add(mean_score)
         if here:
-            self.backend.normalise_shard(*pair, part, statistics=statistics)
-        else:
-            part[0::2], part[1::2] = -torch.inf, 0
-        whole, out.agreement[:] = self.group.whole_normalisers(part)
-        centred = gradient is not None and problem.divergence != "forward_kl"
-        mean_slope = torch.zeros_like(part[0]) if centred else None
-        if here:
-            at_once = None if centred else gradient
-            self.backend.compare_shard(
-                *pair, whole, out, row_scale=row_scale, gradient=at_once, mean_slope=mean_slope, statistics=statistics
-            )
-        else:
-            for share in out[:3]:
-                share.zero_()
-        if mean_slope is not None:
-            self.group.add(mean_slope)
-            if here:
-                self.backend.centred_gradient(*pair, whole, mean_slope, row_scale=row_scale, gradient=gradient)
+            compare(normalisers=normalisers, mean_score=mean_score, row_scale=row_scale, gradient=gradient)

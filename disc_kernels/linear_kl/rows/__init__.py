@@ -1,4 +1,4 @@
-"""Which implementation runs a call: "triton", "torch" or "reference"."""
+"""Compute the rows of a chunk of logits: which implementation runs a call, and its row functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMPLEMENTATIONS = ("triton", "torch", "reference")
 def choose_implementation(
     impl: str | None, device: torch.device, accumulate_dtype: torch.dtype, sharded: bool = False
 ) -> str:
-    """`impl` if it can run there, which is never replaced by another; the device's default for None.
+    """Return `impl` if it can run there, which is never replaced by another; the device's default for None.
 
     Raises:
         ValueError: no such implementation, or not for these tensors.
@@ -37,6 +37,6 @@ def choose_implementation(
     return impl
 
 
-def rows_backend(impl: str, sharded: bool = False) -> ModuleType:
-    """The row functions of "triton" or "torch", of a vocabulary or a shard; Triton is imported when first asked for."""
-    return importlib.import_module(f"disc_kernels.linear_kl.rows.{'shard_' + impl if sharded else impl + '_backend'}")
+def load_backend(impl: str) -> ModuleType:
+    """Return the row functions of "triton" or "torch"; Triton is imported when first asked for."""
+    return importlib.import_module(f"disc_kernels.linear_kl.rows.{impl}_backend")

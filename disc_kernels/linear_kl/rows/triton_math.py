@@ -1,4 +1,4 @@
-"""What Triton kernels compute with, number by number: nothing here knows a model or a pointer."""
+"""Compute number by number what the Triton kernels need: nothing here knows a model or a pointer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 # The divergences, as constants of a kernel.
-KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
@@ -14,7 +14,7 @@ JSD: tl.constexpr = tl.constexpr(2)
 
 @triton.jit
 def one_minus_exp(x):
-    """1 - exp(-x) for x >= 0, to full accuracy near 0."""
+    """Return 1 - exp(-x) for x >= 0, to full accuracy near 0."""
     # Reciprocals are constants of the compiler; it would divide by whole numbers.
     series = 1 - x * (1 / 5) * (1 - x * (1 / 6) * (1 - x * (1 / 7) * (1 - x * (1 / 8))))
     series = 1 - x * (1 / 2) * (1 - x * (1 / 3) * (1 - x * (1 / 4) * series))
@@ -29,14 +29,17 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    """Rounding in 1 + x is undone by the ratio of x to what of it is left (Kahan; Goldberg 1991, theorem 4)."""
+    """Return log(1 + x).
+
+    Rounding in 1 + x is undone by the ratio of x to what of it is left (Kahan; Goldberg 1991, theorem 4).
+    """
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / (y - 1.0)))
 
 
 @triton.jit
 def zero_where(a, x):
-    """x, but 0 where a is 0: 0 log 0 = 0."""
+    """Return x, but 0 where a is 0: 0 log 0 = 0."""
     return tl.where(a == 0, 0.0, x)
 
 
@@ -51,52 +54,55 @@ def online_logsumexp(u, maximum, total):
 
 @triton.jit
 def first_maximum(u, offsets, best, best_index):
-    """Index of the running maximum; the lowest of equals, as `torch.argmax` gives on the CPU."""
+    """Return the index of the running maximum; the lowest of equals, as `torch.argmax` gives on the CPU."""
     top = tl.max(u, axis=0)
     index = tl.min(tl.where(u == top, offsets, 2147483647), axis=0)
     return tl.where(top > best, index, best_index)
 
 
 @triton.jit
-def generalised_kl_terms(la, lb, gap):
-    """(a (la - lb) + (b - a), b - a), where gap = lb - la"""
+def generalised_kl_terms(la, lb, log_ratio):
+    """Return (a (la - lb) + (b - a), b - a), where log_ratio = lb - la"""
     larger = tl.exp(tl.maximum(la, lb))
-    x = tl.abs(gap)
+    x = tl.abs(log_ratio)
     shrink = larger * one_minus_exp(x)  # max(a, b) - min(a, b)
-    difference = zero_where(larger, tl.where(gap > 0, shrink, -shrink))
-    a = tl.where(gap > 0, larger * tl.exp(-x), larger)
-    return tl.where(a == 0, difference, difference - a * gap), difference
+    difference = zero_where(larger, tl.where(log_ratio > 0, shrink, -shrink))
+    a = tl.where(log_ratio > 0, larger * tl.exp(-x), larger)
+    return tl.where(a == 0, difference, difference - a * log_ratio), difference
 
 
 @triton.jit
-def over_mixture(gap, beta):
-    """log m - max(lp, lq), m = beta p + (1 - beta) q, from gap = lq - lp: nothing cancels where p and q are close."""
-    return log1p(-one_minus_exp(tl.abs(gap)) * tl.where(gap > 0, beta, 1.0 - beta))
+def over_mixture(log_ratio, beta):
+    """Return log m - max(lp, lq), m = beta p + (1 - beta) q, from log_ratio = lq - lp.
+
+    Nothing cancels where p and q are close.
+    """
+    return log1p(-one_minus_exp(tl.abs(log_ratio)) * tl.where(log_ratio > 0, beta, 1.0 - beta))
 
 
 @triton.jit
 def tanh(x):
-    """sign(x) (1 - e) / (1 + e), e = exp(-2 |x|): no overflow, and -inf and +inf give -1 and 1."""
+    """Return sign(x) (1 - e) / (1 + e), e = exp(-2 |x|): no overflow, and -inf and +inf give -1 and 1."""
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
 
 
 @triton.jit
-def divergence_terms(lq, lp, gap, beta, KIND: tl.constexpr):
-    """(what the divergence is the sum of, its slope), gap = lq - lp; see rows_torch.py
+def divergence_terms(lq, lp, log_ratio, beta, DIVERGENCE: tl.constexpr):
+    """Return (what the divergence is the sum of, its score), where log_ratio = lq - lp; see torch_backend.py.
 
-    The slope is the gradient itself for forward KL, and for the others h, of which the mean is yet to be subtracted.
+    The score is the gradient itself for forward KL; for the others it is h, of which the mean is yet to be subtracted.
     """
-    if KIND == FORWARD_KL:
-        return generalised_kl_terms(lp, lq, gap)
-    elif KIND == REVERSE_KL:
-        terms, _ = generalised_kl_terms(lq, lp, -gap)
-        return terms, gap
+    if DIVERGENCE == FORWARD_KL:
+        return generalised_kl_terms(lp, lq, log_ratio)
+    elif DIVERGENCE == REVERSE_KL:
+        terms, _ = generalised_kl_terms(lq, lp, -log_ratio)
+        return terms, log_ratio
     else:
-        over = over_mixture(gap, beta)
+        over = over_mixture(log_ratio, beta)
         lm = tl.maximum(lp, lq) + over
-        h = tl.minimum(gap, 0.0) - over  # lq - lm
-        terms_t, _ = generalised_kl_terms(lp, lm, over + tl.maximum(gap, 0.0))
+        h = tl.minimum(log_ratio, 0.0) - over  # lq - lm
+        terms_t, _ = generalised_kl_terms(lp, lm, over + tl.maximum(log_ratio, 0.0))
         terms_s, _ = generalised_kl_terms(lq, lm, -h)
         return beta * terms_t + (1.0 - beta) * terms_s, (1.0 - beta) * h

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from disc_kernels import fused_suffix_kl
+from disc_kernels import LogitTransform, fused_suffix_kl
 from disc_kernels.linear_kl import compile as compile_module
+from disc_kernels.linear_kl.inputs import SuffixKLInputs
 from tests.linear_kl.traced.steps import Step, assert_same, step_outcome
 
 V, D = 37, 8
@@ -72,7 +73,7 @@ def test_opcheck(dtype, reduction, return_stats):
     def parameter(*shape):
         return torch.randn(*shape).to(dtype).requires_grad_()
 
-    arguments = compile_module.Arguments(
+    inputs = SuffixKLInputs(
         student_hidden=parameter(2, 5, D),
         student_weight=parameter(V, D),
         student_bias=parameter(V),
@@ -86,18 +87,15 @@ def test_opcheck(dtype, reduction, return_stats):
         divergence="jsd",
         beta=0.3,
         reduction=reduction,
-        student_scale=1.5,
-        student_softcap=None,
-        teacher_scale=1.0,
-        teacher_softcap=30.0,
+        student_transform=LogitTransform(1.5),
+        teacher_transform=LogitTransform(softcap=30.0),
         vocab_size=V - 1,
         max_workspace_bytes=None,
         return_stats=return_stats,
         impl=None,
         autocast_dtype=None,
-        wanted=[True, True, True],
     )
-    torch.library.opcheck(compile_module.operator, tuple(arguments))
+    torch.library.opcheck(compile_module.operator, (*compile_module.flatten(inputs), [True, True, True]))
 
 
 def test_double_backward_is_refused(reduction):
