@@ -95,18 +95,6 @@ def test_no_rows():
     assert not any(leaves[name].grad.any() for name in STUDENT[:2])
 
 
-def test_skip_below():
-    """What it reports comes third, and its approximate gradients are the eager call's."""
-    problem = build_everything(reduction="mean")
-
-    def call(leaves):
-        return loss_of(problem, leaves, "torch", return_stats=True, skip_below=1e-3)
-
-    expected, got = call(problem.leaves())[2], compiled(call)(problem.leaves())[2]
-    assert 0 < got < 1 and torch.equal(got, expected)
-    compare(problem, skip_below=1e-3)
-
-
 def test_autocast(backend):
     step = Step()
     inputs = step.inputs(5)
