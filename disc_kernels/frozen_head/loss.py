@@ -21,7 +21,7 @@ from disc_kernels.frozen_head.softmax import multiply_weights, normalise, number
 from disc_kernels.frozen_head.validation import check_loss_inputs
 from disc_kernels.linear_kl.function import refuse_double_backward, save_tensors, saved_tensors
 from disc_kernels.linear_kl.inputs import SuffixKLStats
-from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
+from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
@@ -152,7 +152,7 @@ def _prepare(inputs: LossInputs, group: VocabGroup | None = None) -> tuple[LossP
     hidden_rows = 6 if group is None else 8
     numbers = row_stride(student.vocab_size) + hidden_rows * student.hidden_size + numbers_per_row(group)
     fixed_bytes = wide.itemsize * _ROW_VECTORS * student.rows
-    row_bytes = wide.itemsize * numbers
+    row_bytes = (wide.itemsize * numbers, 0)
     return problem, divide_workspace(
         inputs.max_workspace_bytes, student.rows, (student,), fixed_bytes, row_bytes, backend, group
     )
@@ -218,6 +218,8 @@ def _run_chunks(
     student, rows = problem.student, problem.student.rows
     new = partial(torch.empty, dtype=student.accumulate_dtype, device=student.hidden.device)
     divergence, student_entropy = new(rows), new(rows)
+    if plan.copy_weights:
+        student = with_copied_weight(student)
     buffer = new(min(plan.chunk_rows, rows), plan.row_stride)
     weights_buffer = buffer.view(student.product_dtype)
     pending_sum = PendingSum(plan.group)

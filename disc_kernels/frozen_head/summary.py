@@ -23,7 +23,7 @@ from disc_kernels.frozen_head.inputs import SummaryInputs, SummaryProblem, Teach
 from disc_kernels.frozen_head.softmax import multiply_weights, normalise, numbers_per_row
 from disc_kernels.frozen_head.validation import check_summary_inputs
 from disc_kernels.linear_kl.inputs import LogitTransform, Projection
-from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
+from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
@@ -118,8 +118,8 @@ def _prepare(inputs: SummaryInputs, group: VocabGroup | None = None) -> tuple[Su
     logits = row_stride(head.vocab_size)
     row_bytes = wide.itemsize * (logits + 3 * teacher.hidden_size + numbers_per_row(group))
     row_bytes += head.product_dtype.itemsize * logits if splits(head) else 0
-    plan = divide_workspace(inputs.max_workspace_bytes, teacher.rows, (teacher, head), 0, row_bytes, backend, group)
-    return problem, plan
+    row = (row_bytes, 0)
+    return problem, divide_workspace(inputs.max_workspace_bytes, teacher.rows, (teacher, head), 0, row, backend, group)
 
 
 def splits(head: Projection) -> bool:
@@ -135,6 +135,8 @@ def _summarise(problem: SummaryProblem, plan: Plan) -> TeacherSummary:
     """Summarise all rows, a chunk at a time: products by torch, softmax in place by the row functions."""
     teacher, head, rows = problem.teacher, problem.head, problem.teacher.rows
     new = partial(torch.empty, dtype=head.accumulate_dtype, device=head.weight.device)
+    if plan.copy_weights:
+        teacher, head = with_copied_weight(teacher), with_copied_weight(head)
     summary = TeacherSummary(embedding=new(rows, head.hidden_size), entropy=new(rows), bias=new(rows))
     buffer = new(min(plan.chunk_rows, rows), plan.row_stride)
     weights_buffer = buffer.view(head.product_dtype)

@@ -1,7 +1,8 @@
 """Compute the loss chunk by chunk of rows, and wrap that in an autograd function.
 
 A chunk's logits live only while the chunk does: products by torch, rows by a backend, the gradient in place of the
-student's logits, then the two gradient products. For a scalar loss all of this happens in the forward (4 products of
+student's logits, then the two gradient products. Where products take 16-bit operands, the gradient is kept apart for a
+group of chunks, and multiplied once a group. For a scalar loss all of this happens in the forward (4 products of
 2 M V D operations; 3 with a frozen head), because the upstream gradient is one number that can be multiplied in later.
 For `reduction="none"` the upstream gradient of each row is known in the backward only, so that recomputes (6 products);
 so does a second backward through a graph that was retained.
@@ -9,6 +10,7 @@ so does a second backward through a graph that was retained.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,10 +20,10 @@ from torch import Tensor
 
 from disc_kernels.linear_kl.gradients import GradientSums, Wanted
 from disc_kernels.linear_kl.inputs import Problem, SuffixKLInputs, SuffixKLStats
-from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
+from disc_kernels.linear_kl.logits import Logits
 from disc_kernels.linear_kl.ranks.group import VocabGroup, compare_shard_rows
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
-from disc_kernels.linear_kl.teacher_rows import choose_teacher_rows
+from disc_kernels.linear_kl.teacher_rows import Chunk, choose_teacher_rows
 from disc_kernels.linear_kl.validation import check_inputs
 from disc_kernels.linear_kl.workspace import Plan, max_cached_rows, plan_problem
 
@@ -147,54 +149,54 @@ def _run_chunks(
     problem: Problem, plan: Plan, row_scale: Tensor | None, gradients: GradientSums | None
 ) -> SuffixKLStats:
     """Compare all rows chunk by chunk; add to `gradients`, of rows times `row_scale` [M], where they are given."""
-    group, teacher_rows = plan.group, problem.teacher_rows
-    compare_rows = plan.backend.compare_rows if group is None else partial(compare_shard_rows, plan.backend, group)
-    projected_rows = replace(problem.teacher, index=teacher_rows.index)
-    wide, device, entries = problem.accumulate_dtype, problem.device, slice(problem.vocab_size)
-    chunks = list(teacher_rows.chunks(problem.rows, plan.chunk_rows))
+    compare_rows = plan.backend.compare_rows
+    if plan.group is not None:
+        compare_rows = partial(compare_shard_rows, plan.backend, plan.group)
+    wide, narrow, device = problem.accumulate_dtype, problem.student.product_dtype, problem.device
     stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
-    most = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    student_buffer = torch.empty(most, plan.row_stride, dtype=wide, device=device)
-    most = max((chunk.last - chunk.first for chunk in chunks), default=0)
-    teacher_buffer = torch.empty(most, plan.row_stride, dtype=wide, device=device)
-    # The gradient takes the student's place in memory, row by row, in the dtype of the products it goes to.
-    gradient_buffer = student_buffer.view(problem.student.product_dtype)
-    projected = None
+    logits = Logits(problem, plan)
+    # The gradient takes the student's place in memory, row by row, or has a buffer of the dtype that is multiplied.
+    gradient_buffer = logits.student_buffer
+    if gradients is not None and narrow != wide:
+        gradient_buffer = torch.empty(min(plan.group_rows, problem.rows), plan.row_stride, dtype=narrow, device=device)
+    gradient_buffer = gradient_buffer[:, : problem.vocab_size]
     with torch.autocast(device.type, enabled=False):  # its rounding is in the operands already
-        for start, stop, first, last in chunks:
-            rows = slice(start, stop)
-            student_hidden = to_product_dtype(take_rows(problem.student, start, stop), problem.student)
-            student = student_buffer[: stop - start, entries]
-            if problem.one_head:
-                teacher_hidden = to_product_dtype(take_rows(problem.teacher, start, stop), problem.teacher)
-                project(problem.student, student_hidden - teacher_hidden, plan.tile_rows, student)
-            else:
-                project(problem.student, student_hidden, plan.tile_rows, student)
-            teacher = teacher_buffer[: last - first, entries]
-            if projected != (first, last):
-                teacher_hidden = to_product_dtype(take_rows(projected_rows, first, last), projected_rows)
-                project(projected_rows, teacher_hidden, plan.tile_rows, teacher)
-                projected = first, last
-            gradient = gradient_buffer[: stop - start, entries] if gradients is not None else None
-            inverse_index = teacher_rows.inverse_index
-            compare_rows(
-                student,
-                teacher,
-                None if inverse_index is None else inverse_index[rows] - first,
-                problem,
-                plan.block_rows,
-                stats=SuffixKLStats(*(x[rows] for x in stats)),
-                statistics=problem.statistics,
-                row_scale=None if row_scale is None else row_scale[rows],
-                gradient=gradient,
-            )
-            if gradients is not None and gradient is not None:
-                gradients.add_chunk(problem.student, start, stop, gradient, student_hidden)
+        for group in _groups(logits.chunks, plan.group_rows, alone=narrow == wide):
+            group_rows = slice(group[0].start, group[-1].stop)
+            for chunk in group:
+                rows, place = slice(chunk.start, chunk.stop), chunk.start - group_rows.start
+                student, teacher, inverse_index = logits.of(chunk)
+                compare_rows(
+                    student,
+                    teacher,
+                    inverse_index,
+                    problem,
+                    plan.block_rows,
+                    stats=SuffixKLStats(*(x[rows] for x in stats)),
+                    statistics=problem.statistics,
+                    row_scale=None if row_scale is None else row_scale[rows],
+                    gradient=None if gradients is None else gradient_buffer[place : place + len(student)],
+                )
+            if gradients is not None:
+                gradient = gradient_buffer[: group_rows.stop - group_rows.start]
+                gradients.add_rows(logits.student, group_rows.start, group_rows.stop, gradient)
         if gradients is not None:
-            gradients.finish_chunks()
-        if group is not None and problem.rows > 0:
-            group.add_shares(stats, problem.statistics)
+            gradients.finish_groups()
+        if plan.group is not None and problem.rows > 0:
+            plan.group.add_shares(stats, problem.statistics)
     return stats
+
+
+def _groups(chunks: Sequence[Chunk], group_rows: int, alone: bool) -> Iterator[list[Chunk]]:
+    """Yield runs of chunks of at most `group_rows` rows together; each chunk by itself where it is `alone`."""
+    group: list[Chunk] = []
+    for chunk in chunks:
+        if group and (alone or chunk.stop - group[0].start > group_rows):
+            yield group
+            group = []
+        group.append(chunk)
+    if group:
+        yield group
 
 
 def _finish(problem: Problem, stats: SuffixKLStats) -> tuple[Tensor, SuffixKLStats]:

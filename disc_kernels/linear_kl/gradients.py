@@ -1,4 +1,4 @@
-"""Sum the student's gradients over chunks."""
+"""Sum the student's gradients over groups of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Problem, Projection
-from disc_kernels.linear_kl.products import multiply_into, weight_tiles
+from disc_kernels.linear_kl.products import multiply_into, take_rows, to_product_dtype, weight_tiles
 from disc_kernels.linear_kl.ranks.group import PendingSum
 from disc_kernels.linear_kl.workspace import Plan
 
@@ -23,7 +23,7 @@ class Wanted(NamedTuple):
 
 
 class GradientSums:
-    """Sum the student's gradients over chunks, to be multiplied by a scale at the end.
+    """Sum the student's gradients over groups of rows, to be multiplied by a scale at the end.
 
     The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows/torch_backend.py` leaves
     out. It is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is
@@ -46,6 +46,7 @@ class GradientSums:
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
         self.hidden_shape, self.chunk_rows, self.tile_rows = hidden.shape, plan.chunk_rows, plan.tile_rows
+        self.multiplied = plan.backend.multiplied
         self.hidden_dtype, self.weight_dtype = hidden.dtype, weight.dtype
         self.bias_dtype = weight.dtype if bias is None else bias.dtype
         self.hidden: Tensor | None = None
@@ -60,24 +61,25 @@ class GradientSums:
         if wanted.weight:
             # With the weight's strides, or autograd would copy it to get them.
             self.weight = torch.empty_like(weight, dtype=wide)
-            # The first chunk writes what is compared; the rest of the vocabulary has no gradient.
+            # The first group writes what is compared; the rest of the vocabulary has no gradient.
             self.weight[problem.vocab_size if problem.rows else 0 :].zero_()
         if wanted.bias:
             self.bias = torch.zeros(weight.shape[0], dtype=wide, device=weight.device)
 
-    def add_chunk(self, student: Projection, start: int, stop: int, gradient: Tensor, hidden: Tensor) -> None:
-        """Add what rows start..stop give, from the `gradient` [R, V] of their logits and their `hidden` rows [R, D]."""
+    def add_rows(self, student: Projection, start: int, stop: int, gradient: Tensor) -> None:
+        """Add what rows start..stop give, from the `gradient` [R, V] of their logits."""
         if self.hidden is not None:
             rows = self._hidden_rows(student, gradient)
             index = None if student.index is None else student.index[start:stop]
             self.pending_sum.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
         if self.weight is not None:
+            hidden = to_product_dtype(take_rows(student, start, stop), student)
             multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
         if self.bias is not None:
             self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
 
-    def finish_chunks(self) -> None:
-        """Complete all sums, after the last chunk."""
+    def finish_groups(self) -> None:
+        """Complete all sums, after the last group."""
         self.pending_sum.finish()
 
     @staticmethod
@@ -88,7 +90,7 @@ class GradientSums:
             total.index_add_(0, index, rows.to(total.dtype))
 
     def _hidden_rows(self, student: Projection, gradient: Tensor) -> Tensor:
-        """Return the hidden gradient of a chunk's rows, [R, D], but for the power of two."""
+        """Return the hidden gradient of a group's rows, [R, D], but for the power of two."""
         new = torch.empty if student.vocab_size > 0 else torch.zeros
         rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
         for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows)):
@@ -106,7 +108,7 @@ class GradientSums:
             hidden = self.hidden.view(self.hidden_shape).to(self.hidden_dtype)
         factor = factor * self.mantissa
         if self.weight is not None:
-            weight = self.weight.mul_(factor).to(self.weight_dtype)
+            weight = self.multiplied(self.weight, factor, self.weight_dtype)
         if self.bias is not None:
             bias = self.bias.mul_(factor).to(self.bias_dtype)
         return hidden, weight, bias

@@ -1,13 +1,15 @@
 """Multiply matrices with float32 results from 16-bit operands, without a full-size copy of either operand.
 
 On CUDA, 16-bit operands go to the tensor cores as they are and only the result is float32. CPUs have no such product,
-so there 16-bit operands are widened first (exact), one tile of vocabulary rows at a time; the same tiles serve weights
-that autocast rounds and weights whose strides no BLAS takes.
+so there 16-bit operands are widened first (exact). Weights are widened once a call where the workspace has room for
+that, else one tile of vocabulary rows at a time; the same serves weights that autocast rounds and weights whose strides
+no BLAS takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,15 +22,34 @@ def to_product_dtype(x: Tensor, model: Projection) -> Tensor:
     return x.to(model.operand_dtype).to(model.product_dtype)
 
 
-def needs_tiles(model: Projection) -> bool:
-    """Return whether the weight must be copied, tile by tile, before it can be multiplied."""
-    blas_layout = 1 in model.weight.stride() and 0 not in model.weight.stride()
-    return not (model.weight.dtype == model.operand_dtype == model.product_dtype and blas_layout)
+def _fits_blas(weight: Tensor) -> bool:
+    return 1 in weight.stride() and 0 not in weight.stride()
+
+
+def needs_copy(model: Projection) -> bool:
+    """Return whether the weight must be copied, whole or tile by tile, before it can be multiplied."""
+    return not (model.weight.dtype == model.operand_dtype == model.product_dtype and _fits_blas(model.weight))
+
+
+def copy_bytes(model: Projection) -> int:
+    """Return how many bytes `with_copied_weight` needs at once."""
+    rounded = (model.weight.dtype != model.operand_dtype) * model.operand_dtype.itemsize
+    widened = (model.operand_dtype != model.product_dtype) * model.product_dtype.itemsize
+    in_order = (not _fits_blas(model.weight)) * model.product_dtype.itemsize
+    return model.vocab_size * model.hidden_size * (rounded + widened + in_order)
+
+
+def with_copied_weight(model: Projection) -> Projection:
+    """Return the same model with a weight that is ready to be multiplied."""
+    if not needs_copy(model):
+        return model
+    weight = to_product_dtype(model.weight[: model.vocab_size], model)
+    return replace(model, weight=weight if _fits_blas(weight) else weight.contiguous())
 
 
 def weight_tiles(model: Projection, tile_rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, weight[rows]) over the vocabulary, ready to multiply: one tile where no copy is needed."""
-    if model.vocab_size > 0 and not needs_tiles(model):
+    if model.vocab_size > 0 and not needs_copy(model):
         yield slice(model.vocab_size), model.weight[: model.vocab_size]
     else:
         for first in range(0, model.vocab_size, tile_rows):

@@ -4,29 +4,19 @@ import pytest
 import torch
 
 from disc_kernels import LogitTransform
-from disc_kernels.frozen_head import softmax, summary
-from disc_kernels.linear_kl import inputs, products
+from disc_kernels.frozen_head import summary
+from disc_kernels.linear_kl import inputs
 from disc_kernels.linear_kl.rows import torch_backend
 from tests.frozen_head.calls import everything, run, simple
 from tests.linear_kl.oracle import assert_accurate
+from tests.linear_kl.tensor_cores import emulate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
 def tensor_cores(monkeypatch):
-    """Products of 16-bit operands with float32 results, as on CUDA; the same numbers, from widened operands."""
-
-    def product_dtype(side):
-        return side.operand_dtype if side.accumulate_dtype == torch.float32 else side.accumulate_dtype
-
-    def multiply_into(out, a, b, *, accumulate=False):
-        product = a.to(out.dtype) @ b.to(out.dtype)
-        out.add_(product) if accumulate else out.copy_(product)
-
-    monkeypatch.setattr(inputs.Projection, "product_dtype", property(product_dtype))
-    for module in (softmax, products):
-        monkeypatch.setattr(module, "multiply_into", multiply_into)
+    emulate(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -45,7 +45,6 @@ def compare_rows(
     constants: dict[str, Any] = {
         "DIVERGENCE": DIVERGENCE_CODES[divergence],
         "STATISTICS": everything,
-        "NARROW": gradient not in (None, "fp32"),
         "ONE_HEAD": one_head,
         "BLOCK_V": triton_backend.MAX_BLOCK_V,
     }

@@ -46,6 +46,7 @@ class Rank:
     failure: str | None = None  # what it found wrong
     head_rows: dict[str, int] | None = None  # vocabulary rows of each head, by argument
     chunk_rows: int = 0  # rows a chunk that fit its workspace
+    group_rows: int = 0  # rows a group, the same
 
 
 def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None], tuple[S, Plan]]) -> tuple[S, Plan]:
@@ -66,7 +67,7 @@ def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None],
     try:
         inputs = local_tensors(inputs, group.group)
         shard, plan = prepare(inputs, group)
-        here = Rank(_described(inputs), None, _head_rows(inputs), plan.chunk_rows)
+        here = Rank(_described(inputs), None, _head_rows(inputs), plan.chunk_rows, plan.group_rows)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
         here = Rank(_described(inputs), failure=f"{type(error).__name__}: {error}")
@@ -76,7 +77,8 @@ def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None],
     _check_agreement(gathered, failure)
     entries = _entries([rank.head_rows for rank in gathered], getattr(inputs, "vocab_size", None))
     # All ranks must divide the rows alike.
-    plan = replace(plan, chunk_rows=min(rank.chunk_rows for rank in gathered))
+    chunk_rows, group_rows = (min(getattr(rank, name) for rank in gathered) for name in ("chunk_rows", "group_rows"))
+    plan = replace(plan, chunk_rows=chunk_rows, group_rows=group_rows)
     return shard.with_entries(entries[group.group.rank()]), plan
 
 

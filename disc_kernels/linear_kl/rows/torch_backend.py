@@ -107,6 +107,14 @@ def compare_rows(
             gradient[rows] = score
 
 
+def multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x`, a dense sum of gradients that nothing else needs, times `factor` (0-dim), rounded once to `dtype`.
+
+    `x` may be overwritten, and may be what is returned.
+    """
+    return x.mul_(factor).to(dtype)
+
+
 def _fill_normalisers(out: Tensor, u_s: Tensor, u_t: Tensor, statistics: bool) -> None:
     for column, u in ((0, u_s), (2, u_t)):
         maximum = u.amax(-1, keepdim=True)
