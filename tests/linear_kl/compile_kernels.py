@@ -91,6 +91,13 @@ def normalise_rows(name: str, weights: str | None, remainder: bool, everything: 
     return Variant(triton_backend._normalise_rows_kernel, name, types, constants, options)
 
 
+def multiply(dtype: str) -> Variant:
+    types = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{dtype}", "size": "i64"}
+    options = {"num_warps": triton_backend.NUM_WARPS}
+    constants = {"BLOCK": triton_backend.MAX_BLOCK_V}
+    return Variant(triton_backend._multiply_kernel, dtype, types, constants, options)
+
+
 VARIANTS = (
     compare_rows("forward_kl", "forward_kl", "fp32"),
     compare_rows("forward_kl, everything", "forward_kl", "bf16", everything=True),
@@ -108,6 +115,7 @@ VARIANTS = (
     normalise_rows("bf16", "bf16", remainder=False, everything=False),
     normalise_rows("fp32, everything", "fp32", remainder=False, everything=True),
     normalise_rows("bf16 in two parts, everything", "bf16", remainder=True, everything=True),
+    multiply("bf16"),
 )
 
 

@@ -18,8 +18,9 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 BUDGET = json.loads((HERE / "kernel_budget.json").read_text())
 CONSTANTS = {
-    "_compare_rows_kernel": ["BLOCK_V", "DIVERGENCE", "NARROW", "ONE_HEAD", "STATISTICS"],
+    "_compare_rows_kernel": ["BLOCK_V", "DIVERGENCE", "ONE_HEAD", "STATISTICS"],
     "_normalise_rows_kernel": ["BLOCK_V", "NARROW"],
+    "_multiply_kernel": ["BLOCK"],
 }
 
 

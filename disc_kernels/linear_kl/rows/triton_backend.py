@@ -30,10 +30,11 @@ from disc_kernels.linear_kl.rows.triton_math import (
 BLOCK_ENTRIES = {"cpu": 0, "cuda": 0}
 BLOCK_TEMPORARIES = 0
 
-# One program holds one tile of both rows in registers. On an H200, 2048 rows of 152064 entries took 1.42 ms with tiles
-# of 2048 over 4 warps, 1.49 ms over 8; other tiles from 1024 to 8192 took 1.43 to 2.4 ms (docs/performance.md).
+# One program holds one tile of both rows in registers. On an H200, 2048 rows of 152064 entries took 1.49 ms so, 1.42 ms
+# over 4 warps, which makes variants with statistics and biases spill, and 1.43 to 2.4 ms with other tiles from 1024 to
+# 8192 entries (docs/performance.md).
 MAX_BLOCK_V = 2048
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 # Left to itself, ptxas spills a few registers of `_normalise_rows_kernel` to keep it at 32 or 48, and of a shard's
 # second pass to keep it at 64. With a bound that it does not come near, the first takes 48 (80 with softcap and
