@@ -1,4 +1,4 @@
-"""Which dtype autocast rounds the operands of matrix products to."""
+"""Tell which dtype autocast rounds the operands of matrix products to."""
 
 from typing import Any
 

@@ -169,7 +169,7 @@ def _row_losses(problem: LossProblem, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 class _RowLosses(torch.autograd.Function):
-    """(divergence, student_entropy) = apply(student_hidden, problem, plan); a gradient flows from the divergence.
+    """Compute (divergence, student_entropy) = apply(student_hidden, problem, plan), the first with a gradient.
 
     A 16-bit gradient should be rounded once. So the rows that are kept hold the mantissa of what they will probably be
     multiplied by, `row_factor` times `logit_factor`: what is left is then a power of two, or one times a loss scale.

@@ -161,7 +161,7 @@ def _summarise(problem: SummaryProblem, plan: Plan) -> TeacherSummary:
 
 
 def _reference(problem: SummaryProblem) -> TeacherSummary:
-    """Specify the summary: everything written down."""
+    """Compute the summary as it is specified: everything written down."""
     head = problem.head
     with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         log_p = torch.log_softmax(reference_logits(problem.teacher) / problem.temperature, -1)

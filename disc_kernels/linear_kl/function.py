@@ -34,15 +34,8 @@ def prepare(inputs: SuffixKLInputs, group: VocabGroup | None = None) -> tuple[Pr
     impl = choose_implementation(inputs.impl, problem.device, problem.accumulate_dtype, sharded=group is not None)
     max_bytes, index = inputs.max_workspace_bytes, inputs.teacher_index
     host_index = index if index is not None and index.device.type == "cpu" else None
-    shared = problem.with_teacher_rows(
-        choose_teacher_rows(
-            problem.teacher.index,
-            host_index,
-            problem.rows,
-            problem.teacher.hidden_rows,
-            max_cached_rows(problem, max_bytes),
-        )
-    )
+    sizes = problem.rows, problem.teacher.hidden_rows, max_cached_rows(problem, max_bytes)
+    shared = problem.with_teacher_rows(choose_teacher_rows(problem.teacher.index, host_index, *sizes))
     try:
         return shared, plan_problem(shared, max_bytes, load_backend(impl), group)
     except ValueError:
@@ -80,7 +73,7 @@ def forward_with_gradients(
 
 
 class FusedSuffixKL(torch.autograd.Function):
-    """(loss, *statistics) = apply(student_hidden, student_weight, student_bias, problem, plan, wanted)."""
+    """Compute (loss, *statistics) = apply(student_hidden, student_weight, student_bias, problem, plan, wanted)."""
 
     @staticmethod
     def forward(

@@ -36,7 +36,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Problem, SuffixKLStats
-from disc_kernels.linear_kl.ranks.normalisers import expectation, merge_normalisers
 
 
 @contextmanager
@@ -179,22 +178,35 @@ def compare_shard_rows(
     else:
         part[:, 0::2], part[:, 1::2] = -torch.inf, 0
     normalisers, stats.agreement[:] = group.whole_normalisers(part)
+    compare = partial(compare, normalisers=normalisers, row_scale=row_scale)
     needs_mean = gradient is not None and problem.divergence != "forward_kl"
     mean_score = part.new_zeros(len(part)) if needs_mean else None
     if here:
         at_once = None if needs_mean else gradient
-        compare(
-            normalisers=normalisers,
-            stats=stats,
-            statistics=statistics,
-            row_scale=row_scale,
-            gradient=at_once,
-            mean_score=mean_score,
-        )
+        compare(stats=stats, statistics=statistics, gradient=at_once, mean_score=mean_score)
     else:
         for share in stats[:3]:
             share.zero_()
     if mean_score is not None:
         group.add(mean_score)
         if here:
-            compare(normalisers=normalisers, mean_score=mean_score, row_scale=row_scale, gradient=gradient)
+            compare(gradient=gradient, mean_score=mean_score)
+
+
+def merge_normalisers(maximum: Tensor, total: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts' common maximum, their sum above it in float64, and the logarithm of each part's share.
+
+    `maximum` and `total` are a model's, of each part along `dim`: the shards of ranks.
+    """
+    top = maximum.amax(dim, keepdim=True)
+    base = top.masked_fill(top == -torch.inf, 0.0)  # -inf - -inf would be NaN
+    log_part = (maximum.double() - base) + total.double().log()
+    whole = log_part.exp().sum(dim, keepdim=True)
+    log_share = (log_part - whole.log()).masked_fill_(total == 0, -torch.inf)
+    return top.squeeze(dim), whole.squeeze(dim), log_share
+
+
+def expectation(log_share: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Sum share times value, where a share of 0 counts nothing."""
+    share = log_share.exp()
+    return (share * value).masked_fill_(share == 0, 0.0).sum(dim)

@@ -189,7 +189,7 @@ def _log_sum_ratio(lp: Tensor, difference: Tensor) -> Tensor:
 
 
 def _may_be_masked(problem: Problem) -> bool:
-    """Whether a log-probability may be -inf, which only a bias can make it."""
+    """Return whether a log-probability may be -inf, which only a bias can make it."""
     return problem.student.bias is not None or problem.teacher.bias is not None
 
 

@@ -55,7 +55,7 @@ LARGEST_WEIGHT: tl.constexpr = tl.constexpr(2.0**15)  # see torch_backend.py
 
 @triton.jit
 def _load_logits(model, offsets, mask, inverse_temperature):
-    """(logits / T with -inf outside the vocabulary, gradient of the softcap, which is 1 without one)"""
+    """Load logits / T, -inf outside the vocabulary; return them and the gradient of the softcap, 1 without one."""
     row_ptr, bias_ptr, stride_b, scale, softcap = model
     z = tl.load(row_ptr + offsets, mask=mask, other=0.0)
     if bias_ptr is not None:
@@ -71,7 +71,7 @@ def _load_logits(model, offsets, mask, inverse_temperature):
 
 @triton.jit
 def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
-    """(student's logits / T, gradient of their softcap, teacher's logits / T, their difference, known with one head)"""
+    """Return student's logits / T, gradient of their softcap, teacher's logits / T, with one head the difference."""
     u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
     if ONE_HEAD:
         row_ptr, _, _, scale, _ = student
@@ -86,7 +86,7 @@ def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: t
 def _row_sums(
     student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """(student's maximum, its sum above that, the teacher's two, excess of the sums, whether the maxima agree)"""
+    """Return student's maximum, its sum above that, teacher's two, excess of the sums, whether the maxima agree."""
     max_s = float("-inf")
     max_t = float("-inf")
     sum_s = 0.0
@@ -111,7 +111,7 @@ def _row_sums(
 
 @triton.jit
 def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
-    """(lq, lp, lq - lp, gradient of the student's softcap)
+    """Return lq, lp, lq - lp, and the gradient of the student's softcap.
 
     In the normalisers maximum and log-sum stay apart: added up, they would lose the log-sum's digits where logits lie
     far from zero.

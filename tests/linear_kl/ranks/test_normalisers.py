@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from disc_kernels.linear_kl.ranks.normalisers import expectation, merge_normalisers
+from disc_kernels.linear_kl.ranks.group import expectation, merge_normalisers
 
 ROWS, VOCAB = 5, 60
 CUTS = {
