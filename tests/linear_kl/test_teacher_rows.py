@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disc_kernels.linear_kl import function
+from disc_kernels.linear_kl import function, logits
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, run, smallest_workspace
 
@@ -30,13 +30,13 @@ def compared(index, **options):
 def projected(monkeypatch):
     """How many rows each head is multiplied with: {(vocabulary, hidden size): rows}."""
     counts: dict[tuple[int, int], int] = {}
-    project = function.project
+    project = logits.project
 
-    def counting(side, hidden, tile_rows, logits):
-        counts[tuple(side.weight.shape)] = counts.get(tuple(side.weight.shape), 0) + len(hidden)
-        project(side, hidden, tile_rows, logits)
+    def counting(model, hidden, tile_rows, out):
+        counts[tuple(model.weight.shape)] = counts.get(tuple(model.weight.shape), 0) + len(hidden)
+        project(model, hidden, tile_rows, out)
 
-    monkeypatch.setattr(function, "project", counting)
+    monkeypatch.setattr(logits, "project", counting)
     return counts
 
 
