@@ -36,7 +36,7 @@ from benchmarks.cost_model import Model, Plan
 from benchmarks.scaling_steps import compute_dtype, divide, prepare_call
 from benchmarks.step_cases import TINY, Shape
 from benchmarks.step_run import BOUNDS
-from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.packing.collator import collator
 
 SHAPE = replace(TINY, name="tiny, head not tied", tie_word_embeddings=False)
@@ -65,7 +65,7 @@ def examples(first: int, count: int, vocab: int) -> list[Example]:
     made = []
     for number in range(first, first + count):
         ids = np.random.default_rng(number).integers(0, vocab, tokens, dtype=np.int32)
-        branches = [Branch(ids[start : start + suffix], Place(start), Place(0)) for start in starts]
+        branches = [Branch(ids[start : start + suffix], Context(start), Context(0)) for start in starts]
         made.append(Example(str(number), ids, NO_IDS, branches))
     return made
 

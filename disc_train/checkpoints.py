@@ -1,4 +1,4 @@
-"""Checkpoints: found, complete or not there at all, continued.
+"""Find checkpoints, check that they are complete, and give them their names.
 
 One is written in a folder `unfinished` beside its place and moved there when everything is in it. A process that is
 killed while it saves leaves that folder, which is never read; the next save begins by removing it.
@@ -19,12 +19,12 @@ from disc_train.config import LoopArguments
 
 UNFINISHED = "unfinished"
 # Beside the weights, what a training goes on from: transformers begins anew with what it does not find.
-OF_TRAINING = ("optimizer*", "scheduler.pt", "rng_state*.pth")
+TRAINING_STATE_FILES = ("optimizer*", "scheduler.pt", "rng_state*.pth")
 MODEL_FILES = ("config.json", "adapter_config.json", TRAINER_STATE_NAME)
 
 
 def find_checkpoint(loop: LoopArguments) -> str | None:
-    """The checkpoint to go on from, or None for a new run.
+    """Return the checkpoint to go on from, or None for a new run.
 
     With `--resume_from_checkpoint true` a run that has no checkpoint yet begins anew, so that a scheduler can repeat
     one command line until the run is done.
@@ -56,7 +56,7 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
 
 
 def steps_done(checkpoint: str | None, steps: int) -> int:
-    """The optimizer steps behind a checkpoint; 0 for none.
+    """Return how many optimizer steps a checkpoint is behind; 0 for none.
 
     Raises:
         ValueError: they are more than asked for, or the checkpoint lacks files, or they are damaged.
@@ -69,12 +69,12 @@ def steps_done(checkpoint: str | None, steps: int) -> int:
             f"--resume_from_checkpoint: expected a checkpoint of at most {steps} steps, which is all there are, got"
             f" {checkpoint} of {done}; for more, raise --max_steps or --num_train_epochs"
         )
-    _check_files(Path(checkpoint), () if done == steps else OF_TRAINING)
+    _check_files(Path(checkpoint), () if done == steps else TRAINING_STATE_FILES)
     return done
 
 
 def is_finished(output_dir: str, steps: int) -> bool:
-    """Whether the model in a folder was saved to the end, behind so many steps."""
+    """Tell whether the model in a folder was saved to the end, behind so many steps."""
     try:
         return load_state(output_dir).global_step == steps
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ def is_finished(output_dir: str, steps: int) -> bool:
 
 
 def load_state(checkpoint: str) -> TrainerState:
-    """How far the training was that wrote a checkpoint.
+    """Read the state of the training that wrote a checkpoint.
 
     Raises:
         ValueError: the file that says so is damaged.

@@ -1,4 +1,4 @@
-"""The commands `disc-train`, `disc-eval` and `disc-generate`.
+"""Run the commands `disc-train`, `disc-eval` and `disc-generate`.
 
 Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted, 143 if it
 was terminated.

@@ -1,8 +1,8 @@
-"""The settings of `disc-train`, from flags and YAML: what is trained on what; the loop's are transformers' own."""
+"""Define the settings of `disc-train`: what is trained on what, and transformers' own for the loop."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Literal
 
@@ -12,14 +12,31 @@ from transformers import TrainingArguments
 
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
-from disc_train.method_flags import check_method_flags
+from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
 
-TEACHERS_AVAILABLE = ("auto", "copy", "adapter")
+# Which methods have a use for a flag, and which flag another needs: one that would change nothing is refused.
+DOCUMENT_METHODS = tuple(method for method in OBJECTIVES if method != "cd")
+METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"), ("disc",)),
+    **dict.fromkeys(("teacher_template", "student_template"), ("disc",)),
+    **dict.fromkeys(("temperature", "ce_weight"), AT_TEMPERATURE),
+    **dict.fromkeys(("text_column", "max_document_tokens"), DOCUMENT_METHODS),
+    **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
+    "kl_weight": ("ft_kl",),
+}
+# Replay by KL has documents and a teacher of its own, whatever the method.
+FLAGS_OF_REPLAY_BY_KL = ("text_column", "max_document_tokens", "teacher", "teacher_name_or_path")
+FLAG_NEEDED_BY = {
+    "lora_alpha": "lora_rank",
+    "lora_dropout": "lora_rank",
+    "replay_share": "replay_file",
+    "replay_objective": "replay_file",
+}
 
 
 @dataclass
 class DiscArguments:
-    """One field a flag. The defaults are the settings of the method's authors (arXiv 2602.16093).
+    """Hold one field for each flag. The defaults are the settings of the method's authors (arXiv 2602.16093).
 
     Raises:
         ValueError: naming the flag, what was expected and what was given.
@@ -44,9 +61,9 @@ class DiscArguments:
         " student_context (may be missing) and target, each a text or a list of chat messages.",
         "disc",
     )
-    teacher: Literal["auto", "copy", "adapter", "cache"] = flag(
+    teacher: Literal["auto", "copy", "adapter"] = flag(
         "copy: a frozen second model in memory. adapter: the model itself with its adapters switched off, for"
-        " --lora_rank. auto: adapter where it can be, else copy. cache is not available yet.",
+        " --lora_rank. auto: adapter where it can be, else copy.",
         "auto",
     )
     temperature: float = flag("disc and cd: of both models' distributions; 1 is usual for cd.", 2.0)
@@ -106,8 +123,7 @@ class DiscArguments:
 
     def __post_init__(self) -> None:
         check_literals(self)
-        self._check("teacher", self.teacher in TEACHERS_AVAILABLE, "auto, copy or adapter (cache: not available yet)")
-        check_method_flags(self)
+        self._check_uses()
         self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
         for name in ("ce_weight", "kl_weight"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
@@ -127,10 +143,30 @@ class DiscArguments:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         check_flag(self, name, holds, expected)
 
+    def _check_uses(self) -> None:
+        """Raise ValueError for a flag that was given and would change nothing."""
+        given = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        replays_by_kl = "replay_file" in given and self.replay_objective == "kl"
+        for name in given:
+            methods, needed = METHODS_OF_FLAG.get(name, (self.method,)), FLAG_NEEDED_BY.get(name)
+            if self.method not in methods and not (replays_by_kl and name in FLAGS_OF_REPLAY_BY_KL):
+                raise ValueError(
+                    f"--{name} is for --method {', '.join(methods)}; got it with --method {self.method}, which has no"
+                    " use for it: leave it out"
+                )
+            if needed and needed not in given:
+                raise ValueError(f"--{name} needs --{needed}, got it without")
+        if self.teacher == "adapter" and "lora_rank" not in given:
+            raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
+        if self.teacher == "adapter" and "teacher_name_or_path" in given:
+            raise ValueError(
+                "--teacher adapter is the model itself; got another with --teacher_name_or_path: leave one of them out"
+            )
+
 
 @dataclass
 class LoopArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the few defaults that suit distillation better; every flag can be given."""
+    """Extend `transformers.TrainingArguments` by defaults that suit distillation; every flag can be given."""
 
     learning_rate: float = flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
     logging_steps: float = flag("Log every so many steps; below 1: a share of all steps.", 10)

@@ -1,4 +1,4 @@
-"""Flags and YAML files -> dataclasses, a field a flag; for every command."""
+"""Read flags and YAML files into dataclasses, one field a flag; for every command."""
 
 import difflib
 import json
@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 
 
 def flag(help: str, default: Any = None) -> Any:
-    """A dataclass field with a help text."""
+    """Make a dataclass field with a help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -56,7 +56,7 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
 
 
 def _yaml_flags(path: Path, known: set[str]) -> list[str]:
-    """A YAML file as flags, so that its values are read exactly as those on the command line are (3e-6 is a number)."""
+    """Write a YAML file as flags, so that its values are read as those on the command line are (3e-6 is a number)."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

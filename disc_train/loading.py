@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.models.causal_lm import load_model, naming, use_attention
+from disc_train.models.causal_lm import explain_load_errors, load_model, use_attention
 
 
 def load_for_inference(
@@ -53,7 +53,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     with _flag_named("--model_name_or_path"):
         base = _base_of_adapter(name_or_path)
         name = name_or_path if base is None or Path(name_or_path, "tokenizer_config.json").is_file() else base
-        with naming(name):
+        with explain_load_errors(name):
             return AutoTokenizer.from_pretrained(name)
 
 

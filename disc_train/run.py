@@ -12,10 +12,10 @@ from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.training_data import load_training_data
 from disc_train.models.adapters import add_lora, has_adapters
-from disc_train.models.causal_lm import check_vocabulary, load_model, naming
+from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
 from disc_train.models.teacher import load_teacher
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
-from disc_train.objectives.signal import Signal, evenly_spaced, measure_signal
+from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from disc_train.packing.collator import collator
 from disc_train.parallel.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.parallel.termination import Terminated
@@ -44,7 +44,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
     with same_on_all_processes(loop) as facts:
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
-        with naming(disc.model_name_or_path):
+        with explain_load_errors(disc.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
         dataset = data.dataset
@@ -82,7 +82,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         callbacks=[_LogLastStep()],
     )
 
-    examples = evenly_spaced(data.own)
+    examples = take_evenly(data.own)
 
     def signal() -> Signal | None:
         if disc.method not in AT_TEMPERATURE:
@@ -175,7 +175,7 @@ def _outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
         seconds = history[-1]["train_runtime"]
         pace = (
             f"; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second {trainer.examples_read / seconds:.1f}"
-            f" {noun}s and {trainer.usage.tokens / seconds:,.0f} tokens"
+            f" {noun}s and {trainer.packing.tokens / seconds:,.0f} tokens"
         )
     lines = [("steps", f"{trainer.state.global_step:,}{pace}")]
     if losses:

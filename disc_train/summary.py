@@ -14,7 +14,7 @@ from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import Attention
-from disc_train.packing.collator import PackedBatch, Usage
+from disc_train.packing.collator import PackedBatch, PackingStats
 
 
 @dataclass
@@ -136,7 +136,7 @@ def describe_packing(
 ) -> tuple[str, str]:
     """A line on how well batches of the dataset are packed."""
     packed = [collate(batch) for batch in sample_batches(dataset, batch_size)]
-    usage = sum((batch["usage"] for batch in packed), Usage())
+    usage = sum((batch["packing"] for batch in packed), PackingStats())
 
     def rows(side: Literal["input_ids", "teacher_input_ids"]) -> float:
         return sum(0 if (ids := batch[side]) is None else len(ids) for batch in packed) / len(packed)

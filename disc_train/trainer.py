@@ -2,18 +2,17 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
@@ -22,10 +21,10 @@ from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.teacher import freeze
 from disc_train.objectives import methods as objectives
-from disc_train.packing.collator import PackedBatch, Usage, collator
-from disc_train.parallel.even_steps import FilledUp, FillingUp
-from disc_train.parallel.sharding import forget_gathered, own_part, shard, taking_whole_values
-from disc_train.parallel.termination import StopOnSigterm, apart
+from disc_train.packing.collator import PackedBatch, PackingStats, collator
+from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
+from disc_train.parallel.sharding import free_gathered_parameters, local_part, run_as_forward, shard
+from disc_train.parallel.termination import StopOnSigterm, collate_in_own_process_group
 
 
 class DiscTrainer(Trainer):
@@ -60,7 +59,7 @@ class DiscTrainer(Trainer):
 
     Attributes:
         attention: what `disc_train.models.attention.prepare_attention` gave the models.
-        examples_read, usage: so far by this object, on all processes. The logs have the packing since the last ones:
+        examples_read, packing: so far by this object, on all processes. The logs have the packing since the last ones:
             packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
             read than with a sequence for every target.
 
@@ -94,14 +93,15 @@ class DiscTrainer(Trainer):
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
-        self._filled_up = FilledUp(train_dataset)
-        super().__init__(model, args, train_dataset=self._filled_up, **options)
+        self._padded_dataset = PaddedDataset(train_dataset)
+        self._saving = False
+        super().__init__(model, args, train_dataset=self._padded_dataset, **options)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 "--fsdp: expected an accelerator in every process, started by torchrun or accelerate launch; got"
                 f" {args.world_size} on {args.device.type}: leave it out there"
             )
-        self.add_callback(_EpochSetter(self._filled_up))
+        self.add_callback(_EpochSetter(self._padded_dataset))
         self.termination = StopOnSigterm()
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
@@ -114,11 +114,13 @@ class DiscTrainer(Trainer):
         self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
-        self.usage = self._logged_usage = Usage()
+        self.packing = self._logged_packing = PackingStats()
         self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
         # Processes put a divided teacher together in step, so it reads at every one whatever is replayed there.
         compared |= self.is_fsdp_enabled and train_dataset.replays_by_kl
-        self.data_collator = partial(apart, collator(model, self.teacher or model, compare_all=compared))
+        self.data_collator = partial(
+            collate_in_own_process_group, collator(model, self.teacher or model, compare_all=compared)
+        )
 
     @property
     def student(self) -> nn.Module:
@@ -142,14 +144,14 @@ class DiscTrainer(Trainer):
         if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed
-        return FillingUp(self._filled_up, args.train_batch_size * args.world_size, seed)
+        return PaddedSampler(self._padded_dataset, args.train_batch_size * args.world_size, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], int]:
         """The micro-batches of one optimizer step, and the examples in them, on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        usage = sum((batch["usage"] for batch in batches), Usage())
+        usage = sum((batch["packing"] for batch in batches), PackingStats())
         counts = torch.tensor(
             [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(usage)]
         )
@@ -158,7 +160,7 @@ class DiscTrainer(Trainer):
         terminated, examples, *usage_of_all = counts.tolist()
         self.termination.agreed = terminated > 0
         self.examples_read += examples
-        self.usage += Usage(*usage_of_all)
+        self.packing += PackingStats(*usage_of_all)
         if self.method == "talr" and (len(batches) > 1 or self.args.world_size > 1):
             self.settings = self.settings._replace(tau=self._tau(batches))
         return batches, examples
@@ -200,10 +202,7 @@ class DiscTrainer(Trainer):
             with self.accelerator.autocast():
                 return function(student, batch)
 
-        if model is student:
-            return forward(batch)
-        with patch.object(student, "forward", forward):
-            return model(batch)
+        return forward(batch) if model is student else run_as_forward(student, forward, batch, wrapper=model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As the Trainer's; a loss that is not finite ends the training."""
@@ -218,38 +217,36 @@ class DiscTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's, with how well the batches were packed since the last time."""
-        since = self.usage - self._logged_usage
+        since = self.packing - self._logged_packing
         if since.tokens:
             logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
-            self._logged_usage = self.usage
+            self._logged_packing = self.packing
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's."""
-        forget_gathered(self.student)  # by measurements of the model as it was
+        free_gathered_parameters(self.student)  # by measurements of the model as it was
         with self.termination:
             return super().train(*args, **kwargs)
 
     def restore(self, checkpoint: str) -> None:
         """Take a checkpoint's weights and state without training on, when all its steps are done."""
-        forget_gathered(self.student)
+        free_gathered_parameters(self.student)
         self._load_from_checkpoint(checkpoint)
         self.state = load_state(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, but what has a checkpoint's name is complete, whenever the run is stopped."""
+        """Save a checkpoint in a folder `unfinished`, and give it its name once it is complete."""
         folder = Path(self._get_output_dir(trial))
         unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.is_local_process_zero():
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it saved
         self.accelerator.wait_for_everyone()
-        with (
-            patch.object(self, "_get_output_dir", lambda trial: str(unfinished)),
-            patch.object(self, "_push_from_checkpoint"),
-            # A sharded model is written once more, whole: not for the sake of adapters, which have a file of their own.
-            patch("transformers.trainer.save_fsdp_model") if has_adapters(self.student) else nullcontext(),
-        ):
+        self._saving = True
+        try:
             super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
         self.accelerator.wait_for_everyone()
         # One process a file system: where nodes share it, the main process leaves nothing to the others.
         with self.args.main_process_first(local=False):
@@ -260,10 +257,33 @@ class DiscTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
+    # The Trainer writes a checkpoint in place, and asks these methods where and what while it does.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of the checkpoints; while one is written, the folder `unfinished` in it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint to the Hub, but none that is still being written."""
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both; of a divided model with adapters not, as the Trainer would, the whole model once more."""
+        if not (self.is_fsdp_enabled and has_adapters(self.student)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
         names, parameters = zip(*self.student.named_parameters(), strict=True)
-        broken = torch.stack([~torch.isfinite(own_part(parameter)).all() for parameter in parameters]).int()
+        broken = torch.stack([~torch.isfinite(local_part(parameter)).all() for parameter in parameters]).int()
         if self.is_fsdp_enabled:
             broken = self.accelerator.reduce(broken.to(self.args.device))
             if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
@@ -279,8 +299,7 @@ class DiscTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As the Trainer's, which does not look for adapters in a transformers model."""
         if has_adapters(self.student):
-            with taking_whole_values(self.student):
-                load_adapters(self.student, resume_from_checkpoint)
+            load_adapters(self.student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -297,7 +316,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, need
 class _EpochSetter(TrainerCallback):
     """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
-    def __init__(self, dataset: FilledUp) -> None:
+    def __init__(self, dataset: PaddedDataset) -> None:
         self.dataset = dataset
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Texts and chat messages -> text and tokens."""
+"""Turn texts and chat messages into text and tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Message = dict[str, Any]
 
 
 def check_messages(name: str, field: str, messages: list[Any]) -> list[Message]:
-    """`messages` if each has a role and a content that are texts, else ValueError."""
+    """Return `messages` if each has a role and a content that are texts; raise ValueError if not."""
     for message in messages:
         if not (isinstance(message, dict) and {"role", "content"} <= message.keys()):
             raise ValueError(f"{name}: {field!r} must be a string or a list of messages with role and content")
@@ -23,7 +23,7 @@ def check_messages(name: str, field: str, messages: list[Any]) -> list[Message]:
 
 
 def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generation_prompt: bool = True) -> str:
-    """Messages as the model's own chat template writes them; by default up to where the assistant's next turn begins.
+    """Write messages by the model's own chat template; by default up to where the assistant's next turn begins.
 
     Raises:
         ValueError: the tokenizer has no chat template, or its template does not take these messages.
@@ -37,7 +37,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], g
 
 
 def reply_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], prompt: str, reply: Message) -> str:
-    """What the chat template writes for a reply to messages, with whatever ends a turn.
+    """Write what the chat template adds for a reply to messages, with whatever ends a turn.
 
     Args:
         prompt: `chat_text` of the messages.
@@ -52,6 +52,6 @@ def reply_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """Token ids without those that a tokenizer adds of itself; special tokens that are written out become theirs."""
+    """Tokenize a text and add no special tokens; those that are written out in it become their ids."""
     # verbose=False: a text longer than the model's context is reported elsewhere.
     return np.array(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int32)

@@ -1,33 +1,35 @@
-"""How many tokens the models read: the smaller of the two contexts."""
+"""Find how many tokens the models read: the smaller of the two contexts."""
 
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
-from disc_train.models.causal_lm import naming
+from disc_train.models.causal_lm import explain_load_errors
 
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
 
 
 class ContextLength(NamedTuple):
+    """Say how many tokens can be read, and which model sets that limit."""
+
     tokens: int
     reader: str  # "model" or "teacher": whose it is
     note: str = ""  # why it is not what the config says
 
 
 def context_length(model: str, teacher: str | None) -> ContextLength | None:
-    """The smaller context of two models, given by name or path (no teacher: the model itself); None: no limit."""
+    """Return the smaller context of two models, given by name or path; None: neither has a limit."""
     readers = {"model": model} | ({} if teacher is None else {"teacher": teacher})
     lengths = []
     for reader, name in readers.items():
-        with naming(name):
+        with explain_load_errors(name):
             config = AutoConfig.from_pretrained(name)
         lengths.append(length_of(config, reader))
     return min(filter(None, lengths), key=lambda length: length.tokens, default=None)
 
 
 def length_of(config: Any, reader: str) -> ContextLength | None:
-    """What a model with this config reads."""
+    """Return how many tokens a model with this config reads; None: any number."""
     config = config.get_text_config()
     ropes = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for rope in (ropes, *ropes.values()):  # of the model, or of each layer type

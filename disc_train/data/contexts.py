@@ -1,4 +1,4 @@
-"""Records for context distillation in general: what the teacher reads, what the student reads, and the target.
+"""Read records for context distillation: what the teacher reads, what the student reads, and the target.
 
 Each is a text, or chat messages (a list of {"role": ..., "content": ...}) that the model's chat template writes: a
 context's up to where the assistant's answer begins, a target's from there on, with whatever ends a turn. Contexts and
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
 from disc_train.data.context_length import ContextLength
-from disc_train.data.example import Branch, Example, Ids, Place
+from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.records import Fields, check_text, read_records
 
 FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",))
@@ -25,7 +25,7 @@ def load_records(
     tokenizer: PreTrainedTokenizerBase,
     context_length: ContextLength | None,
 ) -> list[Example]:
-    """Read records from what `disc_train.data.records.read_records` reads.
+    """Read the records of a file, a folder or a Hub dataset as examples.
 
     Args:
         context_length: what the models can read; None: any number of tokens.
@@ -65,7 +65,7 @@ def _example(
             f"{name}: expected a context and a target of at most {limit.tokens} tokens together, which is what the"
             f" {limit.reader} can read{limit.note}, got {read} without the target's last, which is not read"
         )
-    return Example(name, teacher, student, [Branch(target, Place(len(teacher)), Place(len(student)))])
+    return Example(name, teacher, student, [Branch(target, Context(len(teacher)), Context(len(student)))])
 
 
 def _checked(name: str, field: str, value: Any) -> str | list[Message]:
@@ -79,7 +79,7 @@ def _checked(name: str, field: str, value: Any) -> str | list[Message]:
 
 
 def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The fields as text."""
+    """Write the fields as text."""
     # Chat messages of a target are written behind their context's alone: many templates want the user to begin.
     target = fields["target"]
     texts = {
@@ -102,7 +102,7 @@ def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenize
 def _answer(
     prompt: str, context: str | list[Message], target: list[Message], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """What the chat template writes for the target after the prompt of its context."""
+    """Write what the chat template adds for the target after the prompt of its context."""
     if isinstance(context, str):
         raise ValueError("a target of chat messages needs contexts of chat messages (an empty student_context apart)")
     return reply_text(tokenizer, context, prompt, target[0])

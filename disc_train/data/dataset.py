@@ -1,4 +1,4 @@
-"""Training sets: an item is an example, as it is in the current epoch."""
+"""Make training sets, whose items are the examples as they are in the current epoch."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.data.splits import Split, TokenizedDocument, check_split_options, choose_splits
 from disc_train.data.templates import NO_TEMPLATES, Templates
 
@@ -17,7 +17,7 @@ DRAWS = 20  # how often splits are drawn for a document before it counts as too 
 
 
 class ExampleDataset(Dataset[Example]):
-    """Examples that are the same in every epoch.
+    """Give examples that are the same in every epoch.
 
     Args:
         noun: what an example is called in messages.
@@ -43,12 +43,12 @@ class ExampleDataset(Dataset[Example]):
 
 
 def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
-    """An example for each document of at least 2 tokens: all of it is the target, and nothing stands before it.
+    """Make an example of each document of at least 2 tokens: all of it is the target, and nothing stands before it.
 
     Raises:
         ValueError: there is none.
     """
-    nothing = Place(0)
+    nothing = Context(0)
     examples = [
         Example(document.name, NO_IDS, NO_IDS, [Branch(document.input_ids, teacher=nothing, student=nothing)])
         for document in documents
@@ -60,7 +60,7 @@ def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
 
 
 class DocumentDataset(ExampleDataset):
-    """The documents that can be split, each with splits drawn afresh every epoch.
+    """Give the documents that can be split, each with splits drawn afresh every epoch.
 
     The splits depend on the seed, the epoch and the document's index alone: a run that is resumed draws those that it
     would have drawn, in any number of processes and data loader workers. A draw that leaves no suffix is repeated.
@@ -114,17 +114,17 @@ class DocumentDataset(ExampleDataset):
         return len(self.documents)
 
     def __getitem__(self, index: int) -> Example:
-        document, around = self.documents[index], self.templates
-        header = len(around.teacher_header)
+        document, templates = self.documents[index], self.templates
+        header = len(templates.teacher_header)
         return Example(
             document.name,
-            np.concatenate([around.teacher_header, document.input_ids]),
-            around.student_header,
+            np.concatenate([templates.teacher_header, document.input_ids]),
+            templates.student_header,
             [
                 Branch(
                     document.input_ids[start:stop],
-                    teacher=Place(header + start, around.teacher_footer),
-                    student=Place(len(around.student_header)),
+                    teacher=Context(header + start, templates.teacher_footer),
+                    student=Context(len(templates.student_header)),
                 )
                 for start, stop in self.splits(index)
             ],
@@ -134,7 +134,7 @@ class DocumentDataset(ExampleDataset):
         self._epoch.fill_(epoch)
 
     def splits(self, index: int) -> list[Split]:
-        """A document's splits in the current epoch, at least one."""
+        """Draw a document's splits for the current epoch, at least one."""
         document = self.documents[index]
         return self._draw(document, index, int(self._epoch)) or self._draw(document, index, epoch=0)
 
@@ -148,7 +148,7 @@ class DocumentDataset(ExampleDataset):
 
 
 class ReplayDataset(ExampleDataset):
-    """A data set, and a share of examples from another that is drawn anew every epoch.
+    """Add to a data set a share of examples from another, drawn anew every epoch.
 
     What is drawn depends on the seed and the epoch alone. No example is drawn twice before all others were.
 
@@ -201,7 +201,7 @@ class ReplayDataset(ExampleDataset):
 
 
 def sample_batches(dataset: ExampleDataset, batch_size: int, examples: int = 256) -> list[list[Example]]:
-    """Batches of about so many examples, at least one batch, drawn at random: the same at every call."""
+    """Draw batches of about so many examples at random, at least one batch: the same at every call."""
     count = batch_size * max(1, examples // batch_size)
     drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
     return [[dataset[i] for i in drawn[first : first + batch_size]] for first in range(0, len(drawn), batch_size)]

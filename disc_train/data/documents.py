@@ -1,4 +1,4 @@
-"""Records -> documents."""
+"""Read records as documents."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,10 @@ from disc_train.data.records import Fields, check_text, read_records
 
 @dataclass(frozen=True)
 class Document:
-    """One text to learn. It may be empty or white space only: it is then too short to split, and counted as that.
+    """Hold one text to learn.
 
-    The name says where it came from, as `disc_train.data.records.read_records` gives it.
+    It may be empty or white space only: it is then too short to split, and counted as that. The name says where it
+    came from, as `disc_train.data.records.read_records` gives it.
     """
 
     name: str

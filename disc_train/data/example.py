@@ -1,4 +1,4 @@
-"""What every method trains on: targets, each behind one context for the teacher and another for the student."""
+"""Describe what every method trains on: targets, each behind a context for the teacher and another for the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ Ids = npt.NDArray[np.int32]  # token ids, [n]
 NO_IDS: Ids = np.zeros(0, dtype=np.int32)
 
 
-class Place(NamedTuple):
-    """What one model reads before a target: the first `attach` tokens of its trunk, then `lead`."""
+class Context(NamedTuple):
+    """Say what one model reads before a target: the first `attach` tokens of its trunk, then `lead`."""
 
     attach: int
     lead: Ids = NO_IDS
 
 
 class Branch(NamedTuple):
-    """A target, and what stands before it for either model."""
+    """Hold a target, and what stands before it for either model."""
 
     target: Ids
-    teacher: Place
-    student: Place
+    teacher: Context
+    student: Context
 
     @property
     def first(self) -> int:
-        """The first token of the target that is predicted: 0, or 1 where a model has nothing to predict it from."""
-        return 0 if all(place.attach or len(place.lead) for place in (self.teacher, self.student)) else 1
+        """Return the first token of the target that is predicted: 1 where a model has nothing before token 0."""
+        return 0 if all(context.attach or len(context.lead) for context in (self.teacher, self.student)) else 1
 
     @property
     def rows(self) -> int:
-        """How many tokens of the target are predicted."""
+        """Count the tokens of the target that are predicted."""
         return len(self.target) - self.first
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What a batch is counted in: a document with its suffixes, or a record with its target.
+    """Hold what a batch is counted in: a document with its suffixes, or a record with its target.
 
     Args:
         name: for messages.
@@ -69,12 +69,19 @@ class Example:
                     f"{self.name}: target {number}: expected at least {branch.first + 1} tokens"
                     f"{nothing_before if branch.first else ''}, got {len(branch.target)}"
                 )
-            for role, trunk, place in (
+            for role, trunk, context in (
                 ("teacher", self.teacher_trunk, branch.teacher),
                 ("student", self.student_trunk, branch.student),
             ):
-                if not 0 <= place.attach <= len(trunk):
+                if not 0 <= context.attach <= len(trunk):
                     raise ValueError(
                         f"{self.name}: target {number}: expected {role}.attach from 0 to {len(trunk)}, the length of"
-                        f" its trunk, got {place.attach}"
+                        f" its trunk, got {context.attach}"
                     )
+
+    def pieces(self) -> list[Ids]:
+        """Return all tokens of the example, in the pieces that it holds them in."""
+        pieces = [self.teacher_trunk, self.student_trunk]
+        for branch in self.branches:
+            pieces += [branch.target, branch.teacher.lead, branch.student.lead]
+        return pieces

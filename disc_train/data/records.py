@@ -1,4 +1,4 @@
-"""Files, folders and Hub datasets -> records, each with a name.
+"""Read files, folders and Hub datasets as records, each with a name.
 
 A bad file or record is a ValueError that names it; nothing is left out in silence.
 """
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 
 class Fields(NamedTuple):
-    """The fields of a record that are read, and the words for messages about them."""
+    """Name the fields of a record that are read, and the words for messages about them."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ def read_records(train_file: str | None, dataset_name: str | None, fields: Field
 
 
 def check_text(name: str, field: str, text: Any) -> str:
-    """`text` if it is a string that a tokenizer takes, else ValueError."""
+    """Return `text` if it is a string that a tokenizer takes; raise ValueError if not."""
     if not isinstance(text, str):
         raise ValueError(f"{name}: {field!r} must be a string, got {type(text).__name__}")
     try:
@@ -200,7 +200,7 @@ _READERS: dict[str, Callable[[Path, Fields], Iterator[Record]]] = {
 
 
 def _require_fields(name: str, present: Collection[str], fields: Fields) -> list[str]:
-    """Those of the fields that are present; ValueError if a required one is not."""
+    """Return those of the fields that are present; raise ValueError if a required one is not."""
     for field in fields.required:
         if field not in present:
             raise ValueError(f"{name}: no {fields.field} {field!r}; there is: {', '.join(present) or 'none at all'}")

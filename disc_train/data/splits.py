@@ -1,4 +1,4 @@
-"""Where a document is cut: sentence boundaries in tokens, and the strategies that choose split points among them."""
+"""Find sentence boundaries in tokens, and choose a document's split points among them."""
 
 import random
 import re
@@ -20,7 +20,7 @@ MIN_SUFFIX_TOKENS = 2
 
 
 class Split(NamedTuple):
-    """A split point: the suffix is the document's tokens [start, stop), its prefix all tokens before start."""
+    """Name a split point: the suffix is the document's tokens [start, stop), its prefix all tokens before start."""
 
     start: int
     stop: int
@@ -28,6 +28,8 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
+    """Hold a document's tokens, and where its sentences begin."""
+
     name: str
     input_ids: np.ndarray  # [N] int32, no special tokens
     sentence_starts: tuple[int, ...]  # index of each sentence's first token; the first is 0; empty where N = 0
@@ -66,7 +68,7 @@ _PLAIN_SPACE = dict.fromkeys(_SPACES, " ") | dict.fromkeys(_LINE_BREAKS, "\n")
 
 
 def sentence_spans(text: str, language: str = "en") -> list[tuple[int, int]]:
-    """Each sentence's [start, stop) in characters of `text`, without the white space around it."""
+    """Find each sentence's [start, stop) in characters of `text`, without the white space around it."""
     check_language(language)
     try:
         from sentencex import get_sentence_boundaries
@@ -107,13 +109,13 @@ def tokenize_document(
         ids, starts = _tokenize_sentences([document.text[start:stop] for start, stop in spans], tokenizer)
     else:
         raise ValueError(f"sentence_tokenization: expected document or sentence, got {sentence_tokenization!r}")
-    kept = ids[:max_tokens]
+    first_ids = ids[:max_tokens]
     # A sentence may begin beyond all tokens even where none is cut: with characters that the tokenizer drops.
     return TokenizedDocument(
         name=document.name,
-        input_ids=np.array(kept, dtype=np.int32),
-        sentence_starts=tuple(start for start in starts if start < len(kept)),
-        cut=len(ids) - len(kept),
+        input_ids=np.array(first_ids, dtype=np.int32),
+        sentence_starts=tuple(start for start in starts if start < len(first_ids)),
+        cut=len(ids) - len(first_ids),
     )
 
 

@@ -1,4 +1,4 @@
-"""What stands around a document: a template for the teacher, which reads prefixes, and one for the student.
+"""Read what stands around a document: a template for the teacher, which reads prefixes, and one for the student.
 
 A template is Jinja. What it writes before the prefix is the header, what it writes after it the footer. The two and the
 document are tokenised each on its own and joined: then the document's tokens are the same whatever stands around them,
@@ -22,7 +22,7 @@ _PROBES = ("A probe\twith  <Spaces> & Straße.", '\'Another "PROBE",\n\n- of {ma
 
 
 class Templates(NamedTuple):
-    """The tokens around a document's prefix for the teacher, and before a suffix for the student."""
+    """Hold the tokens around a document's prefix for the teacher, and before a suffix for the student."""
 
     teacher_header: Ids = NO_IDS
     teacher_footer: Ids = NO_IDS
@@ -30,7 +30,7 @@ class Templates(NamedTuple):
 
     @property
     def longest(self) -> int:
-        """How many tokens either model reads beside the document, at most."""
+        """Count the tokens that either model reads beside the document, at most."""
         return max(len(self.teacher_header) + len(self.teacher_footer), len(self.student_header))
 
 
@@ -73,7 +73,7 @@ def _around_prefix(flag: str, template: str | None, tokenizer: PreTrainedTokeniz
 
 
 def render(flag: str, template: str, tokenizer: PreTrainedTokenizerBase, **variables: str) -> str:
-    """What a template, or a .jinja file, writes, given `bos_token`, `eos_token`, `chat` and some variables.
+    """Render a template, or a .jinja file, with `bos_token`, `eos_token`, `chat` and some variables.
 
     Raises:
         ValueError: naming the flag, an unreadable file or an error in the template.

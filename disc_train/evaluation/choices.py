@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.data.chat import encode
-from disc_train.data.example import Ids, Place
+from disc_train.data.example import Context, Ids
 from disc_train.data.sequence_start import start_sequence
 from disc_train.evaluation.probes import Probe
 from disc_train.evaluation.texts import check_numbers
 from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length
 from disc_train.models.causal_lm import check_vocabulary, head_of, hidden_states
 from disc_train.objectives.cross_entropy import linear_cross_entropy
-from disc_train.packing.branch_inputs import read_branches
+from disc_train.packing.branch_inputs import make_branch_inputs
 from disc_train.packing.rows import arrange, row_rule
 from disc_train.progress import show_progress
 
@@ -59,7 +59,7 @@ def choice_scores(
         ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
         FloatingPointError: a score that is NaN.
     """
-    branches: list[list[tuple[Ids, Place, Ids]]] = []
+    branches: list[list[tuple[Ids, Context, Ids]]] = []
     for number, probe in enumerate(probes):
         plain = encode(tokenizer, probe.context + probe.prompt)
         choices = [encode(tokenizer, text) for text in probe.choices]
@@ -67,7 +67,7 @@ def choice_scores(
             raise ValueError(f"probes[{number}]: expected tokens in the prompt and in every choice, got {probe}")
         prompt = np.array(start_sequence(prefix, plain.tolist()), dtype=plain.dtype)
         check_vocabulary(model, max(int(ids.max()) for ids in (prompt, *choices)))
-        branches.append([(prompt, Place(len(prompt)), choice) for choice in choices])
+        branches.append([(prompt, Context(len(prompt)), choice) for choice in choices])
     lengths = [len(of_one[0][0]) + sum(len(choice) for *_, choice in of_one) for of_one in branches]
 
     head, rule = head_of(model), row_rule(model)
@@ -75,7 +75,7 @@ def choice_scores(
     batches = batches_by_length(lengths, batch_size, max_batch_tokens)
     for batch in show_progress(batches, len(probes), "probes whose choices are scored"):
         together = [branch for index in batch for branch in branches[index]]
-        rows = arrange(read_branches(together, rule.share), rule)
+        rows = arrange(make_branch_inputs(together, rule.share), rule)
         hidden = hidden_states(model, rows.input_ids.to(model.device), rows.layout.to(model.device)).flatten(0, 1)
         # A row predicts the next token, and the last token read predicts the choice's last.
         ends = [positions[-len(choice) :] for positions, (*_, choice) in zip(rows.positions, together, strict=True)]

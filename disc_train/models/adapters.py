@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA) beside a model's linear layers, which then stay as they are."""
+"""Add low-rank adapters (LoRA) beside a model's linear layers, and load them."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -41,21 +41,31 @@ def load_adapters(model: nn.Module, folder: str) -> None:
     Raises:
         ValueError: the folder has no adapters, or adapters of other layers or another rank.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import load_peft_weights
 
     expected = f"{folder}: expected the adapters of this model"
     if not Path(folder, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
         raise ValueError(f"{expected} in {ADAPTER_SAFE_WEIGHTS_NAME}, got no such file")
-    saved = load_peft_weights(folder, device="cpu")
-    try:
-        result: Any = set_peft_model_state_dict(model, saved)
-    except RuntimeError as error:
-        raise ValueError(f"{expected}, got others: {error}") from error
-    missing = [name for name in result.missing_keys if "lora_" in name]
-    if missing or result.unexpected_keys:
-        raise ValueError(f"{expected}, got others: {missing or result.unexpected_keys}")
+    # Files leave out the adapter's name, and put a prefix before the model's own names.
+    named = {name.replace(".default.", "."): name for name, _ in model.named_parameters() if ".lora_" in name}
+    saved = {
+        name.removeprefix("base_model.model."): value for name, value in load_peft_weights(folder, device="cpu").items()
+    }
+    others = sorted(saved.keys() ^ named.keys()) or [
+        f"{name} of shape {list(value.shape)}"
+        for name, value in saved.items()
+        if value.shape != model.get_parameter(named[name]).shape
+    ]
+    if others:
+        raise ValueError(f"{expected}, got others: {', '.join(others)}")
+    # peft's own function does not take whole values for parameters that FSDP2 has divided.
+    set_model_state_dict(
+        model,
+        {named[name]: value for name, value in saved.items()},
+        options=StateDictOptions(full_state_dict=True, strict=False),
+    )
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether `add_lora`, or `load_adapter`, gave the model adapters."""
+    """Tell whether `add_lora`, or transformers' `load_adapter`, gave the model adapters."""
     return bool(getattr(model, "peft_config", None))

@@ -1,4 +1,4 @@
-"""Which attention the two models of a run get: by device, by what a model's layers are, and by the run's own trees."""
+"""Choose the attention of a run's models: by device, by a model's layers, and by the run's own batches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,6 +15,8 @@ from disc_train.packing.rows import ONE_ROW, dense_rows
 
 
 class Attention(NamedTuple):
+    """Name the attention that a model runs with, and why."""
+
     implementation: str  # transformers' name
     reason: str
 
@@ -51,7 +53,7 @@ def prepare_attention(
 def flex_savings(
     student: PreTrainedModel, teacher: PreTrainedModel | None, batches: Sequence[Sequence[Example]]
 ) -> dict[str, float]:
-    """`disc_kernels.shared_prefix.flex_saving` of each model on some batches."""
+    """Compute `disc_kernels.shared_prefix.flex_saving` of each model on some batches."""
     one_row = [pack(batch, student=ONE_ROW, teacher=ONE_ROW) for batch in batches]
     rule = dense_rows(student)
     in_rows = [pack(batch, student=rule, teacher=rule if teacher is None else dense_rows(teacher)) for batch in batches]

@@ -1,4 +1,4 @@
-"""What the loss takes from a causal language model: hidden states of a packed sequence, and the output head."""
+"""Take from a causal language model what the loss needs: hidden states of a packed sequence, and the output head."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
-from disc_train.parallel.sharding import within
+from disc_train.parallel.sharding import run_as_forward
 
 
 class Head(NamedTuple):
-    """A model's logits are `transform(hidden @ weight.T + bias)`."""
+    """Hold an output head: logits are `transform(hidden @ weight.T + bias)`."""
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
@@ -30,7 +30,7 @@ def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError, OSError: there is none, it is of another kind, or its files are damaged.
     """
-    with naming(name_or_path):
+    with explain_load_errors(name_or_path):
         try:
             return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
         except SafetensorError as error:
@@ -38,8 +38,8 @@ def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 @contextmanager
-def naming(name_or_path: str) -> Iterator[None]:
-    """Say of which model it is that something cannot be loaded, which many of transformers' errors do not."""
+def explain_load_errors(name_or_path: str) -> Iterator[None]:
+    """Add to an error in loading which model it was about, which many of transformers' errors do not say."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -47,7 +47,7 @@ def naming(name_or_path: str) -> Iterator[None]:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """The output head of a causal language model, with what its config says is done to the logits.
+    """Return the output head of a causal language model, with what its config says is done to the logits.
 
     Raises:
         ValueError: the model has no output head with a weight of shape [V, D].
@@ -65,7 +65,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """What a config puts on the logits: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma, xLSTM)."""
+    """Read what a config does to the logits: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma, xLSTM)."""
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
@@ -87,19 +87,19 @@ def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    """How many tokens a model can both read and predict."""
+    """Count the tokens that a model can both read and predict."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return min(embeddings.shape[0], head_of(model).weight.shape[0])
 
 
 def common_vocabulary(student: Head, teacher: Head) -> int | None:
-    """The loss's `vocab_size`: None where the heads have as many rows, else the smaller number (padding differs)."""
+    """Return the loss's `vocab_size`: the smaller number of rows where the heads differ in padding, else None."""
     sizes = {student.weight.shape[0], teacher.weight.shape[0]}
     return None if len(sizes) == 1 else min(sizes)
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> Tensor:
-    """The decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
+    """Compute the decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
 
     Where a model's parameters are divided over processes, `head_of` gives a whole weight after this, until the backward
     pass.
@@ -115,9 +115,9 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefi
 
     def decode() -> Tensor:
         hidden = model.get_decoder()(**_inputs(model, input_ids, layout)).last_hidden_state
-        return within(model.get_output_embeddings(), lambda hidden: hidden, hidden)
+        return run_as_forward(model.get_output_embeddings(), lambda hidden: hidden, hidden)
 
-    return within(model, decode)
+    return run_as_forward(model, decode)
 
 
 def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> dict[str, Any]:
@@ -206,9 +206,9 @@ def _short_windows(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The hidden states [1, L, D] of one text, once they are known to give the logits of a call without a layout."""
+    """Compute the hidden states [1, L, D] of one text, and check that they give the logits of a plain call."""
     alone = SharedPrefixLayout.from_trees([(input_ids.shape[1], [])]).to(input_ids.device)
-    with _explained(model, model.config._attn_implementation):
+    with _explain_run_errors(model, model.config._attn_implementation):
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(model, input_ids, alone)
     head = head_of(model)
@@ -235,7 +235,7 @@ def _check_packed(model: PreTrainedModel, implementation: str, input_ids: Tensor
     half = length // 2
     layout = SharedPrefixLayout.from_trees([(length, [(half, length - half), (0, length)])]).to(input_ids.device)
     packed = torch.cat([input_ids, input_ids[:, half:], input_ids], dim=1)
-    with _explained(model, implementation):
+    with _explain_run_errors(model, implementation):
         model.set_attn_implementation(implementation)
         hidden = hidden_states(model, packed, layout)
     _check_equal(model, hidden, torch.cat([expected, expected[:, half:], expected], dim=1), "packed behind another")
@@ -246,7 +246,7 @@ def _check_rows(model: PreTrainedModel, input_ids: Tensor, expected: Tensor) -> 
     """Compare a text in a padded row with `expected`, for models that take one sequence a row."""
     length = input_ids.shape[1]
     layout = SharedPrefixLayout.from_trees([(length, []), (length, [])]).to(input_ids.device)
-    with _explained(model, model.config._attn_implementation):
+    with _explain_run_errors(model, model.config._attn_implementation):
         hidden = hidden_states(model, input_ids.repeat(1, 2), layout)[:, :length]
     _check_equal(model, hidden, expected, "in a padded row")
 
@@ -261,8 +261,8 @@ def _check_equal(model: PreTrainedModel, got: Tensor, expected: Tensor, where: s
 
 
 @contextmanager
-def _explained(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Say of an error of whatever kind the model's own code raises what it was about."""
+def _explain_run_errors(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Turn an error of any kind in the model's own code into one that says what was being tried."""
     try:
         yield
     except Exception as failure:
@@ -278,7 +278,7 @@ def _low_precision(model: PreTrainedModel) -> bool:
 
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:
-    """Logits, float32 [..., V], of hidden states [..., D]."""
+    """Compute logits, float32 [..., V], of hidden states [..., D]."""
     scale, softcap = head.transform.scale, head.transform.softcap
     logits = scale * linear(hidden, head.weight, head.bias).float()
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,5 +1,4 @@
-"""The teacher: a frozen copy of the model that the student starts from, another model with the same tokenizer, or the
-student itself with its adapters switched off."""
+"""Provide the teacher: a frozen copy of the initial student, another model, or the student with its adapters off."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ def load_teacher(name_or_path: str, student: PreTrainedModel, args: TrainingArgu
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """No gradients, no dropout."""
+    """Switch off a model's gradients and dropout."""
     return model.eval().requires_grad_(False)
 
 
 @contextmanager
-def reading_as_teacher(teacher: PreTrainedModel | None, student: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The teacher; for None the student as it was before its adapters: they are off meanwhile, and so is dropout."""
+def teacher_or_base_model(teacher: PreTrainedModel | None, student: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Yield the teacher; for None the student, with its adapters and dropout switched off meanwhile."""
     if teacher is not None:
         yield teacher
         return

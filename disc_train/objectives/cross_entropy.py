@@ -1,4 +1,4 @@
-"""Cross-entropy over the vocabulary, without logits of all rows: the KL divergence from a teacher that is certain.
+"""Compute cross-entropy over the vocabulary without logits of all rows: the KL divergence from a one-hot teacher.
 
 A distribution p with all its mass on token t has no entropy, so KL(p || q) = -log q_t. `fused_suffix_kl` then does all
 there is to do: float32 logits whatever the weights' dtype, bias, scale and softcap of the head, a weight for every row,
@@ -15,7 +15,7 @@ from disc_train.models.causal_lm import Head
 
 # Codes of different tokens have products that are smaller by at least 2: exp(-2 * 512) is 0, in float64 too. Anything
 # above would meet the -log 0 of an entry that a bias of -inf takes out, and the loss be infinite.
-CERTAINTY = LogitTransform(scale=512.0)
+ONE_HOT = LogitTransform(scale=512.0)
 
 
 def linear_cross_entropy(
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     weight: Tensor | None = None,  # [M]
     reduction: str = "sum",
 ) -> Tensor:
-    """-log softmax(logits)[target] in nats, with gradients to `hidden`, the head's weight and its bias.
+    """Compute -log softmax(logits)[target] in nats, with gradients to `hidden`, the head's weight and its bias.
 
     It takes 3 products of 2 M V D operations with a scalar result (2 where the head is frozen), 1 without gradients.
 
@@ -54,12 +54,12 @@ def linear_cross_entropy(
         reduction=reduction,
         student_bias=head.bias,
         student_transform=head.transform,
-        teacher_transform=CERTAINTY,
+        teacher_transform=ONE_HOT,
     )
 
 
 def _binary(tokens: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
-    """Tokens [M] in binary, with the digits -1 and 1: [M, ceil(log2(entries))].
+    """Write tokens [M] in binary, with the digits -1 and 1: [M, ceil(log2(entries))].
 
     The product of two such rows is their length less twice the number of digits in which they differ, an integer that
     every dtype holds exactly: largest for a token and itself.

@@ -1,7 +1,7 @@
-"""How much there is to learn: what a context tells the teacher about its target (a prefix about its suffix).
+"""Measure how much there is to learn: what a context tells the teacher about its target (a prefix about its suffix).
 
-The divergence alone cannot say: whatever stands in front changes what a model predicts, for the worse too. So the
-teacher's log-probability of the target itself is compared with the student's, which does not read that context, and
+The divergence alone cannot say: whatever stands before a target changes what a model predicts, for the worse too. So
+the teacher's log-probability of the target itself is compared with the student's, which does not read that context, and
 with the teacher's behind another example's. Only what its own context makes likelier than both is content to learn.
 """
 
@@ -19,25 +19,25 @@ from transformers import PreTrainedModel
 from disc_train.data.dataset import ExampleDataset
 from disc_train.data.example import Branch, Example
 from disc_train.objectives.cross_entropy import linear_cross_entropy
-from disc_train.objectives.methods import Side, batch_rows, divergence, teacher_side
+from disc_train.objectives.predictions import ModelPredictions, divergence, predict, predict_as_teacher
 from disc_train.packing.collator import collator
 
 MIN_GAIN = 0.02  # nats a token: half a nat over a target of 25 tokens, less than one choice between two
 
 
 class Signal(NamedTuple):
-    """A number an example, in nats a token: means over targets of means over tokens, as in the loss."""
+    """Hold a number for each example, in nats a token: means over targets of means over tokens, as in the loss."""
 
     divergence: list[float]  # KL(teacher with its context || student with its own), at the training temperature
-    over_none: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
-    over_other: list[float]  # the same over the teacher's behind another example's context, if any has another
+    gain_over_student: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
+    gain_over_other_context: list[float]  # the same over the teacher's behind another's context, if any has another
 
     def describe(self, noun: str) -> list[tuple[str, str]]:
-        """Lines (label, text) for the summary; `noun` is what an example is called."""
+        """Write lines (label, text) for the summary; `noun` is what an example is called."""
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
-        gains = f"add {fmean(self.over_none):+.4f} nats a token to the log-probability of what follows"
-        if self.over_other:
-            gains += f"; {fmean(self.over_other):+.4f} compared with another {noun}'s in their place"
+        gains = f"add {fmean(self.gain_over_student):+.4f} nats a token to the log-probability of what follows"
+        if self.gain_over_other_context:
+            gains += f"; {fmean(self.gain_over_other_context):+.4f} compared with another {noun}'s in their place"
         lines = [
             (
                 "signal",
@@ -47,15 +47,15 @@ class Signal(NamedTuple):
             ),
             ("contexts", gains),
         ]
-        weakness = self.weakness(noun)
-        return lines if weakness is None else [*lines, ("WARNING", weakness)]
+        warning = self.warning(noun)
+        return lines if warning is None else [*lines, ("WARNING", warning)]
 
-    def weakness(self, noun: str) -> str | None:
-        """What is wrong with the data if there is hardly any signal, else None."""
-        compared = [(self.over_none, "without it")]
+    def warning(self, noun: str) -> str | None:
+        """Say what is wrong with the data if there is hardly any signal; return None if there is."""
+        compared = [(self.gain_over_student, "without it")]
         # What records' contexts have in common, instructions say, may be all there is to learn, and cancels out here.
-        if self.over_other and noun == "document":
-            compared.append((self.over_other, "behind another document's"))
+        if self.gain_over_other_context and noun == "document":
+            compared.append((self.gain_over_other_context, "behind another document's"))
         for gains, other in compared:
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
             if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
@@ -73,8 +73,8 @@ class Signal(NamedTuple):
         return None
 
 
-def evenly_spaced(dataset: ExampleDataset, count: int = 100) -> list[Example]:
-    """Up to `count` of the examples, evenly taken, as they are in the current epoch."""
+def take_evenly(dataset: ExampleDataset, count: int = 100) -> list[Example]:
+    """Take up to `count` examples at equal distances, as they are in the current epoch."""
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count] for i in range(count)]
 
@@ -90,42 +90,42 @@ def measure_signal(
     """Measure the signal of some examples, one at a time, forward only.
 
     Args:
-        student, teacher: prepared by `disc_train.models.causal_lm.use_attention`, on one device; the
-            student's mode (train or eval) is kept. No teacher: the student without its adapters.
+        student, teacher: prepared by `disc_train.models.causal_lm.use_attention`, on one device; the student's mode
+            (train or eval) is kept. No teacher: the student without its adapters.
     """
     training = student.training
     student.eval()
     collate = collator(student, teacher or student)
-    longest = max(_teacher_reads(branch) for example in examples for branch in example.branches)
+    longest = max(_teacher_length(branch) for example in examples for branch in example.branches)
     signal = Signal([], [], [])
     for number, example in enumerate(examples):
         batch = send_to_device(collate([example]), student.device)
         weight, targets = batch["row_weight"], batch["targets"]
-        rows = batch_rows(student, teacher, batch)
-        assert rows.teacher is not None
-        signal.divergence.append(float(divergence(rows, temperature, reduction="none") @ weight))
+        predictions = predict(student, teacher, batch)
+        assert predictions.teacher is not None
+        signal.divergence.append(float(divergence(predictions, temperature, reduction="none") @ weight))
 
-        own = _log_probability(rows.teacher, targets) @ weight
-        none = _log_probability(rows.student, targets) @ weight
-        signal.over_none.append(float(own - none))
+        log_probability = _log_probability(predictions.teacher, targets) @ weight
+        of_student = _log_probability(predictions.student, targets) @ weight
+        signal.gain_over_student.append(float(log_probability - of_student))
 
-        other = _another(examples, number)
+        other = _example_with_another_context(examples, number)
         if other is not None:
-            batch = send_to_device(collate([_behind(other, example, longest)]), student.device)
-            behind = _log_probability(teacher_side(student, teacher, batch), targets) @ weight
-            signal.over_other.append(float(own - behind))
+            batch = send_to_device(collate([_swap_teacher_context(example, other, longest)]), student.device)
+            behind_other = _log_probability(predict_as_teacher(student, teacher, batch), targets) @ weight
+            signal.gain_over_other_context.append(float(log_probability - behind_other))
     student.train(training)
     return signal
 
 
-def _log_probability(side: Side, targets: Tensor) -> Tensor:
-    """[M], in nats."""
-    index = torch.from_numpy(side.index)
-    return -linear_cross_entropy(side.hidden, side.head, targets, index=index, reduction="none")
+def _log_probability(predictions: ModelPredictions, targets: Tensor) -> Tensor:
+    """Compute log p(target) at T = 1 in nats: [M]."""
+    index = torch.from_numpy(predictions.index)
+    return -linear_cross_entropy(predictions.hidden, predictions.head, targets, index=index, reduction="none")
 
 
-def _another(examples: Sequence[Example], number: int) -> Example | None:
-    """An example with another context, from far off as neighbours may be on the same matter; None if there is none."""
+def _example_with_another_context(examples: Sequence[Example], number: int) -> Example | None:
+    """Find an example with another context, far off, as neighbours may be on the same matter; None if there is none."""
     for step in range(len(examples)):
         other = examples[(number + len(examples) // 2 + step) % len(examples)]
         if not np.array_equal(other.teacher_trunk, examples[number].teacher_trunk):
@@ -133,21 +133,21 @@ def _another(examples: Sequence[Example], number: int) -> Example | None:
     return None
 
 
-def _teacher_reads(branch: Branch) -> int:
-    """The tokens of a branch's context and target."""
+def _teacher_length(branch: Branch) -> int:
+    """Count the tokens of a branch's context and target."""
     return branch.teacher.attach + len(branch.teacher.lead) + len(branch.target)
 
 
-def _behind(other: Example, example: Example, longest: int) -> Example:
-    """An example whose targets the teacher reads behind contexts of another, each the one nearest in length.
+def _swap_teacher_context(example: Example, other: Example, longest: int) -> Example:
+    """Put an example's targets behind the teacher's contexts of another, each behind the one nearest in length.
 
     A context is cut where it would make more than `longest` tokens with the target: the teacher may not read more.
     """
 
-    def behind(branch: Branch) -> Branch:
+    def swap(branch: Branch) -> Branch:
         contexts = [candidate.teacher for candidate in other.branches]
-        nearest = min(contexts, key=lambda place: abs(place.attach - branch.teacher.attach))
+        nearest = min(contexts, key=lambda context: abs(context.attach - branch.teacher.attach))
         room = max(0, longest - len(nearest.lead) - len(branch.target))
         return branch._replace(teacher=nearest._replace(attach=min(nearest.attach, room)))
 
-    return replace(example, teacher_trunk=other.teacher_trunk, branches=[behind(branch) for branch in example.branches])
+    return replace(example, teacher_trunk=other.teacher_trunk, branches=[swap(branch) for branch in example.branches])

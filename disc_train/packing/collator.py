@@ -1,7 +1,8 @@
-"""Examples -> what the teacher reads, what the student reads, and the rows of the two to compare."""
+"""Pack examples: what the teacher reads, what the student reads, and which rows of the two are compared."""
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from typing import TypedDict
 
@@ -12,37 +13,37 @@ from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
 from disc_train.data.example import Branch, Example
-from disc_train.packing.branch_inputs import read_branches
+from disc_train.packing.branch_inputs import make_branch_inputs
 from disc_train.packing.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
 
 
 @dataclass(frozen=True)
-class Usage:
-    """How well batches are packed, in tokens of both models together."""
+class PackingStats:
+    """Count how well batches are packed, in tokens of both models together."""
 
     tokens: int = 0  # read
-    places: int = 0  # with padding
-    separate: int = 0  # that would be read with a sequence for every branch
+    padded_tokens: int = 0  # read, with padding
+    unshared_tokens: int = 0  # that would be read with one sequence a branch
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(self.tokens + other.tokens, self.places + other.places, self.separate + other.separate)
+    def __add__(self, other: "PackingStats") -> "PackingStats":
+        return PackingStats(*map(operator.add, astuple(self), astuple(other)))
 
-    def __sub__(self, other: "Usage") -> "Usage":
-        return Usage(self.tokens - other.tokens, self.places - other.places, self.separate - other.separate)
+    def __sub__(self, other: "PackingStats") -> "PackingStats":
+        return PackingStats(*map(operator.sub, astuple(self), astuple(other)))
 
     @property
     def efficiency(self) -> float:
-        """The share of places that are no padding."""
-        return self.tokens / self.places
+        """Compute the share of tokens that are not padding."""
+        return self.tokens / self.padded_tokens
 
     @property
     def saving(self) -> float:
-        """How many times fewer tokens are read than with a sequence for every branch."""
-        return self.separate / self.tokens
+        """Compute how many times fewer tokens are read than with one sequence a branch."""
+        return self.unshared_tokens / self.tokens
 
 
 class PackedBatch(TypedDict):
-    """A plain mapping, so that data loaders and trainers can move it; `input_ids` is the student's, as they expect.
+    """Hold a batch, as a plain mapping that data loaders and trainers can move; `input_ids` is the student's.
 
     Row `student_index[m]` of the student's flattened hidden states predicts the token `targets[m]`. Where the teacher
     reads all examples, so does row `teacher_index[m]` of the teacher's; else its rows are those of the last, replayed
@@ -61,7 +62,7 @@ class PackedBatch(TypedDict):
     num_examples: int  # that count: 0, or as many as there are
     replayed: int  # the last so many of the examples
     names: list[str]  # of the examples, for messages
-    usage: Usage
+    packing: PackingStats
 
 
 def pack(
@@ -77,10 +78,10 @@ def pack(
     examples = counted or examples[:1]
     pairs = [(example, branch) for example in examples for branch in example.branches]
     compared = [(example, branch) for example, branch in pairs if compare_all or example.replayed]
-    student_readings = read_branches([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
-    teacher_readings = read_branches([(e.teacher_trunk, b.teacher, b.target) for e, b in compared], teacher.share)
-    student_rows = arrange(student_readings, student)
-    teacher_rows = arrange(teacher_readings, teacher) if compared else None
+    student_inputs = make_branch_inputs([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
+    teacher_inputs = make_branch_inputs([(e.teacher_trunk, b.teacher, b.target) for e, b in compared], teacher.share)
+    student_rows = arrange(student_inputs, student)
+    teacher_rows = arrange(teacher_inputs, teacher) if compared else None
 
     def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
         # A row predicts the next token, and the last token read predicts the target's last.
@@ -104,10 +105,10 @@ def pack(
         num_examples=len(counted),
         replayed=sum(example.replayed for example in examples),
         names=[example.name for example in examples],
-        usage=Usage(
+        packing=PackingStats(
             tokens=sum(rows.tokens for rows in packed),
-            places=sum(rows.input_ids.numel() for rows in packed),
-            separate=sum(reading.length for reading in student_readings + teacher_readings),
+            padded_tokens=sum(rows.input_ids.numel() for rows in packed),
+            unshared_tokens=sum(branch.length for branch in student_inputs + teacher_inputs),
         ),
     )
 
@@ -115,5 +116,5 @@ def pack(
 def collator(
     student: PreTrainedModel, teacher: PreTrainedModel, compare_all: bool = True
 ) -> Callable[[Sequence[Example]], PackedBatch]:
-    """`pack` for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one."""
+    """Make a collator for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one."""
     return partial(pack, student=row_rule(student), teacher=row_rule(teacher), compare_all=compare_all)

@@ -1,1 +1,1 @@
-"""What several processes that train together need beside what torch, accelerate and transformers do."""
+"""Do for several processes that train together what torch, accelerate and transformers leave open."""

@@ -1,4 +1,4 @@
-"""Processes that train together find out, before they do, that they mean the same run.
+"""Check, before processes train together, that they were all given the same run.
 
 One small exchange of Python objects. So processes that were given different flags or files, or of which one cannot go
 on, all end with the same error, where collectives that do not fit each other would wait forever.
@@ -15,12 +15,12 @@ from transformers import TrainingArguments
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.dataset import ExampleDataset
 
-OWN = {"local_rank"}  # what each process has its own of
+PER_PROCESS_SETTINGS = {"local_rank"}
 
 
 @contextmanager
 def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
-    """Do something on every process that has to succeed, with the same result, on all of them.
+    """Run a block on every process, and check that it succeeds with the same result on all of them.
 
     Yields:
         An empty dict for what must be the same: a name, as messages have it, and a value that can be compared.
@@ -64,19 +64,15 @@ def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
 
 
 def settings_of(disc: DiscArguments, loop: LoopArguments) -> dict[str, Any]:
-    """Every flag and its value."""
+    """Return every flag and its value."""
     values = {**vars(disc), **loop.to_dict()}
-    return {f"--{name}": repr(value) for name, value in values.items() if name not in OWN}
+    return {f"--{name}": repr(value) for name, value in values.items() if name not in PER_PROCESS_SETTINGS}
 
 
 def describe_data(dataset: ExampleDataset) -> str:
-    """How much there is to read, with a checksum of it."""
+    """Describe how much there is to read, with a checksum of it."""
     checksum = 0
     for number in range(len(dataset)):
-        example = dataset[number]
-        pieces = [example.teacher_trunk, example.student_trunk]
-        for branch in example.branches:
-            pieces += [branch.target, branch.teacher.lead, branch.student.lead]
-        for piece in pieces:
+        for piece in dataset[number].pieces():
             checksum = zlib.crc32(piece.tobytes(), checksum)
     return f"{len(dataset):,} {dataset.noun}s (checksum {checksum:08x})"

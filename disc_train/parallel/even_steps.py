@@ -1,6 +1,6 @@
-"""Several processes that share an epoch's examples take as many steps: its end is filled up with what does not count.
+"""Give all processes of an epoch equally many steps: its end is padded with examples that do not count.
 
-accelerate would fill it up with the epoch's first examples, which would then be trained on twice, and make of a last
+accelerate would pad it with the epoch's first examples, which would then be trained on twice, and make of a last
 step another one than a single process takes.
 """
 
@@ -14,8 +14,8 @@ from disc_train.data.dataset import ExampleDataset
 from disc_train.data.example import Example
 
 
-class FilledUp(Dataset[Example]):
-    """A data set; behind its end, an example that does not count, again and again.
+class PaddedDataset(Dataset[Example]):
+    """Put behind a data set's end an example that does not count, as often as asked for.
 
     Attributes:
         epoch: the one that `set_epoch` gave.
@@ -39,15 +39,15 @@ class FilledUp(Dataset[Example]):
         self.dataset.set_epoch(epoch)
 
 
-class FillingUp(Sampler[int]):
-    """The examples of the data's epoch in the order that one process takes them in, then indices behind their end.
+class PaddedSampler(Sampler[int]):
+    """Give an epoch's examples in the order that one process takes them in, then indices behind their end.
 
     Args:
-        multiple: the number of indices is one of it: the examples of a batch in every process.
+        multiple: the number of indices is a multiple of it: the examples of all processes' batches together.
         seed: of the order, with the epoch.
     """
 
-    def __init__(self, dataset: FilledUp, multiple: int, seed: int) -> None:
+    def __init__(self, dataset: PaddedDataset, multiple: int, seed: int) -> None:
         self.dataset = dataset
         self.multiple = multiple
         self.seed = seed

@@ -1,31 +1,45 @@
-"""Models whose parameters are divided over the processes (FSDP2), and how modules run so that this works.
+"""Divide models over the processes (FSDP2), and run functions as the forward pass of a module.
 
-PyTorch puts a module's parameters together when its forward is called, and reduces and divides their gradients behind
-it. Here the loss takes a head's weight without the head's forward, and a model's decoder without the model's; so both
-are called by way of these, by `within`.
+PyTorch gathers a module's parameters when its forward is called, and reduces and divides their gradients behind it. The
+loss takes a head's weight without calling the head, and a model's decoder without calling the model, so both run by way
+of `run_as_forward`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from disc_train.models.adapters import has_adapters
 
 
-def within(module: nn.Module, function: Callable[..., Any], *inputs: Any) -> Any:
-    """`function(*inputs)`, run as a module's forward, with all that wraps or hooks it."""
-    with patch.object(module, "forward", function):
-        return module(*inputs)
+def run_as_forward(
+    module: nn.Module, function: Callable[..., Any], *inputs: Any, wrapper: nn.Module | None = None
+) -> Any:
+    """Run `function(*inputs)` in place of a module's forward, with all hooks of the module and of what wraps it.
+
+    TRL calls this forward redirection. PyTorch's `register_fsdp_forward_method` is not enough: it does nothing for DDP,
+    and a head that shares a group of parameters with the last norm has to be called itself before the group is done.
+
+    Args:
+        wrapper: the module that is called, such as DDP around `module`; None: `module`.
+    """
+    before = module.__dict__.get("forward")  # accelerate may have put one there
+    module.forward = function
+    try:
+        return (wrapper or module)(*inputs)
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) -> None:
@@ -48,35 +62,20 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
         fsdp2_prepare_model(accelerator, model)
     finally:
         plugin.mixed_precision_policy = as_configured
-    if has_adapters(model):  # so small that checkpoints need no parts
+    if has_adapters(model):  # they are small enough to be saved whole
         plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
-def forget_gathered(model: nn.Module) -> None:
-    """Free what forward passes without a backward pass have left whole; it would outlive new values of the shards."""
+def free_gathered_parameters(model: nn.Module) -> None:
+    """Free the whole parameters that forward passes without a backward pass leave behind.
+
+    They would outlive new values of the parts they were gathered from.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-@contextmanager
-def taking_whole_values(model: nn.Module) -> Iterator[None]:
-    """Let `load_state_dict` take whole tensors, which all processes have, for parameters that are divided."""
-    parameters, load = dict(model.named_parameters()), model.load_state_dict
-
-    def divided(name: str, value: Tensor) -> Tensor:
-        like = parameters.get(name)
-        if not isinstance(like, DTensor):
-            return value
-        return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-    def load_whole(state: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return load({name: divided(name, value) for name, value in state.items()}, *args, **kwargs)
-
-    with patch.object(model, "load_state_dict", load_whole):
-        yield
-
-
-def own_part(parameter: Tensor) -> Tensor:
-    """What this process has of a parameter."""
+def local_part(parameter: Tensor) -> Tensor:
+    """Return the part of a parameter that this process holds; all of it where it is not divided."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -1,4 +1,4 @@
-"""SIGTERM ends a training behind a checkpoint: schedulers send it some time before they take a machine away."""
+"""End a training with a checkpoint on SIGTERM, which schedulers send before they take a machine away."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from transformers import TrainerCallback
 
 
 class Terminated(Exception):
-    """The training was asked to stop, and has saved a checkpoint."""
+    """Say that the training was asked to stop, and has saved a checkpoint."""
 
 
 class StopOnSigterm(TrainerCallback):
-    """Lets the optimizer step that runs come to its end, saves, and stops; where it is entered, as a context.
+    """On SIGTERM, finish the running optimizer step, save and stop; while it is entered as a context manager.
 
     Processes are signalled at different times, or only some of them, but have to stop behind the same step: the trainer
     asks each before a step, and tells all.
@@ -47,8 +47,8 @@ class StopOnSigterm(TrainerCallback):
         self.requested = True
 
 
-def apart(collate: Callable[[Any], Any], examples: Any) -> Any:
-    """Collate; a worker of a data loader leaves its process's group first.
+def collate_in_own_process_group(collate: Callable[[Any], Any], examples: Any) -> Any:
+    """Collate examples; in a data loader's worker, leave the process group that receives signals first.
 
     torchrun and batch systems signal whole groups, and a step cannot come to its end without the workers' batches. They
     end with their process all the same.

@@ -20,7 +20,7 @@ from disc_train.data.example import Example
 from disc_train.data.splits import tokenize_document
 from disc_train.evaluation import kl_to_reference, perplexity
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods import batch_rows, cross_entropy, divergence
+from disc_train.objectives.predictions import cross_entropy, divergence, predict
 from disc_train.packing.collator import pack
 
 
@@ -38,7 +38,7 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
     """
     columns = []
     for example in examples:
-        rows = batch_rows(student, teacher, pack([example]))
+        rows = predict(student, teacher, pack([example]))
         assert rows.teacher is not None
         columns.append(
             torch.stack(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.data.chat import encode
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, whole_documents
 from disc_train.data.documents import Document
-from disc_train.data.example import NO_IDS, Branch, Example, Place
+from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import NO_TEMPLATES, Templates
 
@@ -45,7 +45,7 @@ def training_set(
 def _continuations(document: Document, sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Example:
     """The teacher reads the document before each sentence, the student nothing."""
     evidence = encode(tokenizer, document.text)
-    teacher, student = Place(len(evidence)), Place(0)
+    teacher, student = Context(len(evidence)), Context(0)
     branches = [Branch(encode(tokenizer, f" {sentence}"), teacher, student) for sentence in sentences]
     return Example(document.name, evidence, NO_IDS, branches)
 
@@ -63,7 +63,7 @@ class OtherPrefixes(ExampleDataset):
     def __getitem__(self, index: int) -> Example:
         example, other = self.dataset[index], self.dataset[(index + 1) % len(self)]
         branches = [
-            branch._replace(teacher=Place(min(branch.teacher.attach, len(other.teacher_trunk))))
+            branch._replace(teacher=Context(min(branch.teacher.attach, len(other.teacher_trunk))))
             for branch in example.branches
         ]
         return replace(example, teacher_trunk=other.teacher_trunk, branches=branches)

@@ -66,7 +66,7 @@ def _step(count):
 def test_documents_are_packed_as_counted():
     batch, _ = _step(3)
     work = documents(3)
-    assert batch["usage"].tokens == batch["usage"].places == work.teacher_tokens + work.student_tokens
+    assert batch["packing"].tokens == batch["packing"].padded_tokens == work.teacher_tokens + work.student_tokens
     assert len(batch["targets"]) == work.rows == work.student_tokens
     for ids, pairs in ((batch["teacher_input_ids"], work.teacher_pairs), (batch["input_ids"], work.student_pairs)):
         assert len(ids) * ids.shape[1] ** 2 == pairs

@@ -109,7 +109,6 @@ def test_flags_win_over_the_file(write_yaml):
         (["--replay_share", "0.5"], "--replay_share needs --replay_file, got it without"),
         (["--replay_objective", "kl"], "--replay_objective needs --replay_file, got it without"),
         (["--replay_file", "r", "--replay_share", "1"], "--replay_share: expected a number between 0 and 1, got 1.0"),
-        (["--teacher", "cache"], "--teacher: .*not available yet.*got cache"),
         (["--dataset_name", "d"], "one of --train_file and --dataset_name, got both"),
     ],
 )

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-import disc_train.objectives.methods
 from disc_train.cli import main
+from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 
@@ -110,17 +110,15 @@ def test_a_wrong_batch_fails(mutate, step):
     ids=lambda change: next(iter(change)),
 )
 def test_a_wrong_loss_fails(change, step, monkeypatch):
-    real = disc_train.objectives.methods.fused_suffix_kl
-    monkeypatch.setattr(disc_train.objectives.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **{**k, **change}))
+    real = predictions.fused_suffix_kl
+    monkeypatch.setattr(predictions, "fused_suffix_kl", lambda *a, **k: real(*a, **{**k, **change}))
     _, _, error = step("llama")
     assert error > 1000 * TOLERANCE
 
 
 def test_the_missing_square_of_the_temperature_fails(step, monkeypatch):
-    real = disc_train.objectives.methods.fused_suffix_kl
-    monkeypatch.setattr(
-        disc_train.objectives.methods, "fused_suffix_kl", lambda *a, **k: real(*a, **k) / TEMPERATURE**2
-    )
+    real = predictions.fused_suffix_kl
+    monkeypatch.setattr(predictions, "fused_suffix_kl", lambda *a, **k: real(*a, **k) / TEMPERATURE**2)
     _, _, error = step("llama")
     assert error == pytest.approx(0.75, abs=0.01)
 

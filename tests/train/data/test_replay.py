@@ -11,7 +11,8 @@ from transformers import TrainingArguments
 from disc_train.data.dataset import ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods import OBJECTIVES, Settings, batch_loss, batch_rows
+from disc_train.objectives.methods import OBJECTIVES, Settings, batch_loss
+from disc_train.objectives.predictions import predict
 from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
 
@@ -98,7 +99,7 @@ def test_a_batch_of_replayed_examples_alone(make_model, perturbed, old):
         use_attention(model, "auto")
     mixed = ReplayDataset(old, old, 0.5, seed=0, by_kl=True)
     batch = collator(student, teacher, compare_all=False)([mixed[5], mixed[6]])
-    rows, none = batch_rows(student, teacher, batch), batch["replayed"]
+    rows, none = predict(student, teacher, batch), batch["replayed"]
     assert none == 2
     assert len(rows.teacher.index) == len(rows.targets)
     loss = batch_loss("talr", student, teacher, batch, Settings())

@@ -15,4 +15,4 @@ def test_the_records_are_read_and_share_their_instructions(chat_tokenizer):
     records = load_records(str(ROOT / disc.train_file), None, chat_tokenizer, None)
     batch = pack(records)
     assert int((batch["teacher_layout"].position_ids == 0).sum()) == 1
-    assert batch["usage"].saving > 1.5
+    assert batch["packing"].saving > 1.5

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from disc_train.models.adapters import add_lora, load_adapters
-from disc_train.models.teacher import reading_as_teacher
-from disc_train.objectives.methods import batch_rows, divergence, teacher_side
+from disc_train.models.teacher import teacher_or_base_model
+from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 
@@ -87,7 +87,7 @@ def test_the_student_without_adapters_is_the_teacher_that_a_copy_is(
     sides, losses = [], []
     for teacher in (None, plain):
         trainer = make_trainer(copy.deepcopy(student), teacher, max_steps=3)
-        sides.append(teacher_side(trainer.model.train(), trainer.teacher, pack([make_dataset()[2]])))
+        sides.append(predict_as_teacher(trainer.model.train(), trainer.teacher, pack([make_dataset()[2]])))
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert torch.equal(sides[0].hidden, sides[1].hidden)
@@ -103,7 +103,7 @@ def test_a_teacher_that_drops_out_would_show(make_student, make_trainer, make_da
 
     def loss():
         torch.manual_seed(0)
-        return float(divergence(batch_rows(student.train(), None, batch), 1.0).detach())
+        return float(divergence(predict(student.train(), None, batch), 1.0).detach())
 
     expected = loss()
     assert student.training
@@ -116,7 +116,7 @@ def test_adapters_are_on_again_whatever_happens(make_student):
     student = make_student().train()
     _move(student)
     ids = torch.arange(9)[None]
-    with pytest.raises(KeyError), reading_as_teacher(None, student) as teacher:
+    with pytest.raises(KeyError), teacher_or_base_model(None, student) as teacher:
         plain = teacher(ids).logits
         raise KeyError
     assert student.training

@@ -131,7 +131,7 @@ def test_targets_that_are_no_entries(target):
 
 
 def test_a_certainty_that_is_none_would_show(monkeypatch):
-    monkeypatch.setattr("disc_train.objectives.cross_entropy.CERTAINTY", LogitTransform(scale=2.0))
+    monkeypatch.setattr("disc_train.objectives.cross_entropy.ONE_HOT", LogitTransform(scale=2.0))
     assert _errors(Case())[0] > 1e-4
 
 

@@ -15,7 +15,8 @@ from disc_kernels import LogitTransform
 from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import Head, use_attention
-from disc_train.objectives.methods import WITH_TEACHER, Rows, Settings, Side, batch_loss, median, talr
+from disc_train.objectives.methods import WITH_TEACHER, Settings, batch_loss, median, talr
+from disc_train.objectives.predictions import ModelPredictions, Predictions
 from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
 
@@ -132,12 +133,14 @@ def test_what_a_method_leaves_out_would_show(compare):
 
 
 def _rows(losses, lengths):
-    """Rows of a two-token vocabulary whose cross-entropies are those given."""
+    """Predictions over a two-token vocabulary whose cross-entropies are those given."""
     losses = torch.tensor(losses, dtype=torch.float64)
     logits = torch.stack([-losses, (-torch.expm1(-losses)).log().clamp(min=-1e4)], dim=1).requires_grad_()
     weight = torch.cat([torch.full((length,), 1 / length) for length in lengths]).double()
-    side = Side(logits[None], Head(torch.eye(2, dtype=torch.float64), None, LogitTransform()), np.arange(len(losses)))
-    return Rows(side, None, torch.zeros(len(losses), dtype=torch.int64), weight, lengths)
+    student = ModelPredictions(
+        logits[None], Head(torch.eye(2, dtype=torch.float64), None, LogitTransform()), np.arange(len(losses))
+    )
+    return Predictions(student, None, torch.zeros(len(losses), dtype=torch.int64), weight, lengths)
 
 
 def test_talr_by_hand():
@@ -209,7 +212,7 @@ def test_no_teacher_is_read_where_none_is_needed(make_dataset):
     dataset = whole_documents(make_dataset(4).documents)
     batch = pack([dataset[0], dataset[1]], compare_all=False)
     assert batch["teacher_input_ids"] is None
-    assert batch["usage"].tokens == batch["input_ids"].numel()
+    assert batch["packing"].tokens == batch["input_ids"].numel()
 
 
 def test_documents_of_one_token_are_left_out():

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.documents import Document
-from disc_train.data.example import Branch, Example, Place
+from disc_train.data.example import Branch, Context, Example
 from disc_train.data.splits import sentence_spans, tokenize_document
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.signal import Signal, evenly_spaced, measure_signal
+from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 
 
 def _log_probabilities(model, prefix, suffix, temperature=1.0):
@@ -39,7 +39,7 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, m
         ids = document.input_ids.tolist()
         other = dataset.documents[(number + 2) % 4].input_ids.tolist()
         prefixes = [start for start, _ in dataset.splits((number + 2) % 4)]
-        divergence, over_none, over_other = [], [], []
+        divergence, gain_over_student, gain_over_other_context = [], [], []
         for start, stop in dataset.splits(number):
             suffix = ids[start:stop]
             foreign = other[: min(prefixes, key=lambda end: abs(end - start))]
@@ -49,20 +49,20 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, m
                 _log_probabilities(model, prefix, suffix)[range(len(suffix) - 1), suffix[1:]].mean()
                 for model, prefix in ((teacher, ids[:start]), (student, []), (teacher, foreign))
             )
-            over_none.append(own - none)
-            over_other.append(own - behind)
-        for got, expected in zip(signal, (divergence, over_none, over_other), strict=True):
+            gain_over_student.append(own - none)
+            gain_over_other_context.append(own - behind)
+        for got, expected in zip(signal, (divergence, gain_over_student, gain_over_other_context), strict=True):
             assert got[number] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
 
 
 def test_documents_are_taken_evenly(make_dataset):
     dataset = make_dataset()
-    assert [example.name for example in evenly_spaced(dataset, 3)] == ["doc0", "doc2", "doc4"]
-    assert len(evenly_spaced(dataset)) == 7
+    assert [example.name for example in take_evenly(dataset, 3)] == ["doc0", "doc2", "doc4"]
+    assert len(take_evenly(dataset)) == 7
 
 
 @pytest.mark.parametrize(
-    ("over_none", "over_other", "message"),
+    ("gain_over_student", "gain_over_other_context", "message"),
     [
         ([0.5, 0.7, 0.3], [1.0, 0.9, 1.1], None),
         ([-0.9, -1.1, -1.0], [0.5, 0.5, 0.5], "than without it"),
@@ -72,12 +72,12 @@ def test_documents_are_taken_evenly(make_dataset):
         ([0.5, 0.7, 0.3], [], None),
     ],
 )
-def test_the_warning(over_none, over_other, message):
-    signal = Signal([0.4] * len(over_none), over_none, over_other)
-    weakness = signal.weakness("document")
-    assert (weakness is None) == (message is None)
+def test_the_warning(gain_over_student, gain_over_other_context, message):
+    signal = Signal([0.4] * len(gain_over_student), gain_over_student, gain_over_other_context)
+    warning = signal.warning("document")
+    assert (warning is None) == (message is None)
     if message:
-        assert message in weakness
+        assert message in warning
     assert [label for label, _ in signal.describe("document")][2:] == ([] if message is None else ["WARNING"])
 
 
@@ -87,7 +87,7 @@ def test_without_another_context_no_comparison_is_claimed(examples, make_model, 
     for prepared in (model, teacher):
         use_attention(prepared, "auto")
     signal = measure_signal(model, teacher, [dataset[0]] * examples, temperature=2.0)
-    assert (len(signal.over_none), signal.over_other) == (examples, [])
+    assert (len(signal.gain_over_student), signal.gain_over_other_context) == (examples, [])
     assert "another document" not in str(signal.describe("document"))
 
 
@@ -98,8 +98,8 @@ def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
     samples = [dataset[0], dataset[1], dataset[0], dataset[1]]  # the one two further on is the same text
     signal = measure_signal(model, teacher, samples, temperature=2.0)
     plain = measure_signal(model, teacher, samples[:2], temperature=2.0)
-    assert signal.over_other[:2] == pytest.approx(plain.over_other, abs=1e-5)
-    assert max(map(abs, plain.over_other)) > 1e-3  # behind itself: 0
+    assert signal.gain_over_other_context[:2] == pytest.approx(plain.gain_over_other_context, abs=1e-5)
+    assert max(map(abs, plain.gain_over_other_context)) > 1e-3  # behind itself: 0
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def test_records_are_compared_with_another_records_context(make_model, perturbed
             f"r{i}",
             np.array(context, dtype=np.int32),
             np.array([7, 8], dtype=np.int32),
-            [Branch(np.array([i, 60, 61], dtype=np.int32), Place(len(context)), Place(2))],
+            [Branch(np.array([i, 60, 61], dtype=np.int32), Context(len(context)), Context(2))],
         )
         for i, context in enumerate(([1, 2, 3], [1, 2, 3], [4, 5]))
     ]
@@ -124,8 +124,8 @@ def test_records_are_compared_with_another_records_context(make_model, perturbed
             model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1].log_softmax(-1)[range(3), target]
             for model, context in ((teacher, record.teacher_trunk.tolist()), (student, [7, 8]), (teacher, other))
         )
-        assert signal.over_none[number] == pytest.approx(float((own - none).mean()), abs=1e-5)
-        assert signal.over_other[number] == pytest.approx(float((own - behind).mean()), abs=1e-5)
+        assert signal.gain_over_student[number] == pytest.approx(float((own - none).mean()), abs=1e-5)
+        assert signal.gain_over_other_context[number] == pytest.approx(float((own - behind).mean()), abs=1e-5)
 
 
 def test_another_context_is_cut_to_what_the_teacher_can_read():
@@ -134,13 +134,13 @@ def test_another_context_is_cut_to_what_the_teacher_can_read():
     model, teacher = GPT2LMHeadModel(config), GPT2LMHeadModel(config)
     records = [
         Example(
-            str(i), np.full(length, i), np.zeros(0, dtype=np.int32), [Branch(np.arange(n), Place(length), Place(0))]
+            str(i), np.full(length, i), np.zeros(0, dtype=np.int32), [Branch(np.arange(n), Context(length), Context(0))]
         )
         for i, (length, n) in enumerate([(50, 2), (1, 50)])
     ]
     for prepared in (model, teacher):
         use_attention(prepared, "auto")
-    assert len(measure_signal(model, teacher, records, temperature=2.0).over_other) == 2
+    assert len(measure_signal(model, teacher, records, temperature=2.0).gain_over_other_context) == 2
 
 
 TINY = Path(__file__).parents[3] / "examples" / "tiny"
@@ -159,7 +159,7 @@ def tiny_signal():
         dataset = DocumentDataset(documents)
         for model in (student, teacher):
             use_attention(model, "auto")
-        return measure_signal(student, teacher, evenly_spaced(dataset), temperature=2.0)
+        return measure_signal(student, teacher, take_evenly(dataset), temperature=2.0)
 
     return measure
 
@@ -168,12 +168,12 @@ def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
     """The same sentences, as they stand and shuffled among the documents."""
     with (TINY / "documents.jsonl").open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    assert tiny_signal(texts).weakness("document") is None
+    assert tiny_signal(texts).warning("document") is None
     documents = [[text[start:stop] for start, stop in sentence_spans(text)] for text in texts]
     sentences = list(itertools.chain(*documents))
     random.Random(0).shuffle(sentences)
     remaining = iter(sentences)
     unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
-    weakness = tiny_signal(unrelated).weakness("document")
-    assert "hardly any signal" in weakness
-    assert "(--ce_weight 0.1, or --method ft)" in weakness
+    warning = tiny_signal(unrelated).warning("document")
+    assert "hardly any signal" in warning
+    assert "(--ce_weight 0.1, or --method ft)" in warning

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from disc_kernels import dense_mask
-from disc_train.data.example import Branch, Example, Place
-from disc_train.packing.collator import Usage, pack
+from disc_train.data.example import Branch, Context, Example
+from disc_train.packing.collator import PackingStats, pack
 from disc_train.packing.rows import RowRule
 
 
@@ -23,7 +23,7 @@ def _document(name, ids, splits, header=(), footer=(), student_header=()):
     """A document with its splits, as a training set makes it."""
     trunk = _ids(*header, *ids)
     branches = [
-        Branch(_ids(*ids[start:stop]), Place(len(header) + start, _ids(*footer)), Place(len(student_header)))
+        Branch(_ids(*ids[start:stop]), Context(len(header) + start, _ids(*footer)), Context(len(student_header)))
         for start, stop in splits
     ]
     return Example(name, trunk, _ids(*student_header), branches)
@@ -48,7 +48,7 @@ def test_documents_by_hand():
     assert batch["row_weight"].tolist() == [1 / 2, 1 / 4, 1 / 4, 1]
     assert batch["num_examples"] == 2
     assert batch["names"] == ["a", "b"]
-    assert batch["usage"] == Usage(tokens=7 + 4, places=7 + 4, separate=(2 + 5 + 2) + 4)
+    assert batch["packing"] == PackingStats(tokens=7 + 4, padded_tokens=7 + 4, unshared_tokens=(2 + 5 + 2) + 4)
 
 
 def test_headers_and_footers_by_hand():
@@ -69,12 +69,13 @@ def test_equal_contexts_are_read_once():
     """Sixteen records with one instruction for the teacher, and a question each for both."""
     instruction = _ids(*range(100, 200))
     examples = [
-        Example(f"r{i}", instruction, _ids(i, 50), [Branch(_ids(i, 60, 61), Place(100), Place(2))]) for i in range(16)
+        Example(f"r{i}", instruction, _ids(i, 50), [Branch(_ids(i, 60, 61), Context(100), Context(2))])
+        for i in range(16)
     ]
     batch = pack(examples)
     assert batch["teacher_input_ids"].shape == (1, 100 + 16 * 2)
     assert batch["input_ids"].shape == (1, 16 * 4)
-    assert batch["usage"].saving == (16 * 102 + 16 * 4) / (132 + 64)
+    assert batch["packing"].saving == (16 * 102 + 16 * 4) / (132 + 64)
     assert batch["teacher_index"][0] == batch["teacher_index"][3] == 99
     assert len(batch["targets"]) == 48
 
@@ -82,9 +83,9 @@ def test_equal_contexts_are_read_once():
 def test_a_branch_that_goes_on_as_its_trunk_needs_no_tokens():
     trunk = _ids(1, 2, 3, 4, 5, 6)
     branches = [
-        Branch(_ids(3, 4, 9), Place(2), Place(0)),  # the last token is only predicted
-        Branch(_ids(4, 5), Place(2, _ids(3)), Place(0)),  # with its lead
-        Branch(_ids(3, 9, 9), Place(2), Place(0)),
+        Branch(_ids(3, 4, 9), Context(2), Context(0)),  # the last token is only predicted
+        Branch(_ids(4, 5), Context(2, _ids(3)), Context(0)),  # with its lead
+        Branch(_ids(3, 9, 9), Context(2), Context(0)),
     ]
     batch = pack([Example("e", trunk, _ids(), branches)])
     assert batch["teacher_input_ids"].tolist() == [[1, 2, 3, 4, 3, 9]]
@@ -101,8 +102,8 @@ def examples(draw):
     teacher_trunk, student_trunk = ids(0, 6), ids(0, 4)
     branches = []
     for _ in range(draw(st.integers(1, 3))):
-        teacher = Place(draw(st.integers(0, len(teacher_trunk))), ids(0, 2))
-        student = Place(draw(st.integers(0, len(student_trunk))), ids(0, 2))
+        teacher = Context(draw(st.integers(0, len(teacher_trunk))), ids(0, 2))
+        student = Context(draw(st.integers(0, len(student_trunk))), ids(0, 2))
         branches.append(Branch(ids(2, 5), teacher, student))
     return Example("e", teacher_trunk, student_trunk, branches)
 
@@ -141,31 +142,34 @@ def test_every_row_sees_its_branch_as_a_sequence_of_its_own(batch_examples, stud
     for example, branch in pairs:
         for _ in range(branch.rows):
             assert next(weights) == pytest.approx(1 / (branch.rows * len(example.branches)))
-    usage = batch["usage"]
-    assert usage.tokens <= usage.places
+    usage = batch["packing"]
+    assert usage.tokens <= usage.padded_tokens
     if student == teacher == RowRule():
-        assert usage.tokens == usage.places <= usage.separate
+        assert usage.tokens == usage.padded_tokens <= usage.unshared_tokens
 
 
 def test_a_first_token_is_predicted_where_both_models_read_something_before_it():
     target = _ids(1, 2, 3)
-    assert Branch(target, Place(1), Place(1)).rows == 3
-    assert Branch(target, Place(1), Place(0, _ids(9))).rows == 3
-    assert Branch(target, Place(1), Place(0)).rows == 2
-    assert Branch(target, Place(0), Place(1)).rows == 2
+    assert Branch(target, Context(1), Context(1)).rows == 3
+    assert Branch(target, Context(1), Context(0, _ids(9))).rows == 3
+    assert Branch(target, Context(1), Context(0)).rows == 2
+    assert Branch(target, Context(0), Context(1)).rows == 2
 
 
 @pytest.mark.parametrize(
     ("branches", "message"),
     [
         ([], "r:7: expected at least one target"),
-        ([Branch(_ids(), Place(1), Place(1))], "r:7: target 1: expected at least 1 tokens, got 0"),
-        ([Branch(_ids(5), Place(1), Place(0))], "r:7: target 1: expected at least 2 tokens behind an empty context"),
+        ([Branch(_ids(), Context(1), Context(1))], "r:7: target 1: expected at least 1 tokens, got 0"),
         (
-            [Branch(_ids(5), Place(1), Place(1)), Branch(_ids(5), Place(3), Place(1))],
+            [Branch(_ids(5), Context(1), Context(0))],
+            "r:7: target 1: expected at least 2 tokens behind an empty context",
+        ),
+        (
+            [Branch(_ids(5), Context(1), Context(1)), Branch(_ids(5), Context(3), Context(1))],
             "target 2: expected teacher.attach",
         ),
-        ([Branch(_ids(5), Place(1), Place(-1))], "target 1: expected student.attach from 0 to 2.*got -1"),
+        ([Branch(_ids(5), Context(1), Context(-1))], "target 1: expected student.attach from 0 to 2.*got -1"),
     ],
 )
 def test_examples_that_cannot_be_packed(branches, message):
@@ -179,7 +183,7 @@ def test_batches_are_made_in_data_loader_workers(make_dataset):
     loaded = next(iter(DataLoader(dataset, batch_size=4, num_workers=1, collate_fn=pack)))
     for name in ("input_ids", "teacher_input_ids", "student_index", "teacher_index", "targets", "row_weight"):
         assert loaded[name].tolist() == whole[name].tolist()
-    assert loaded["usage"] == whole["usage"]
+    assert loaded["packing"] == whole["packing"]
     # Views of something larger would be sent in whole.
     assert len(pickle.dumps(whole)) < 100 * len(whole["layout"]) + 100 * len(whole["teacher_layout"]) + 10_000
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disc_train.data.example import NO_IDS
-from disc_train.packing.branch_inputs import Reading
+from disc_train.packing.branch_inputs import BranchInput
 from disc_train.packing.rows import DENSE_KEYS_PER_HIDDEN, RowRule, arrange
 
 LARGE, SMALL = RowRule(dense_hidden_size=1_000_000), RowRule(dense_hidden_size=1)
@@ -20,33 +20,33 @@ def _text(length, first=0):
 
 def _sequences(*lengths):
     """Readings that have nothing in common."""
-    return [Reading(_text(length, 1_000 * i), length, NO_IDS) for i, length in enumerate(lengths)]
+    return [BranchInput(_text(length, 1_000 * i), length, NO_IDS) for i, length in enumerate(lengths)]
 
 
 def _branches(trunk, *lengths):
-    return [Reading(_text(trunk), trunk, _text(length, 1_000 * i)) for i, length in enumerate(lengths, start=1)]
+    return [BranchInput(_text(trunk), trunk, _text(length, 1_000 * i)) for i, length in enumerate(lengths, start=1)]
 
 
-def _shape(readings, rule):
-    return tuple(arrange(readings, rule).input_ids.shape)
+def _shape(branches, rule):
+    return tuple(arrange(branches, rule).input_ids.shape)
 
 
 def test_padding_has_no_position_beyond_the_longest_text():
     """Learned positions end somewhere, and longrope changes with the largest."""
     first, second, last = _sequences(8, 28, 8)
     trees = [*_branches(21, 35, 18, 19, 22, 38), *_branches(29, 12, 11, 23, 25, 13, 14)]
-    readings = [first, second, *trees, last]
-    rows = arrange(readings, RowRule(dense_hidden_size=100))
+    branches = [first, second, *trees, last]
+    rows = arrange(branches, RowRule(dense_hidden_size=100))
     assert rows.input_ids.shape == (5, 93)
     assert sum(position[0] >= 4 * 93 for position in rows.positions) == 1  # the last row has 8 tokens and 85 places
     assert int(rows.layout.position_ids.max()) == 21 + 38 - 1
 
 
 def test_short_rows_for_small_models_and_long_ones_where_attention_hardly_counts():
-    readings = _sequences(60, 50, 40, 30, 20)
-    assert _shape(readings, RowRule()) == (1, 200)
-    assert _shape(readings, SMALL) == (4, 60)  # 60, 50, 40 + 20, 30
-    assert _shape(readings, LARGE) in {(1, 200), (2, 100)}  # nothing is padded
+    branches = _sequences(60, 50, 40, 30, 20)
+    assert _shape(branches, RowRule()) == (1, 200)
+    assert _shape(branches, SMALL) == (4, 60)  # 60, 50, 40 + 20, 30
+    assert _shape(branches, LARGE) in {(1, 200), (2, 100)}  # nothing is padded
 
 
 def test_the_filling_is_the_cheapest_of_all_capacities():
@@ -62,11 +62,11 @@ def test_the_filling_is_the_cheapest_of_all_capacities():
 
 
 def test_a_header_is_read_again_where_that_costs_less_than_one_long_row():
-    readings = _branches(10, *[30] * 20)
-    assert _shape(readings, LARGE) == (1, 10 + 20 * 30)
-    rows, length = _shape(readings, SMALL)
+    branches = _branches(10, *[30] * 20)
+    assert _shape(branches, LARGE) == (1, 10 + 20 * 30)
+    rows, length = _shape(branches, SMALL)
     assert rows > 5 and length < 200
-    layout = arrange(readings, SMALL).layout
+    layout = arrange(branches, SMALL).layout
     assert int((layout.position_ids == 0).sum()) == rows
 
 
@@ -77,7 +77,8 @@ def test_a_long_trunk_is_not_repeated():
 def test_trees_stay_in_one_row_where_they_can():
     """Two documents with a footer: rows of one document each, nothing is read twice."""
     first, second = (
-        [Reading(_text(50, start), 30 + i, _text(9, 10_000 + 100 * start + i)) for i in range(3)] for start in (0, 500)
+        [BranchInput(_text(50, start), 30 + i, _text(9, 10_000 + 100 * start + i)) for i in range(3)]
+        for start in (0, 500)
     )
     arranged = arrange([*first, *second], SMALL)
     assert tuple(arranged.input_ids.shape) == (2, 32 + 27)
@@ -102,15 +103,15 @@ def test_no_two_rows_could_be_one(lengths, hidden_size):
     assert rows == 1 or filled[0] + filled[1] > length
 
 
-def test_many_readings_take_little_time():
+def test_many_branches_take_little_time():
     """A step of 64 documents with 16 suffixes each."""
-    readings = _sequences(*np.random.default_rng(0).integers(5, 60, 1_024).tolist())
+    branches = _sequences(*np.random.default_rng(0).integers(5, 60, 1_024).tolist())
     start = time.process_time()
-    rows, length = _shape(readings, RowRule(dense_hidden_size=128))
+    rows, length = _shape(branches, RowRule(dense_hidden_size=128))
     assert time.process_time() - start < 5  # it takes about 0.3 s
-    assert sum(reading.length for reading in readings) / (rows * length) > 0.95
+    assert sum(branch.length for branch in branches) / (rows * length) > 0.95
 
 
 @pytest.mark.parametrize("hidden_size", [1, 1024])
-def test_one_reading(hidden_size):
+def test_one_branch(hidden_size):
     assert _shape(_sequences(7), RowRule(dense_hidden_size=hidden_size)) == (1, 7)

@@ -4,12 +4,12 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 
 from disc_train.packing.collator import pack
-from disc_train.parallel.even_steps import FilledUp, FillingUp
+from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 
 
 def test_the_order_is_that_of_one_process(make_dataset):
-    data = FilledUp(make_dataset())
-    sampler, alone = FillingUp(data, 4, seed=3), SeedableRandomSampler(range(7), data_seed=3)
+    data = PaddedDataset(make_dataset())
+    sampler, alone = PaddedSampler(data, 4, seed=3), SeedableRandomSampler(range(7), data_seed=3)
     orders = []
     for epoch in (0, 1, 5):
         data.set_epoch(epoch)
@@ -17,12 +17,12 @@ def test_the_order_is_that_of_one_process(make_dataset):
         orders.append(list(sampler))
         assert orders[-1] == [*alone, 7]
     assert len(sampler) == 8 and len({tuple(order) for order in orders}) == 3
-    assert len(FillingUp(data, 7, seed=3)) == 7
+    assert len(PaddedSampler(data, 7, seed=3)) == 7
 
 
 def test_the_epoch_reaches_the_examples(make_dataset):
     dataset = make_dataset(num_splits=2)
-    data = FilledUp(dataset)
+    data = PaddedDataset(dataset)
     data.set_epoch(3)
     later = [dataset.splits(i) for i in range(7)]
     data.set_epoch(0)
@@ -30,7 +30,7 @@ def test_the_epoch_reaches_the_examples(make_dataset):
 
 
 def test_what_does_not_count_is_left_out_or_has_no_weight(make_dataset):
-    data = FilledUp(make_dataset())
+    data = PaddedDataset(make_dataset())
     mixed, without, alone = pack([data[7], data[1], data[9]]), pack([data[1]]), pack([data[7], data[8]])
     assert torch.equal(mixed["input_ids"], without["input_ids"])
     assert torch.equal(mixed["row_weight"], without["row_weight"])

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.profiler import profile
 
-from disc_train.parallel.sharding import own_part
+from disc_train.parallel.sharding import local_part
 from disc_train.trainer import DiscTrainer
 
 SHARDED = ("--fsdp",)
@@ -44,7 +44,7 @@ def count_what_is_sent():
             loss = real(self, *args, **kwargs)
         names = [event.name for event in profiled.events()]
         counts = [names.count(f"c10d::{name}") for name in ("_allgather_base_", "_reduce_scatter_base_")]
-        held = [sum(own_part(part).numel() for part in model.parameters()) for model in (self.model, self.teacher)]
+        held = [sum(local_part(part).numel() for part in model.parameters()) for model in (self.model, self.teacher)]
         print("step:", *counts, *held)
         return loss
 
@@ -175,7 +175,7 @@ def break_a_part():
 
     def save(self, *args, **kwargs):
         if self.args.process_index == 1:
-            own_part(self.model.lm_head.weight).data[3] = math.nan
+            local_part(self.model.lm_head.weight).data[3] = math.nan
         real(self, *args, **kwargs)
 
     DiscTrainer.save_model = save

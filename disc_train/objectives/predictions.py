@@ -1,0 +1,135 @@
+"""Run both models on a packed batch, and compare what they predict for its target tokens."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from disc_kernels import fused_suffix_kl
+from disc_train.models.causal_lm import Head, common_vocabulary, head_of, hidden_states
+from disc_train.models.teacher import teacher_or_base_model
+from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.packing.collator import PackedBatch
+
+
+@dataclass(frozen=True)
+class ModelPredictions:
+    """What one model predicts for M tokens, as hidden states and the head that makes logits of them."""
+
+    hidden: Tensor  # [rows, L, D]
+    head: Head
+    index: np.ndarray  # [M] int64, of the flattened hidden states
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What both models predict for the M target tokens of a batch's examples, one example after another.
+
+    The weights carry the averages over a target's tokens and an example's targets, so a sum by weight is the sum of the
+    examples' losses.
+    """
+
+    student: ModelPredictions
+    teacher: ModelPredictions | None  # where there is one to compare with
+    targets: Tensor  # [M] int64
+    weight: Tensor  # [M] float32
+    lengths: list[int]  # how many of the M belong to each example
+
+    def split(self, last: int) -> tuple["Predictions", "Predictions"]:
+        """Separate the predictions of the last `last` examples from those of all others, which come first."""
+        count = sum(self.lengths[len(self.lengths) - last :])
+
+        def part(chosen: bool) -> "Predictions":
+            def cut(values, count):
+                middle = len(values) - count
+                return values[middle:] if chosen else values[:middle]
+
+            def cut_model(model: ModelPredictions) -> ModelPredictions:
+                return replace(model, index=cut(model.index, count))
+
+            return Predictions(
+                student=cut_model(self.student),
+                teacher=self.teacher and cut_model(self.teacher),  # it may have read the last examples only
+                targets=cut(self.targets, count),
+                weight=cut(self.weight, count),
+                lengths=cut(self.lengths, last),
+            )
+
+        return part(False), part(True)
+
+
+def predict(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch) -> Predictions:
+    """Run both models on a batch.
+
+    Args:
+        student, teacher: causal language models on the batch's device, prepared by
+            `disc_train.models.causal_lm.use_attention`; no teacher: the student with its adapters switched off.
+    """
+    # The teacher first: its adapters are the student's, which a backward pass runs again where it checkpoints.
+    of_teacher = None if batch["teacher_input_ids"] is None else predict_as_teacher(student, teacher, batch)
+    of_student = predict_as_student(student, batch)
+    return Predictions(of_student, of_teacher, batch["targets"], batch["row_weight"], batch["lengths"])
+
+
+def predict_as_teacher(
+    student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch
+) -> ModelPredictions:
+    """Run the teacher on its rows of a batch, without gradients."""
+    # It gives what its own dtype gives, whatever mixed precision the student is trained in.
+    with (
+        torch.no_grad(),
+        torch.autocast(batch["input_ids"].device.type, enabled=False),
+        teacher_or_base_model(teacher, student) as model,
+    ):
+        assert batch["teacher_input_ids"] is not None and batch["teacher_layout"] is not None
+        hidden = hidden_states(model, batch["teacher_input_ids"], batch["teacher_layout"])
+    return ModelPredictions(hidden, head_of(model), batch["teacher_index"])
+
+
+def predict_as_student(student: PreTrainedModel, batch: PackedBatch) -> ModelPredictions:
+    """Run the student on its rows of a batch."""
+    hidden = hidden_states(student, batch["input_ids"], batch["layout"])
+    return ModelPredictions(hidden, head_of(student), batch["student_index"])
+
+
+def cross_entropy(predictions: Predictions, reduction: str = "sum") -> Tensor:
+    """Compute -log p(target) of the student in nats: the sum by weight, or for "none" all M."""
+    student = predictions.student
+    return linear_cross_entropy(
+        student.hidden,
+        student.head,
+        predictions.targets,
+        index=torch.from_numpy(student.index),
+        weight=predictions.weight,
+        reduction=reduction,
+    )
+
+
+def divergence(predictions: Predictions, temperature: float, reduction: str = "sum") -> Tensor:
+    """Compute KL(teacher || student) in nats: the sum by weight, or for "none" all M."""
+    student, teacher = predictions.student, predictions.teacher
+    assert teacher is not None
+    return fused_suffix_kl(  # type: ignore[return-value]
+        student.hidden,
+        student.head.weight,
+        teacher.hidden,
+        teacher.head.weight,
+        student_index=torch.from_numpy(student.index),
+        teacher_index=torch.from_numpy(teacher.index),
+        row_weight=predictions.weight,
+        temperature=temperature,
+        reduction=reduction,
+        student_bias=student.head.bias,
+        teacher_bias=teacher.head.bias,
+        student_transform=student.head.transform,
+        teacher_transform=teacher.head.transform,
+        vocab_size=common_vocabulary(student.head, teacher.head),
+    )
+
+
+def sequence_means(values: Tensor, predictions: Predictions) -> Tensor:
+    """Compute the mean of `values` [M] over each example's tokens: [examples]."""
+    means = [sequence.sum() for sequence in (values * predictions.weight).split(predictions.lengths)]
+    return torch.stack(means) if means else values
