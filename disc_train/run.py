@@ -1,4 +1,4 @@
-"""One run of `disc-train`: load, say what will run, train, save, say what came of it."""
+"""Run `disc-train`: load, say what will run, train, save, say what came of it."""
 
 import os
 from statistics import fmean
@@ -27,7 +27,7 @@ from disc_train.summary import (
     describe_packing,
     describe_steps,
     describe_teacher,
-    show,
+    print_section,
 )
 from disc_train.trainer import DiscTrainer
 
@@ -42,7 +42,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     if loop.disable_tqdm:
         disable_progress_bar()
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
-    with same_on_all_processes(loop) as facts:
+    with same_on_all_processes(loop) as must_agree:
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
         with explain_load_errors(disc.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
@@ -53,11 +53,11 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         finished = resumed_step == steps and is_finished(str(loop.output_dir), steps)
         check_teacher_tokenizer(disc, tokenizer, data.tokens)
         if loop.world_size > 1:
-            facts |= settings_of(disc, loop)
-            facts |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
+            must_agree |= settings_of(disc, loop)
+            must_agree |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
     if finished:  # and no error: a scheduler may repeat a command until it succeeds
         if loop.process_index == 0:
-            show("Nothing is left to train", ("saved", f"behind all {steps:,} steps, in {loop.output_dir}"))
+            print_section("Nothing is left to train", ("saved", f"behind all {steps:,} steps, in {loop.output_dir}"))
         return
     set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     student = load_student(disc)
@@ -84,16 +84,16 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
 
     examples = take_evenly(data.own)
 
-    def signal() -> Signal | None:
+    def signal_now() -> Signal | None:
         if disc.method not in AT_TEMPERATURE:
             return None
         return measure_signal(student, teacher, examples, temperature=disc.temperature)
 
-    before = signal()
-    speaks = loop.process_index == 0
-    if speaks:
+    before = signal_now()
+    main_process = loop.process_index == 0
+    if main_process:
         other = teacher or student
-        show(
+        print_section(
             "What will run",
             *data.description,
             ("method", f"{disc.method}: {describe_method(disc)}"),
@@ -118,17 +118,17 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         )
     trainer.save_model()
     trainer.save_state()
-    after = signal()
-    if speaks:
-        lines = _outcome(trainer, describe_method(disc))
+    after = signal_now()
+    if main_process:
+        lines = _describe_outcome(trainer, describe_method(disc))
         if before and after:
-            lines.append(_learned(before, after, trainer.noun))
+            lines.append(_describe_learned(before, after, trainer.noun))
         what = "adapters" if has_adapters(student) else "model"
-        show("What came of it", *lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}"))
+        print_section("What came of it", *lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}"))
 
 
 def load_student(disc: DiscArguments) -> PreTrainedModel:
-    """The model, with adapters if asked for."""
+    """Load the model, with adapters if asked for."""
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype))
     if disc.lora_rank:
         add_lora(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank, disc.lora_dropout)
@@ -136,7 +136,7 @@ def load_student(disc: DiscArguments) -> PreTrainedModel:
 
 
 def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments) -> PreTrainedModel | None:
-    """The teacher asked for; None: the student without its adapters, which needs no second model in memory."""
+    """Load the teacher; None: the student without its adapters, which needs no second model in memory."""
     if has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None:
         return None
     return load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
@@ -161,13 +161,14 @@ def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerB
 
 
 class _LogLastStep(TrainerCallback):
-    """Logs the last step's loss, wherever it falls between the steps that are logged."""
+    """Log the last step's loss, wherever it falls between the steps that are logged."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_log |= state.global_step == state.max_steps
 
 
-def _outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
+def _describe_outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
+    """Describe, in lines (label, text), the steps taken, their pace, and the loss at both ends."""
     noun, history = trainer.noun, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     pace = ""
@@ -183,7 +184,8 @@ def _outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
     return lines
 
 
-def _learned(before: Signal, after: Signal, noun: str) -> tuple[str, str]:
+def _describe_learned(before: Signal, after: Signal, noun: str) -> tuple[str, str]:
+    """Say, in a line (label, text), how much of the signal the student took up."""
     was, is_ = fmean(before.divergence), fmean(after.divergence)
     share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
     return "signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"

@@ -1,4 +1,4 @@
-"""What will run, in plain words: data, tokens, models, steps."""
+"""Say what will run, in plain words: data, tokens, models, steps."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from disc_train.packing.collator import PackedBatch, PackingStats
 
 @dataclass
 class TokenCounts:
-    """Of one epoch. A token in a document is counted once, under the first of these that holds for it."""
+    """Count an epoch's tokens; one in a document is counted once, under the first of these that holds for it."""
 
     trained: int = 0  # predicted by the student
     first: int = 0  # first of a suffix, where the student has nothing before it to predict it from
@@ -52,19 +52,17 @@ def count_tokens(samples: Iterable[tuple[TokenizedDocument, Sequence[Split]]], f
 
 
 def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
-    """Lines (label, text) on the documents that were read and what an epoch makes of them."""
+    """Describe, in lines (label, text), the documents that were read and what an epoch makes of them."""
     empty = sum(len(document.input_ids) == 0 for document in dataset.too_short)
-    cut = [document.input_ids for document in read if document.cut]
-    dropped = sum(document.cut for document in read)
     samples = ((document, dataset.splits(index)) for index, document in enumerate(dataset.documents))
     counts = count_tokens(samples, first=dataset[0].branches[0].first)
-    around = dataset.templates
+    templates = dataset.templates
     lines = [
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {empty:,} empty,"
             f" {len(dataset.too_short) - empty:,} too short to split into a prefix and a suffix of 2 tokens;"
-            f" {len(cut):,} cut" + (f" to {len(cut[0]):,} tokens ({dropped:,} dropped)" if cut else ""),
+            f" {_describe_cut(read)}",
         ),
         ("split points", f"{counts.suffixes:,} an epoch, by {dataset.split_strategy}"),
         (
@@ -74,35 +72,40 @@ def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDatas
             f" {counts.rows:,} predictions an epoch",
         ),
     ]
-    if around.longest:
+    if templates.longest:
         text = (
-            f"teacher: {len(around.teacher_header):,} tokens before a document and {len(around.teacher_footer):,} after"
-            f" a prefix; student: {len(around.student_header):,} before a suffix"
+            f"teacher: {len(templates.teacher_header):,} tokens before a document and"
+            f" {len(templates.teacher_footer):,} after a prefix;"
+            f" student: {len(templates.student_header):,} before a suffix"
         )
         lines.append(("templates", text))
     return lines
 
 
 def describe_whole_documents(read: Sequence[TokenizedDocument], dataset: ExampleDataset) -> list[tuple[str, str]]:
-    """Lines (label, text) on documents that are trained on as a whole."""
+    """Describe, in lines (label, text), documents that are trained on as a whole."""
     short = [document.name for document in read if len(document.input_ids) < MIN_TOKENS]
-    cut = [document.input_ids for document in read if document.cut]
-    dropped = sum(document.cut for document in read)
+    names = f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else ""
     rows = sum(branch.rows for example in dataset.examples for branch in example.branches)
     return [
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {len(short):,} of fewer than {MIN_TOKENS} tokens"
-            + (f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else "")
-            + f"; {len(cut):,} cut"
-            + (f" to {len(cut[0]):,} tokens ({dropped:,} dropped)" if cut else ""),
+            f"{names}; {_describe_cut(read)}",
         ),
         ("tokens", f"{rows + len(dataset):,} in these documents: {rows:,} trained on; skipped: {len(dataset):,} first"),
     ]
 
 
+def _describe_cut(read: Sequence[TokenizedDocument]) -> str:
+    """Say how many documents were cut, to what length, and how many tokens that dropped."""
+    cut = [document for document in read if document.cut]
+    dropped = sum(document.cut for document in cut)
+    return f"{len(cut):,} cut" + (f" to {len(cut[0].input_ids):,} tokens ({dropped:,} dropped)" if cut else "")
+
+
 def describe_replay(dataset: ReplayDataset, file: str) -> str:
-    """Where it comes from, how much it is, and what is done with it."""
+    """Say where what is replayed comes from, how much it is, and how it is trained on."""
     objective = "by KL to the initial model" if dataset.replays_by_kl else "by the method"
     drawn = dataset.drawn_per_epoch
     return (
@@ -112,7 +115,7 @@ def describe_replay(dataset: ReplayDataset, file: str) -> str:
 
 
 def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
-    """Lines (label, text) on records."""
+    """Describe, in lines (label, text), records."""
     targets = [branch for example in dataset.examples for branch in example.branches]
 
     def contexts(role: str, trunks: list[Ids]) -> str:
@@ -134,9 +137,9 @@ def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
 def describe_packing(
     dataset: ExampleDataset, batch_size: int, collate: Callable[[Sequence[Example]], PackedBatch]
 ) -> tuple[str, str]:
-    """A line on how well batches of the dataset are packed."""
+    """Describe, in a line (label, text), how well batches of the dataset are packed."""
     packed = [collate(batch) for batch in sample_batches(dataset, batch_size)]
-    usage = sum((batch["packing"] for batch in packed), PackingStats())
+    stats = sum((batch["packing"] for batch in packed), PackingStats())
 
     def rows(side: Literal["input_ids", "teacher_input_ids"]) -> float:
         return sum(0 if (ids := batch[side]) is None else len(ids) for batch in packed) / len(packed)
@@ -145,11 +148,11 @@ def describe_packing(
     readers, where = "the student reads", f"{student:.1f} rows"
     if teacher:
         readers, where = "both models read", f"{teacher:.1f} rows of the teacher and {student:.1f} of the student"
-    padding = 1 - usage.efficiency
-    saving = f"{usage.saving:.1f}"
+    padding = 1 - stats.efficiency
+    saving = f"{stats.saving:.1f}"
     return (
         "packing",
-        f"{readers} {usage.tokens / len(packed):,.0f} tokens a batch, "
+        f"{readers} {stats.tokens / len(packed):,.0f} tokens a batch, "
         + (f"{saving}x fewer than in a pass for every target, " if saving != "1.0" else "")
         + f"in {where}; "
         + (f"{padding:.1%} padding" if padding else "no padding")
@@ -158,7 +161,7 @@ def describe_packing(
 
 
 def describe_method(disc: DiscArguments) -> str:
-    """The loss of an example, as a formula."""
+    """Write the loss of an example as a formula."""
     loss = {
         "ft": "cross-entropy",
         "ft_kl": f"cross-entropy + {disc.kl_weight:g} KL(initial model || student)",
@@ -168,7 +171,7 @@ def describe_method(disc: DiscArguments) -> str:
 
 
 def describe_model(model: PreTrainedModel) -> str:
-    """Size and dtype, and how much of it is trained."""
+    """Say a model's class, size and dtype, and how much of it is trained."""
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -178,13 +181,14 @@ def describe_model(model: PreTrainedModel) -> str:
 
 
 def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> str:
+    """Say what the student is compared with."""
     if not needed:
         return "none: nothing is compared with one"
     return "the student without its adapters" if teacher is None else describe_model(teacher)
 
 
 def describe_attention(attention: Mapping[str, Attention]) -> str:
-    """What each model runs with, and why."""
+    """Say which attention each model runs with, and why."""
     texts = {role: f"{got.implementation} ({got.reason})" for role, got in attention.items()}
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
@@ -192,7 +196,7 @@ def describe_attention(attention: Mapping[str, Attention]) -> str:
 
 
 def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:
-    """The number of optimizer steps in all and in an epoch, as `transformers.Trainer` counts them.
+    """Count the optimizer steps in all and in an epoch, as `transformers.Trainer` does.
 
     Raises:
         ValueError: an epoch without a batch.
@@ -210,6 +214,7 @@ def count_steps(args: TrainingArguments, examples: int) -> tuple[int, int]:
 def describe_steps(
     args: TrainingArguments, dataset: ExampleDataset, checkpoint: str | None = None, resumed_step: int = 0
 ) -> str:
+    """Say how many steps of what size there are, and how many are done."""
     total, epoch = count_steps(args, len(dataset))
     per_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     where = f", in {args.world_size} processes" if args.world_size > 1 else ""
@@ -217,7 +222,7 @@ def describe_steps(
     return f"{total:,} of up to {per_step:,} {dataset.noun}s{where}; {epoch:,} an epoch{done}"
 
 
-def show(title: str, *lines: tuple[str, str]) -> None:
+def print_section(title: str, *lines: tuple[str, str]) -> None:
     """Print labelled lines under a title."""
     print(title)
     for label, text in lines:

@@ -1,4 +1,8 @@
-"""`transformers.Trainer` with the loss of a method; all but the loss and its normalisation is theirs."""
+"""Train by `transformers.Trainer`, with the loss of a method.
+
+What is overridden besides the loss says why: whole steps as the unit of averaging, checkpoints that are complete or
+absent, and models divided over processes.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -59,9 +63,9 @@ class DiscTrainer(Trainer):
 
     Attributes:
         attention: what `disc_train.models.attention.prepare_attention` gave the models.
-        examples_read, packing: so far by this object, on all processes. The logs have the packing since the last ones:
-            packing_efficiency, the share of places that are no padding; packing_saving, how many times fewer tokens are
-            read than with a sequence for every target.
+        examples_read, packing: counts so far by this object, on all processes. The logs have the packing since the last
+            ones: packing_efficiency, the share of tokens that are not padding; packing_saving, how many times fewer
+            tokens are read than with a sequence for every target.
 
     Raises:
         ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of
@@ -109,7 +113,7 @@ class DiscTrainer(Trainer):
         self.teacher = None if teacher is None else freeze(teacher)
         for prepared, trained in ((model, True), (self.teacher, False)):
             if prepared is not None:
-                self._place(prepared, trained)
+                self._move_to_device(prepared, trained)
         self.method = method
         self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
@@ -124,22 +128,22 @@ class DiscTrainer(Trainer):
 
     @property
     def student(self) -> nn.Module:
-        """The model that is trained, without what the Trainer wraps it in."""
+        """Return the model that is trained, without what the Trainer wraps it in."""
         return self.accelerator.unwrap_model(self.model)
 
-    def _place(self, model: PreTrainedModel, trained: bool) -> None:
-        """Move a model to this process's device, or its part of it."""
+    def _move_to_device(self, model: PreTrainedModel, trained: bool) -> None:
+        """Move a model, or this process's part of it, to this process's device."""
         if self.is_fsdp_enabled:
             shard(model, self.accelerator, trained=trained)
         else:
             model.to(self.args.device)  # type: ignore[arg-type]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All of them, as torch and the method's authors have it; the Trainer would spare biases and norms."""
+        """Name all parameters, as torch and the method's authors have it; the Trainer would spare biases and norms."""
         return [name for name, _ in model.named_parameters()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """As the Trainer's; where several processes take examples at random, they take as many, and none twice."""
+        """Sample as the Trainer does; several processes take equally many examples, and none twice."""
         sampler, args = super()._get_train_sampler(train_dataset), self.args
         if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
             return sampler
@@ -149,31 +153,31 @@ class DiscTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch], int]:
-        """The micro-batches of one optimizer step, and the examples in them, on all processes together."""
+        """Return the micro-batches of one optimizer step, and count the examples in them on all processes together."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        usage = sum((batch["packing"] for batch in batches), PackingStats())
+        stats = sum((batch["packing"] for batch in batches), PackingStats())
         counts = torch.tensor(
-            [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(usage)]
+            [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(stats)]
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        terminated, examples, *usage_of_all = counts.tolist()
+        terminated, examples, *stats_of_all = counts.tolist()
         self.termination.agreed = terminated > 0
         self.examples_read += examples
-        self.packing += PackingStats(*usage_of_all)
+        self.packing += PackingStats(*stats_of_all)
         if self.method == "talr" and (len(batches) > 1 or self.args.world_size > 1):
             self.settings = self.settings._replace(tau=self._tau(batches))
         return batches, examples
 
     @torch.no_grad()
     def _tau(self, batches: list[PackedBatch]) -> Tensor | None:
-        """TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each.
+        """Compute TALR's tau where a step's sequences are not all at hand at once: one more forward pass of each.
 
-        Without dropout: it would take random numbers that a run which is resumed here has not restored yet.
+        Dropout is off: it would take random numbers that a run which is resumed here has not restored yet.
         """
         self.model_wrapped.eval()  # the training step turns dropout on again
         means = torch.cat(
-            [self._through(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
+            [self._run_wrapped(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
         )
         if self.args.world_size > 1:  # processes may have different numbers of them
             means = torch.tensor(gather_object(means.tolist()), device=means.device)
@@ -182,20 +186,20 @@ class DiscTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """This batch's part of the step's loss: its examples' losses over the number of examples in the step."""
+        """Compute this batch's part of the step's loss: its examples' losses over the number of the step's examples."""
 
         def loss_of(student: PreTrainedModel, batch: PackedBatch) -> Tensor:
             return objectives.batch_loss(self.method, student, self.teacher, batch, self.settings)
 
-        loss = self._through(model, inputs, loss_of)
+        loss = self._run_wrapped(model, inputs, loss_of)
         # DDP averages gradients over processes, but the loss is a sum over the examples of all of them.
         return loss * (self.accelerator.num_processes / num_items_in_batch)
 
-    def _through(
+    def _run_wrapped(
         self, model: nn.Module, batch: Any, function: Callable[[PreTrainedModel, PackedBatch], Tensor]
     ) -> Tensor:
-        """`function` of the student and a batch, run as the forward of whatever wraps the student, not around it: there
-        DDP prepares to reduce gradients."""
+        """Run `function` on the student and a batch as the forward of what wraps the student: there DDP prepares to
+        reduce gradients."""
         student = self.accelerator.unwrap_model(model)
 
         def forward(batch: PackedBatch) -> Tensor:
@@ -205,7 +209,7 @@ class DiscTrainer(Trainer):
         return forward(batch) if model is student else run_as_forward(student, forward, batch, wrapper=model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; a loss that is not finite ends the training."""
+        """Take a step as the Trainer does; end the training at a loss that is not finite."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Read only now that the backward pass is queued, so the device has work while this waits for the loss.
         if not torch.isfinite(loss):
@@ -216,7 +220,7 @@ class DiscTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with how well the batches were packed since the last time."""
+        """Log what the Trainer does, and how well the batches were packed since the last time."""
         since = self.packing - self._logged_packing
         if since.tokens:
             logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
@@ -224,13 +228,13 @@ class DiscTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's."""
-        free_gathered_parameters(self.student)  # by measurements of the model as it was
+        """Train as the Trainer does, and stop behind a checkpoint on SIGTERM."""
+        free_gathered_parameters(self.student)  # left by measurements before the training
         with self.termination:
             return super().train(*args, **kwargs)
 
     def restore(self, checkpoint: str) -> None:
-        """Take a checkpoint's weights and state without training on, when all its steps are done."""
+        """Load a checkpoint's weights and state without training on, when all its steps are done."""
         free_gathered_parameters(self.student)
         self._load_from_checkpoint(checkpoint)
         self.state = load_state(checkpoint)
@@ -281,7 +285,7 @@ class DiscTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, but a checkpoint is never one of a model that broke in its last step."""
+        """Save the model as the Trainer does, unless its last step left weights that are not finite."""
         names, parameters = zip(*self.student.named_parameters(), strict=True)
         broken = torch.stack([~torch.isfinite(local_part(parameter)).all() for parameter in parameters]).int()
         if self.is_fsdp_enabled:
@@ -297,7 +301,7 @@ class DiscTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the Trainer's, which does not look for adapters in a transformers model."""
+        """Load a checkpoint's weights; the Trainer would not look for adapters in a transformers model."""
         if has_adapters(self.student):
             load_adapters(self.student, resume_from_checkpoint)
         else:
@@ -314,7 +318,7 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, need
 
 
 class _EpochSetter(TrainerCallback):
-    """Tells the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
+    """Tell the dataset the epoch; unlike the data loader's `set_epoch`, also when one is resumed in its middle."""
 
     def __init__(self, dataset: PaddedDataset) -> None:
         self.dataset = dataset

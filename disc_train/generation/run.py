@@ -16,7 +16,7 @@ from disc_train.generation.decoding import continue_prompts
 from disc_train.generation.texts import TextToGenerate, count_done, list_texts
 from disc_train.loading import load_for_inference, load_tokenizer
 from disc_train.models.causal_lm import check_vocabulary
-from disc_train.summary import show
+from disc_train.summary import print_section
 
 
 def run(arguments: GenerateArguments) -> None:
@@ -59,7 +59,7 @@ def run(arguments: GenerateArguments) -> None:
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: all {len(texts):,} texts are empty: the model ends at once; try another prompt")
     found = f"{len(texts) - done:,} texts written" + (f", {done:,} were there" if done else "")
-    show(
+    print_section(
         "What came of it",
         ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {empty:,} empty, left out"),
         ("documents", f"{len(documents):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
