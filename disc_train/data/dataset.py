@@ -31,6 +31,13 @@ class ExampleDataset(Dataset[Example]):
     def __init__(self, examples: Sequence[Example], noun: str = "record") -> None:
         self.examples = examples
         self.noun = noun
+        # Shared with the workers of a data loader, which may outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        """Return the epoch that `set_epoch` gave."""
+        return int(self._epoch)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -40,6 +47,7 @@ class ExampleDataset(Dataset[Example]):
 
     def set_epoch(self, epoch: int) -> None:
         """Give the examples of this epoch from now on."""
+        self._epoch.fill_(epoch)
 
 
 def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
@@ -79,8 +87,6 @@ class DocumentDataset(ExampleDataset):
         ValueError: options that do not go together, or no document that can be split.
     """
 
-    noun = "document"
-
     def __init__(
         self,
         documents: Sequence[TokenizedDocument],
@@ -91,14 +97,13 @@ class DocumentDataset(ExampleDataset):
         suffix_tokens: int = 0,
         seed: int = 0,
     ) -> None:
+        super().__init__((), noun="document")
         check_split_options(split_strategy, num_splits, suffix_tokens)
         self.templates = templates
         self.split_strategy = split_strategy
         self.num_splits = num_splits
         self.suffix_tokens = suffix_tokens
         self.seed = seed
-        # Shared with the workers of a data loader, which may outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.documents: list[TokenizedDocument] = []
         self.too_short: list[TokenizedDocument] = []
         for document in documents:
@@ -130,13 +135,10 @@ class DocumentDataset(ExampleDataset):
             ],
         )
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
-
     def splits(self, index: int) -> list[Split]:
         """Draw a document's splits for the current epoch, at least one."""
         document = self.documents[index]
-        return self._draw(document, index, int(self._epoch)) or self._draw(document, index, epoch=0)
+        return self._draw(document, index, self.epoch) or self._draw(document, index, epoch=0)
 
     def _draw(self, document: TokenizedDocument, index: int, epoch: int) -> list[Split]:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
@@ -168,13 +170,12 @@ class ReplayDataset(ExampleDataset):
     ) -> None:
         if not 0 < share < 1:
             raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+        super().__init__((), noun=dataset.noun)
         self.dataset = dataset
         self.replay = replay
         self.seed = seed
         self.replays_by_kl = by_kl
-        self.noun = dataset.noun
         self.drawn_per_epoch = max(1, round(len(dataset) * share / (1 - share)))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # as in DocumentDataset
         self._drawn: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -186,12 +187,12 @@ class ReplayDataset(ExampleDataset):
         return replace(self.replay[self._draw()[index - len(self.dataset)]], replayed=self.replays_by_kl)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
         self.replay.set_epoch(epoch)
 
     def _draw(self) -> list[int]:
-        epoch = int(self._epoch)
+        epoch = self.epoch
         if self._drawn[0] != epoch:
             rounds, rest = divmod(self.drawn_per_epoch, len(self.replay))
             everything = range(len(self.replay))

@@ -15,15 +15,10 @@ from disc_train.data.example import Example
 
 
 class PaddedDataset(Dataset[Example]):
-    """Put behind a data set's end an example that does not count, as often as asked for.
-
-    Attributes:
-        epoch: the one that `set_epoch` gave.
-    """
+    """Put behind a data set's end an example that does not count, as often as asked for."""
 
     def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -34,8 +29,7 @@ class PaddedDataset(Dataset[Example]):
         return replace(self.dataset[0], counted=False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the examples of this epoch from now on, in its order."""
-        self.epoch = epoch
+        """Give the examples of this epoch from now on."""
         self.dataset.set_epoch(epoch)
 
 
@@ -57,6 +51,6 @@ class PaddedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         # As accelerate shuffles for one process.
-        generator = torch.Generator().manual_seed(self.seed + self.dataset.epoch)
+        generator = torch.Generator().manual_seed(self.seed + self.dataset.dataset.epoch)
         yield from torch.randperm(len(self.dataset), generator=generator).tolist()
         yield from range(len(self.dataset), len(self))

@@ -13,6 +13,7 @@ from disc_train.cli import main
 from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model, perturbed
 
 TEMPERATURE = 2.0
 # Measured: at most 1.2e-6. float32 rounding, 6e-8 an operation, through two layers and sums over some hundred tokens.
@@ -53,7 +54,7 @@ def gradient_error(student, expected):
 
 
 @pytest.fixture
-def step(make_model, perturbed, make_dataset, tmp_path):
+def step(make_dataset, tmp_path):
     """step(architecture, mutate): (loss, the loop's loss, largest gradient error) of a batch of 7 ragged documents."""
 
     def run(architecture, mutate=lambda batch: None):
@@ -123,15 +124,13 @@ def test_the_missing_square_of_the_temperature_fails(step, monkeypatch):
     assert error == pytest.approx(0.75, abs=0.01)
 
 
-def test_the_sliding_window_is_shorter_than_every_document(make_model, make_dataset):
+def test_the_sliding_window_is_shorter_than_every_document(make_dataset):
     window = make_model("gemma2").config.sliding_window
     assert window < min(len(document.input_ids) for document in make_dataset().documents)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
-def test_the_command_line_takes_the_loops_step(
-    architecture, tmp_path, make_model, tokenizer, sentences, write_documents, capsys
-):
+def test_the_command_line_takes_the_loops_step(architecture, tmp_path, tokenizer, sentences, write_documents, capsys):
     model = make_model(architecture)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

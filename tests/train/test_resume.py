@@ -5,10 +5,11 @@ import torch
 from transformers import TrainingArguments
 
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model
 
 
 @pytest.fixture
-def train(make_model, make_dataset, tmp_path):
+def train(make_dataset, tmp_path):
     """train(resume, **arguments): the trained model, after 2 epochs of 4 steps on 7 documents; saves every 3 steps."""
 
     def run(resume=None, **arguments):

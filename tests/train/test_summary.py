@@ -9,6 +9,7 @@ from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.packing.collator import pack
 from disc_train.summary import count_steps, count_tokens, describe_packing
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model
 
 
 def _document(length):
@@ -59,7 +60,7 @@ def test_packing_is_tried_on_about_256_examples(batch_size, batches, tried, make
         {"per_device_train_batch_size": 2, "max_steps": 5},
     ],
 )
-def test_steps_are_the_trainers(options, tmp_path, make_model, make_dataset):
+def test_steps_are_the_trainers(options, tmp_path, make_dataset):
     args = TrainingArguments(tmp_path, use_cpu=True, disable_tqdm=True, save_strategy="no", **options)
     trainer = DiscTrainer(make_model(), make_model(), args, make_dataset())
     trainer.train()

@@ -26,10 +26,11 @@ from disc_train.models.causal_lm import head_of, hidden_states, use_attention
 from disc_train.objectives import methods as objectives
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model
 
 
 @pytest.fixture
-def make_trainer(make_model, make_dataset, tmp_path):
+def make_trainer(make_dataset, tmp_path):
     """make_trainer(model=, teacher=, dataset=, callbacks=, **arguments): on seven documents by default."""
 
     def make(model=None, teacher=None, dataset=None, callbacks=None, **arguments):
@@ -64,7 +65,7 @@ def _distance(model, other):
     return torch.stack([d.detach().abs().max() for d in difference]).max()
 
 
-def test_accumulated_documents_make_the_step_of_one_batch(make_trainer, make_model):
+def test_accumulated_documents_make_the_step_of_one_batch(make_trainer):
     """Seven documents: a step of four, and a last one of three."""
     whole = make_trainer(per_device_train_batch_size=4)
     whole.train()
@@ -79,7 +80,7 @@ def test_accumulated_documents_make_the_step_of_one_batch(make_trainer, make_mod
     assert uneven.examples_read == 6
 
 
-def test_the_loss_of_a_short_last_step_is_the_mean_over_its_documents(make_trainer, make_model, make_dataset):
+def test_the_loss_of_a_short_last_step_is_the_mean_over_its_documents(make_trainer, make_dataset):
     trainer = make_trainer(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.0)
     trainer.train()
     dataset = make_dataset(seed=0)
@@ -89,7 +90,7 @@ def test_the_loss_of_a_short_last_step_is_the_mean_over_its_documents(make_train
     assert 4 * first + 3 * last == pytest.approx(sum(each), rel=1e-3)
 
 
-def test_only_the_student_is_trained_and_only_the_student_drops_out(make_trainer, make_model):
+def test_only_the_student_is_trained_and_only_the_student_drops_out(make_trainer):
     teacher = make_model(attention_dropout=0.5).train()
     modes = []
 
@@ -112,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
     assert _distance(plain.model, checkpointed.model) < 1e-7
 
 
-def test_mixed_precision_is_the_students_alone(make_trainer, make_model, make_dataset, monkeypatch):
+def test_mixed_precision_is_the_students_alone(make_trainer, make_dataset, monkeypatch):
     """Under --bf16 a float32 teacher gives float32's hidden states, the student's products are rounded."""
     seen = []
     real = objectives.hidden_states
@@ -135,7 +136,7 @@ def test_mixed_precision_is_the_students_alone(make_trainer, make_model, make_da
     assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
 
 
-def test_heads_padded_to_different_sizes_are_compared_over_what_they_share(make_trainer, make_model, make_dataset):
+def test_heads_padded_to_different_sizes_are_compared_over_what_they_share(make_trainer, make_dataset):
     teacher = make_model()
     padded = copy.deepcopy(teacher)
     padded.resize_token_embeddings(320, mean_resizing=False)
@@ -180,7 +181,7 @@ class _DeafToLayouts(LlamaForCausalLM):
         return lambda attention_mask, position_ids=None, **inputs: self.model(**inputs)
 
 
-def _make(model_class, make_model):
+def _make(model_class):
     model = make_model()
     model.__class__ = model_class
     return model
@@ -188,25 +189,25 @@ def _make(model_class, make_model):
 
 @pytest.mark.parametrize(("model_class", "message"), [(_ShiftedLogits, "logits"), (_DeafToLayouts, "packed behind")])
 @pytest.mark.parametrize("role", ["model", "teacher"])
-def test_a_model_that_does_something_unknown_is_refused(model_class, message, role, make_trainer, make_model):
+def test_a_model_that_does_something_unknown_is_refused(model_class, message, role, make_trainer):
     with pytest.raises(ValueError, match=f"{model_class.__name__}.*{message}"):
         make_trainer(**{role: _make(model_class, make_model)})
 
 
-def test_the_check_of_a_model_does_not_depend_on_the_data(make_trainer, make_model):
+def test_the_check_of_a_model_does_not_depend_on_the_data(make_trainer):
     """Behind one token again and again, attention gives the same whatever it sees."""
     repeated = TokenizedDocument("d", np.full(30, 5, dtype=np.int32), (0, 10, 20))
     with pytest.raises(ValueError, match="packed behind"):
         make_trainer(_make(_DeafToLayouts, make_model), dataset=DocumentDataset([repeated]))
 
 
-def test_a_model_without_a_head_is_refused(make_trainer, make_model):
+def test_a_model_without_a_head_is_refused(make_trainer):
     classifier = LlamaForSequenceClassification(make_model().config)
     with pytest.raises(ValueError, match=r"LlamaForSequenceClassification.*get_output_embeddings"):
         make_trainer(classifier)
 
 
-def test_flex_attention_is_refused_on_the_cpu(make_model):
+def test_flex_attention_is_refused_on_the_cpu():
     with pytest.raises(ValueError, match="attention: 'flex' cannot train on the CPU"):
         use_attention(make_model(), "flex")
 
@@ -218,7 +219,7 @@ def test_weight_decay_reaches_every_parameter(make_trainer):
     assert len(decayed) == len(list(trainer.model.parameters()))
 
 
-def test_the_teacher_must_be_a_copy(make_trainer, make_model):
+def test_the_teacher_must_be_a_copy(make_trainer):
     model = make_model()
     with pytest.raises(ValueError, match="teacher"):
         make_trainer(model, model)
@@ -248,7 +249,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_leaves_checkpoints(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
 
 
-def test_weights_that_are_not_finite_from_the_start_stop_the_first_step(make_trainer, make_model):
+def test_weights_that_are_not_finite_from_the_start_stop_the_first_step(make_trainer):
     """And SIGTERM does afterwards what it did before."""
     model = make_model()
     model.lm_head.weight.data[0] = math.inf
@@ -275,12 +276,12 @@ class _OfAnotherInterface(LlamaForCausalLM):
         return lambda input_ids, attention_mask, use_cache: None
 
 
-def test_a_model_that_cannot_run_packed_sequences_is_refused(make_trainer, make_model):
+def test_a_model_that_cannot_run_packed_sequences_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r"_OfAnotherInterface: expected a model that runs a packed.*AttributeError"):
         make_trainer(_make(_OfAnotherInterface, make_model))
 
 
-def test_hidden_states_of_a_packed_sequence_are_those_of_each_text(make_model, make_dataset):
+def test_hidden_states_of_a_packed_sequence_are_those_of_each_text(make_dataset):
     """Through the whole model, for a batch with trunk and branches."""
     model = make_model("gemma2")
     dataset = make_dataset()

@@ -17,6 +17,7 @@ from disc_train.models.causal_lm import use_attention
 from disc_train.objectives.methods import Settings, batch_loss
 from disc_train.packing.collator import collator, pack
 from disc_train.packing.rows import RowRule
+from tests.train.world import make_model, perturbed
 
 TEMPERATURE = 2.0
 TOLERANCE = 3e-6  # measured: at most 7e-7; row_weight and, inside the models, norms are float32
@@ -139,7 +140,7 @@ def record_case(chat_tokenizer, encode, tmp_path):
 
 
 @pytest.fixture
-def compare(make_model, perturbed):
+def compare():
     """compare(examples, expected, batch=, model=): relative errors of the loss and of the worst gradient."""
 
     def run(examples, expected, make_batch, model=None):
@@ -180,7 +181,7 @@ def test_records(case, rule, record_case, compare):
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma2"])
-def test_architectures(architecture, document_case, compare, make_model):
+def test_architectures(architecture, document_case, compare):
     """With the rows that each gets of itself; Gemma 2's window ends within every trunk."""
     examples, expected = document_case("all")
     error = compare(

@@ -5,6 +5,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.train.world import make_model
+
 
 @pytest.mark.parametrize(
     ("documents", "message"),
@@ -31,13 +33,13 @@ def test_a_model_that_is_not_there(fails, tmp_path):
         assert f"expected a model's folder, or its name on the Hub, got {missing}: " in fails(flag, missing)
 
 
-def test_a_model_with_damagedweights(fails, model_folder, weights):
+def test_a_model_with_damagedweights(fails, model_folder):
     (model_folder / "model.safetensors").write_bytes(b"not this")
     assert f"{model_folder}: the weights cannot be read" in fails()
 
 
 @pytest.mark.parametrize("role", ["model", "teacher"])
-def test_a_model_without_all_of_the_tokenizers_entries(role, fails, make_model, tokenizer, tmp_path):
+def test_a_model_without_all_of_the_tokenizers_entries(role, fails, tokenizer, tmp_path):
     make_model(vocab_size=200).save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
     message = fails(f"--{role}_name_or_path", tmp_path / "small")
@@ -45,7 +47,7 @@ def test_a_model_without_all_of_the_tokenizers_entries(role, fails, make_model, 
     assert "got a vocabulary of 200" in message
 
 
-def test_a_teacher_with_another_tokenizer(fails, disc_train, make_model, tokenizer, tmp_path):
+def test_a_teacher_with_another_tokenizer(fails, disc_train, tokenizer, tmp_path):
     make_model().save_pretrained(tmp_path / "teacher")
     assert disc_train("--teacher_name_or_path", tmp_path / "teacher", "--dry_run") == 0  # weights alone
     tokenizer.save_pretrained(tmp_path / "teacher")
@@ -65,7 +67,7 @@ def test_more_than_the_models_context(fails):
     )
 
 
-def test_more_than_the_teachers_context(fails, make_model, tmp_path):
+def test_more_than_the_teachers_context(fails, tmp_path):
     make_model(max_position_embeddings=100).save_pretrained(tmp_path / "teacher")
     assert "expected at most the teacher's context of 100 tokens, got 101" in fails(
         "--teacher_name_or_path", tmp_path / "teacher", "--max_document_tokens", 101

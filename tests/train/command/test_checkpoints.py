@@ -4,8 +4,10 @@ import shutil
 
 import torch
 
+from tests.train.runs import weights
 
-def test_interrupted_and_resumed_through_the_command_line(disc_train, tmp_path, capsys, weights):
+
+def test_interrupted_and_resumed_through_the_command_line(disc_train, tmp_path, capsys):
     assert disc_train("--output_dir", tmp_path / "whole", "--save_steps", 1) == 0
     (tmp_path / "out").mkdir()
     (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-1")
@@ -23,7 +25,7 @@ def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_tra
     assert "steps         6; 7 documents" in capsys.readouterr().out
 
 
-def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys, weights):
+def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys):
     assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
     before = weights(tmp_path / "out").clone()
     capsys.readouterr()
@@ -37,7 +39,7 @@ def test_an_output_folder_that_cannot_be_one(fails, tmp_path):
     assert "--output_dir: expected a folder that can be written to" in fails("--output_dir", tmp_path / "file" / "out")
 
 
-def test_a_folder_with_a_model_is_not_written_over(fails, model_folder, weights):
+def test_a_folder_with_a_model_is_not_written_over(fails, model_folder):
     before = weights(model_folder)
     assert "already holds a model" in fails("--output_dir", model_folder)
     assert torch.equal(weights(model_folder), before)
@@ -47,7 +49,7 @@ def test_nothing_to_resume_from(fails, tmp_path):
     assert f"({tmp_path / 'out'}), got nowhere, which has none" in fails("--resume_from_checkpoint", "nowhere")
 
 
-def test_the_flag_to_resume_can_always_be_given(disc_train, fails, model_folder, tmp_path, weights):
+def test_the_flag_to_resume_can_always_be_given(disc_train, fails, model_folder, tmp_path):
     """A scheduler that starts a run again does not know whether it had saved anything."""
     flags = ("--resume_from_checkpoint", "true", "--save_strategy", "no")
     assert disc_train(*flags) == 0
@@ -55,7 +57,7 @@ def test_the_flag_to_resume_can_always_be_given(disc_train, fails, model_folder,
     assert "already holds a model" in fails(*flags)
 
 
-def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, capsys, weights):
+def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, capsys):
     flags = ("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true")
     assert disc_train(*flags) == 0
     saved = weights(tmp_path / "out").clone()
@@ -69,7 +71,7 @@ def test_a_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, t
     assert "Nothing is left to train" in capsys.readouterr().out
 
 
-def test_a_longer_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path, weights):
+def test_a_longer_run_that_was_stopped_before_it_saved_its_model_saves_it(disc_train, tmp_path):
     """The model that is there is of fewer steps."""
     flags = ("--save_steps", 1, "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "true")
     assert disc_train(*flags, "--max_steps", 2) == 0

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from tests.train.runs import weights
+
 
 @pytest.mark.parametrize(
     ("flags", "formula"),
@@ -16,7 +18,7 @@ import torch
         (("--ce_weight", 0.1), "disc: T^2 KL(teacher || student) at T = 2 + 0.1 cross-entropy\n"),
     ],
 )
-def test_every_method(flags, formula, disc_train, capsys, tmp_path, model_folder, sentences, weights):
+def test_every_method(flags, formula, disc_train, capsys, tmp_path, model_folder, sentences):
     texts = [" ".join(text) for text in sentences]
     assert disc_train(*flags, documents=[*texts, "", "x"]) == 0
     out = capsys.readouterr().out

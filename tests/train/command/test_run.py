@@ -10,9 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2Fo
 
 from disc_train.cli import main
 from disc_train.models import attention
+from tests.train.runs import weights
+from tests.train.world import make_model
 
 
-def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_path, model_folder, sentences, weights):
+def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_path, model_folder, sentences):
     texts = [" ".join(text) for text in sentences]
     assert disc_train("--max_document_tokens", 80, documents=[*texts, "", "One sentence."]) == 0
     out = capsys.readouterr().out
@@ -60,7 +62,7 @@ def test_templates_that_are_wrong(fails, disc_train, capsys):
     assert "of 256 tokens, less 2 of the templates, got 256" in fails(*flags)
 
 
-def test_records_with_contexts(disc_train, records, capsys, model_folder, tmp_path, weights):
+def test_records_with_contexts(disc_train, records, capsys, model_folder, tmp_path):
     path = records(9, teacher_context="Another context of the teacher: ")
     assert disc_train("--method", "cd", "--train_file", path, "--per_device_train_batch_size", 9) == 0
     out = capsys.readouterr().out
@@ -158,7 +160,7 @@ def test_nothing_at_all_to_learn(disc_train, model_folder, capsys):
     assert "signal        0.0000 -> 0.0000 nats a token on the same documents\n" in capsys.readouterr().out
 
 
-def test_longrope_ends_at_the_original_context(disc_train, make_model, model_folder, capsys):
+def test_longrope_ends_at_the_original_context(disc_train, model_folder, capsys):
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
     make_model(rope_parameters=rope).save_pretrained(model_folder)

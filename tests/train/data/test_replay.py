@@ -15,6 +15,7 @@ from disc_train.objectives.methods import OBJECTIVES, Settings, batch_loss
 from disc_train.objectives.predictions import predict
 from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model, perturbed
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_the_split_points_of_an_epoch_are_drawn_anew_too(make_dataset, old):
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_replay_by_kl_is_kl_of_whole_documents_beside_the_method(method, make_model, perturbed, make_dataset, old):
+def test_replay_by_kl_is_kl_of_whole_documents_beside_the_method(method, make_dataset, old):
     teacher = make_model().double().eval()
     student = perturbed(teacher)
     plain = copy.deepcopy(teacher), copy.deepcopy(student)
@@ -92,7 +93,7 @@ def test_replay_by_kl_is_kl_of_whole_documents_beside_the_method(method, make_mo
     assert float((got - alone).detach()) == pytest.approx(float(replayed.detach()), rel=5e-6)
 
 
-def test_a_batch_of_replayed_examples_alone(make_model, perturbed, old):
+def test_a_batch_of_replayed_examples_alone(old):
     teacher = make_model()
     student = perturbed(teacher)
     for model in (student, teacher):
@@ -107,7 +108,7 @@ def test_a_batch_of_replayed_examples_alone(make_model, perturbed, old):
     assert float(loss.detach()) > 0
 
 
-def test_micro_batches_of_replayed_examples_alone_have_no_part_in_tau(make_model, old, tmp_path):
+def test_micro_batches_of_replayed_examples_alone_have_no_part_in_tau(old, tmp_path):
     args = TrainingArguments(
         tmp_path,
         use_cpu=True,
@@ -148,7 +149,7 @@ def _train(folder, model, dataset, teacher=None, resume=None):
 
 
 @pytest.mark.parametrize("resumed", [3, 6])
-def test_resumed_training_draws_what_it_would_have_drawn(resumed, make_model, make_dataset, old, tmp_path):
+def test_resumed_training_draws_what_it_would_have_drawn(resumed, make_dataset, old, tmp_path):
     """7 documents and 3 of 5 others: 5 steps an epoch, so a checkpoint in each."""
 
     def dataset():
@@ -161,7 +162,7 @@ def test_resumed_training_draws_what_it_would_have_drawn(resumed, make_model, ma
         assert torch.equal(one, other)
 
 
-def test_replay_by_kl_needs_a_teacher(make_model, make_dataset, old, tmp_path):
+def test_replay_by_kl_needs_a_teacher(make_dataset, old, tmp_path):
     own = whole_documents(make_dataset().documents)
     with pytest.raises(ValueError, match="teacher: expected a model"):
         _train(tmp_path, make_model(), ReplayDataset(own, old, 0.3, seed=0, by_kl=True))

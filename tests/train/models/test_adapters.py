@@ -13,10 +13,11 @@ from disc_train.models.teacher import teacher_or_base_model
 from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model
 
 
 @pytest.fixture
-def make_student(make_model):
+def make_student():
     """make_student(dtype=, **config): a tiny model with adapters of rank 4 and dropout."""
 
     def make(architecture="llama", dtype=torch.float32, **config):
@@ -66,7 +67,7 @@ def test_adapters_alone_are_trained_beside_every_layer_but_the_head(architecture
     assert {p.dtype for name, p in model.named_parameters() if name not in trained} == {torch.bfloat16}
 
 
-def test_training_moves_the_adapters_and_nothing_else(make_trainer, make_model):
+def test_training_moves_the_adapters_and_nothing_else(make_trainer):
     trainer = make_trainer()
     before = _adapters(trainer.model)
     trainer.train()
@@ -78,9 +79,7 @@ def test_training_moves_the_adapters_and_nothing_else(make_trainer, make_model):
             assert torch.equal(parameter, base[name.replace(".base_layer", "")])
 
 
-def test_the_student_without_adapters_is_the_teacher_that_a_copy_is(
-    make_student, make_trainer, make_model, make_dataset
-):
+def test_the_student_without_adapters_is_the_teacher_that_a_copy_is(make_student, make_trainer, make_dataset):
     """Bit for bit in float32, with the student's dropout on."""
     student, plain = make_student(attention_dropout=0.5), make_model(attention_dropout=0.5)
     _move(student)
@@ -133,7 +132,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_is_not(make_trainer, tmp_path):
     assert _equal(_adapters(resumed.model), _adapters(whole.model))
 
 
-def test_what_is_saved_is_the_adapter_alone_and_loads_as_one(make_model, make_student, make_trainer, tmp_path):
+def test_what_is_saved_is_the_adapter_alone_and_loads_as_one(make_student, make_trainer, tmp_path):
     make_model().save_pretrained(tmp_path / "base")
     trainer = make_trainer(make_student(), max_steps=2, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -150,7 +149,7 @@ def test_what_is_saved_is_the_adapter_alone_and_loads_as_one(make_model, make_st
     assert not torch.allclose(make_model().eval()(ids).logits, trainer.model(ids).logits, atol=1e-3)
 
 
-def test_adapters_of_another_kind_are_refused(make_model, make_student, tmp_path):
+def test_adapters_of_another_kind_are_refused(make_student, tmp_path):
     make_student().save_pretrained(tmp_path / "four")
     with pytest.raises(ValueError, match="four: expected the adapters of this model, got others"):
         load_adapters(add_lora(make_model(), rank=2, alpha=4, dropout=0.0), str(tmp_path / "four"))
@@ -158,7 +157,7 @@ def test_adapters_of_another_kind_are_refused(make_model, make_student, tmp_path
         load_adapters(make_student(), str(tmp_path))
 
 
-def test_without_peft(make_model, monkeypatch):
+def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"--lora_rank needs peft: pip install 'disc-kernels\[train\]'"):
         add_lora(make_model(), rank=2, alpha=4, dropout=0.0)
@@ -181,7 +180,7 @@ def test_a_bfloat16_model_under_float32_adapters(make_student, make_trainer):
     assert not _equal(before, _adapters(trainer.model))
 
 
-def test_a_teacher_is_missing_or_too_many(make_trainer, make_model, make_dataset, tmp_path):
+def test_a_teacher_is_missing_or_too_many(make_trainer, make_dataset, tmp_path):
     args = TrainingArguments(tmp_path, use_cpu=True)
     with pytest.raises(ValueError, match="teacher: expected a model, which this method compares the student with"):
         DiscTrainer(make_model(), None, args, make_dataset())

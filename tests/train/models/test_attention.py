@@ -13,6 +13,7 @@ from disc_train.models import attention
 from disc_train.models.attention import Attention, flex_savings, prepare_attention
 from disc_train.summary import describe_attention
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model
 
 IDS = np.arange(200, dtype=np.int32)
 
@@ -33,7 +34,7 @@ def _savings(model, documents, batch_size, **templates):
     return flex_savings(model, model, sample_batches(dataset, batch_size))
 
 
-def test_savings_follow_the_trees(make_model, documents):
+def test_savings_follow_the_trees(documents):
     model = make_model(hidden_size=1536)
     alone = _savings(model, documents, 1)
     assert -0.05 < alone["teacher"] <= 0  # one document is one sequence
@@ -44,7 +45,7 @@ def test_savings_follow_the_trees(make_model, documents):
     assert footers["teacher"] > 0.1 and footers["student"] > 0.1
 
 
-def test_reasons_on_the_cpu(make_model, make_dataset):
+def test_reasons_on_the_cpu(make_dataset):
     apart = Lfm2ForCausalLM(
         Lfm2Config(
             vocab_size=300,
@@ -66,7 +67,7 @@ def test_reasons_on_the_cpu(make_model, make_dataset):
     assert prepared["teacher"].reason.startswith("its layers do not let branches share a trunk")
 
 
-def test_an_implementation_that_failed_is_named(make_model, make_dataset, monkeypatch):
+def test_an_implementation_that_failed_is_named(make_dataset, monkeypatch):
     monkeypatch.setattr(attention, "use_attention", lambda *_: "eager")
     prepared = prepare_attention(make_model(), make_model(), "auto", make_dataset(), 4)
     assert prepared["student"] == Attention("eager", "sdpa failed its check")
@@ -83,7 +84,7 @@ def on_cuda(monkeypatch):
     )
 
 
-def test_teacher_and_student_may_differ_on_cuda(on_cuda, make_model, documents):
+def test_teacher_and_student_may_differ_on_cuda(on_cuda, documents):
     """A header of 200 tokens before five suffixes is a tree; the documents are one sequence each, and as long."""
     same = [TokenizedDocument(d.name, np.resize(d.input_ids, 400), tuple(range(0, 400, 25))) for d in documents]
     dataset = DocumentDataset(same, templates=Templates(student_header=IDS))
@@ -102,7 +103,7 @@ def test_what_both_models_got_is_said_once():
     assert describe_attention({"student": same, "teacher": same}) == "sdpa (as asked for)"
 
 
-def test_models_are_prepared_once(make_model, make_dataset, monkeypatch, tmp_path):
+def test_models_are_prepared_once(make_dataset, monkeypatch, tmp_path):
     prepared, use_attention = [], attention.use_attention
 
     def counted(model, *rest):

@@ -19,6 +19,7 @@ from disc_train.objectives.methods import WITH_TEACHER, Settings, batch_loss, me
 from disc_train.objectives.predictions import ModelPredictions, Predictions
 from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
+from tests.train.world import make_model, perturbed
 
 # Measured: at most 7e-7; row_weight and, inside the models, norms are float32.
 TOLERANCE = 5e-6
@@ -76,7 +77,7 @@ PLAIN = {"ft": plain_ft, "ft_kl": plain_ft_kl, "talr": plain_talr}
 
 
 @pytest.fixture
-def compare(make_model, perturbed, make_dataset):
+def compare(make_dataset):
     """compare(method, architecture): relative errors of the loss and of the worst gradient, on four documents."""
 
     def run(method, architecture="llama", settings=None, plain=None):
@@ -174,7 +175,7 @@ def test_talr_where_everything_is_certain():
 
 
 @pytest.fixture
-def talr_step(make_model, make_dataset, tmp_path):
+def talr_step(make_dataset, tmp_path):
     """talr_step(micro_batch, ...): the weights after a step on four documents, whose tau is that of all four."""
 
     def run(micro_batch, dropout=0.0, resume=None, **options):
@@ -224,6 +225,6 @@ def test_documents_of_one_token_are_left_out():
         whole_documents(documents[:2])
 
 
-def test_an_unknown_method(make_model, make_dataset, tmp_path):
+def test_an_unknown_method(make_dataset, tmp_path):
     with pytest.raises(ValueError, match="method: expected one of disc, cd, ft, ft_kl, talr, got 'sft'"):
         DiscTrainer(make_model(), None, TrainingArguments(tmp_path, use_cpu=True), make_dataset(), method="sft")

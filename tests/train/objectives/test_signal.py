@@ -17,6 +17,7 @@ from disc_train.data.example import Branch, Context, Example
 from disc_train.data.splits import sentence_spans, tokenize_document
 from disc_train.models.causal_lm import use_attention
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
+from tests.train.world import make_model, perturbed
 
 
 def _log_probabilities(model, prefix, suffix, temperature=1.0):
@@ -26,7 +27,7 @@ def _log_probabilities(model, prefix, suffix, temperature=1.0):
 
 
 @torch.no_grad()
-def test_the_signal_of_every_document_is_that_of_a_loop(make_model, perturbed, make_dataset):
+def test_the_signal_of_every_document_is_that_of_a_loop(make_dataset):
     teacher, student = make_model().eval(), perturbed(make_model()).train()
     dataset = make_dataset(4, num_splits=3)
     examples = [dataset[i] for i in range(4)]
@@ -82,7 +83,7 @@ def test_the_warning(gain_over_student, gain_over_other_context, message):
 
 
 @pytest.mark.parametrize("examples", [1, 2])
-def test_without_another_context_no_comparison_is_claimed(examples, make_model, make_dataset):
+def test_without_another_context_no_comparison_is_claimed(examples, make_dataset):
     model, teacher, dataset = make_model(), make_model(), make_dataset(1)
     for prepared in (model, teacher):
         use_attention(prepared, "auto")
@@ -91,7 +92,7 @@ def test_without_another_context_no_comparison_is_claimed(examples, make_model, 
     assert "another document" not in str(signal.describe("document"))
 
 
-def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
+def test_a_copy_of_a_document_is_not_another_document(make_dataset):
     model, teacher, dataset = make_model(), make_model(), make_dataset(4)
     for prepared in (model, teacher):
         use_attention(prepared, "auto")
@@ -103,7 +104,7 @@ def test_a_copy_of_a_document_is_not_another_document(make_model, make_dataset):
 
 
 @torch.no_grad()
-def test_records_are_compared_with_another_records_context(make_model, perturbed):
+def test_records_are_compared_with_another_records_context():
     teacher, student = make_model().eval(), perturbed(make_model())
     records = [
         Example(

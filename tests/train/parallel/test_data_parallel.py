@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 
+from tests.train.runs import losses, weights
+from tests.train.world import make_model
+
 # Plain gradient descent shows differences as they are; Adam makes of a gradient's rounding a step of full size.
 STEPS = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--num_train_epochs", "2")
 LOGS = ("--logging_steps", "1", "--save_strategy", "no")
@@ -27,7 +30,7 @@ def _flags(batch, accumulated=1):
     return "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulated
 
 
-def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, weights, model_folder, losses):
+def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, model_folder):
     whole = train("whole", *_flags(8))
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
     assert len(losses(whole)) == 2
@@ -41,7 +44,7 @@ def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, we
         assert losses(parts) == pytest.approx(losses(whole), rel=1e-5), name
 
 
-def test_a_weight_that_depends_on_the_whole_step(train, weights):
+def test_a_weight_that_depends_on_the_whole_step(train):
     """TALR's median is over all the step's documents, wherever they are."""
     whole = train("whole", *_flags(4), "--method", "talr")
     parts = train("parts", *_flags(1, 2), "--method", "talr", world=2)
@@ -49,7 +52,7 @@ def test_a_weight_that_depends_on_the_whole_step(train, weights):
 
 
 @pytest.mark.parametrize("method", ["disc", "talr"])
-def test_a_last_step_with_fewer_documents_than_there_are_places(method, train, weights, losses):
+def test_a_last_step_with_fewer_documents_than_there_are_places(method, train):
     """8 documents, 6 a step: in the last one of an epoch, a process has none of the two; nor, of three, another."""
     whole = train("whole", *_flags(6), "--method", method)
     for name, flags, world in (("two", _flags(3), 2), ("three", _flags(1, 2), 3)):
@@ -58,13 +61,13 @@ def test_a_last_step_with_fewer_documents_than_there_are_places(method, train, w
         assert losses(parts) == pytest.approx(losses(whole), rel=1e-5), name
 
 
-def test_every_process_has_workers_of_its_own(train, weights):
+def test_every_process_has_workers_of_its_own(train):
     whole = train("whole", *_flags(4))
     parts = train("parts", *_flags(2), "--dataloader_num_workers", 1, world=2)
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
 
 
-def test_tied_embeddings_and_gradient_checkpointing(train, weights, make_model, model_folder):
+def test_tied_embeddings_and_gradient_checkpointing(train, model_folder):
     make_model(tie_word_embeddings=True).save_pretrained(model_folder)
     whole = train("whole", *_flags(4, 2))
     parts = train("parts", *_flags(2, 2), "--gradient_checkpointing", "true", world=2)
@@ -73,7 +76,7 @@ def test_tied_embeddings_and_gradient_checkpointing(train, weights, make_model, 
 
 
 @pytest.mark.slow
-def test_accelerate_starts_them(train, weights, model_folder, tmp_path):
+def test_accelerate_starts_them(train, model_folder, tmp_path):
     whole = train("whole", *_flags(8))
     # On the CPU accelerate starts several processes only if it takes them for those of GPUs.
     command = [

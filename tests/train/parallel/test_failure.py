@@ -11,6 +11,9 @@ import time
 import pytest
 import torch
 
+from tests.train.runs import skip_unless_resumable, weights
+from tests.train.world import make_model
+
 # Four steps an epoch, with dropout: a wrong order, split, optimizer or random state would show in the weights.
 RUN = ("--num_train_epochs", 3, "--save_steps", 1, "--save_total_limit", 2, "--seed", 7)
 TWO_A_STEP = ("--per_device_train_batch_size", 2)
@@ -19,12 +22,12 @@ RESUMED = ("--resume_from_checkpoint", "true")
 
 
 @pytest.fixture(autouse=True)
-def _dropout(make_model, model_folder):
+def _dropout(model_folder):
     make_model(attention_dropout=0.2).save_pretrained(model_folder)
 
 
 @pytest.fixture
-def whole(start, weights, tmp_path):
+def whole(start, tmp_path):
     """whole(*flags, **options): the weights of a run that nothing disturbs."""
 
     def run(*flags, **options):
@@ -53,7 +56,7 @@ def _names(folder):
 
 
 @pytest.mark.slow
-def test_killed_at_any_time_and_started_again(start, whole, weights, tmp_path):
+def test_killed_at_any_time_and_started_again(start, whole, tmp_path):
     """Killed 24 times: a third anywhere in the run, the others while a checkpoint is written or has just been."""
     expected = whole(*TWO_A_STEP)
     rng, kills, while_saving, runs = random.Random(0), 0, 0, 0
@@ -89,9 +92,9 @@ ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_step
 @pytest.mark.parametrize(
     ("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)]
 )
-def test_terminated_and_resumed(flags, world, start, whole, weights, tmp_path, resumes):
+def test_terminated_and_resumed(flags, world, start, whole, tmp_path):
     """The signal reaches one process and the workers of its data loader; all stop behind one step."""
-    resumes(world)
+    skip_unless_resumable(world)
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
     run = start(*RUN, *flags, "--save_steps", 2, "--output_dir", folder, world=world)
@@ -117,7 +120,7 @@ def test_interrupted(start, tmp_path):
     assert "disc-train: error: interrupted" in run.logs[0]
 
 
-def test_resumed_in_another_number_of_processes(start, whole, weights, tmp_path, make_model, model_folder):
+def test_resumed_in_another_number_of_processes(start, whole, tmp_path, model_folder):
     """The documents of every step are the same, and so are the weights, to rounding; without dropout, that is."""
     make_model().save_pretrained(model_folder)
     same = ("--lr_scheduler_type", "constant", "--optim", "sgd")
@@ -130,7 +133,7 @@ def test_resumed_in_another_number_of_processes(start, whole, weights, tmp_path,
     assert torch.allclose(weights(folder), expected, rtol=0, atol=1e-6)
 
 
-def test_a_checkpoint_that_is_written_again_gives_way(start, weights, tmp_path):
+def test_a_checkpoint_that_is_written_again_gives_way(start, tmp_path):
     folder = tmp_path / "out"
     assert start(*RUN, *TWO_A_STEP, "--max_steps", 2, "--output_dir", folder).wait() == [0]
     before = weights(folder / "checkpoint-2")
@@ -141,7 +144,7 @@ def test_a_checkpoint_that_is_written_again_gives_way(start, weights, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job(start, tmp_path, weights, model_folder):
+def test_a_killed_rank_ends_the_job(start, tmp_path, model_folder):
     """Under torchrun, which says which; the last checkpoint is whole."""
     folder = tmp_path / "out"
     command = [

@@ -14,6 +14,8 @@ from torch.profiler import profile
 
 from disc_train.parallel.sharding import local_part
 from disc_train.trainer import DiscTrainer
+from tests.train.runs import losses, skip_unless_resumable, weights
+from tests.train.world import make_model
 
 SHARDED = ("--fsdp",)
 STEPS = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_steps", 3, "--logging_steps", 1)
@@ -90,7 +92,7 @@ def _batch(documents, accumulated=1):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_steps_of_one_process(tied, train, weights, make_model, model_folder, losses):
+def test_the_steps_of_one_process(tied, train, model_folder):
     """Loss, weights, and the signal before and after."""
     make_model(tie_word_embeddings=tied).save_pretrained(model_folder)
     whole = train("whole", *_batch(4))
@@ -104,7 +106,7 @@ def test_the_steps_of_one_process(tied, train, weights, make_model, model_folder
     assert signals[0] == signals[1] and len(signals[0]) == 1
 
 
-def test_sixteen_bits_over_float32_weights(train, weights, model_folder, losses):
+def test_sixteen_bits_over_float32_weights(train, model_folder):
     """As far from one process's weights as rounding in other places takes it, and no step is lost to rounding."""
     small = ("--bf16", "true", "--learning_rate", "1e-3")
     whole = train("whole", *_batch(4), *small)
@@ -117,7 +119,7 @@ def test_sixteen_bits_over_float32_weights(train, weights, model_folder, losses)
 
 
 @pytest.mark.parametrize("kept", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_resumed_bit_for_bit(kept, train, weights, make_model, model_folder):
+def test_resumed_bit_for_bit(kept, train, model_folder):
     make_model(attention_dropout=0.2).save_pretrained(model_folder)
     config = json.dumps({"state_dict_type": kept})
     flags = (*_batch(2), "--fsdp_config", config, "--save_steps", 1, "--optim", "adamw_torch", "--num_train_epochs", 2)
@@ -128,7 +130,7 @@ def test_resumed_bit_for_bit(kept, train, weights, make_model, model_folder):
     assert not torch.equal(weights(parts), weights(model_folder))
 
 
-def test_what_is_gathered_and_held(train, make_model):
+def test_what_is_gathered_and_held(train):
     """Of embeddings, two layers, and norm with head: each once forward, all but the last again for the backward pass.
 
     The teacher's head stays whole, once it is. Gradients are reduced once each.
@@ -144,7 +146,7 @@ def test_what_is_gathered_and_held(train, make_model):
         assert of_teacher == (total - head) / 2 + head
 
 
-def test_replayed_examples_in_one_process_alone(train, weights, tmp_path):
+def test_replayed_examples_in_one_process_alone(train, tmp_path):
     """The teacher, which is read for them, is put together by all."""
     (tmp_path / "old.jsonl").write_text('{"text": "Nobody had seen a bridge of that kind."}\n')
     flags = ("--method", "ft", "--replay_file", tmp_path / "old.jsonl", "--replay_objective", "kl", "--ddp_timeout", 20)
@@ -153,7 +155,7 @@ def test_replayed_examples_in_one_process_alone(train, weights, tmp_path):
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
 
 
-def test_set_up_by_accelerate(train, weights):
+def test_set_up_by_accelerate(train):
     """By what `accelerate launch` makes of its configuration file."""
     whole = train("whole", *_batch(4))
     environment = {
@@ -190,9 +192,9 @@ def test_weights_broken_in_one_part_are_not_saved(start, tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_adapters(sharded, start, tmp_path, resumes):
+def test_adapters(sharded, start, tmp_path):
     """Trained as in one process, saved alone, and resumed."""
-    resumes(1 if sharded else 2)
+    skip_unless_resumable(1 if sharded else 2)
     # With an epsilon this large Adam's steps follow the gradients, not their rounding.
     flags = (*STEPS, "--optim", "adamw_torch", "--adam_epsilon", "1e-2", "--lora_rank", 4, "--lora_dropout", 0)
     assert start(*flags, *_batch(4), "--output_dir", tmp_path / "whole").wait() == [0]
