@@ -24,7 +24,7 @@ from disc_train.data.dataset import ExampleDataset
 from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.teacher import freeze
-from disc_train.objectives import methods as objectives
+from disc_train.objectives import methods
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 from disc_train.parallel.sharding import free_gathered_parameters, local_part, run_as_forward, shard
@@ -88,9 +88,9 @@ class DiscTrainer(Trainer):
         attention: str = "auto",
         **options: Any,
     ) -> None:
-        if method not in objectives.OBJECTIVES:
-            raise ValueError(f"method: expected one of {', '.join(objectives.OBJECTIVES)}, got {method!r}")
-        compared = method in objectives.WITH_TEACHER
+        if method not in methods.OBJECTIVES:
+            raise ValueError(f"method: expected one of {', '.join(methods.OBJECTIVES)}, got {method!r}")
+        compared = method in methods.WITH_TEACHER
         _check_teacher(model, teacher, needed=compared or train_dataset.replays_by_kl)
         if args.n_gpu > 1:
             raise ValueError(
@@ -115,7 +115,7 @@ class DiscTrainer(Trainer):
             if prepared is not None:
                 self._move_to_device(prepared, trained)
         self.method = method
-        self.settings = objectives.Settings(temperature, ce_weight, kl_weight)
+        self.settings = methods.Settings(temperature, ce_weight, kl_weight)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.packing = self._logged_packing = PackingStats()
@@ -177,11 +177,11 @@ class DiscTrainer(Trainer):
         """
         self.model_wrapped.eval()  # the training step turns dropout on again
         means = torch.cat(
-            [self._run_wrapped(self.model_wrapped, batch, objectives.batch_sequence_means) for batch in batches]
+            [self._run_wrapped(self.model_wrapped, batch, methods.batch_sequence_means) for batch in batches]
         )
         if self.args.world_size > 1:  # processes may have different numbers of them
             means = torch.tensor(gather_object(means.tolist()), device=means.device)
-        return objectives.median(means) if len(means) else None  # all may be replayed
+        return methods.median(means) if len(means) else None  # all may be replayed
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -189,7 +189,7 @@ class DiscTrainer(Trainer):
         """Compute this batch's part of the step's loss: its examples' losses over the number of the step's examples."""
 
         def loss_of(student: PreTrainedModel, batch: PackedBatch) -> Tensor:
-            return objectives.batch_loss(self.method, student, self.teacher, batch, self.settings)
+            return methods.batch_loss(self.method, student, self.teacher, batch, self.settings)
 
         loss = self._run_wrapped(model, inputs, loss_of)
         # DDP averages gradients over processes, but the loss is a sum over the examples of all of them.

@@ -23,7 +23,7 @@ from disc_kernels import LogitTransform
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import head_of, hidden_states, use_attention
-from disc_train.objectives import methods as objectives
+from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 from tests.train.world import make_model
@@ -116,14 +116,14 @@ def test_gradient_checkpointing_changes_nothing(make_trainer):
 def test_mixed_precision_is_the_students_alone(make_trainer, make_dataset, monkeypatch):
     """Under --bf16 a float32 teacher gives float32's hidden states, the student's products are rounded."""
     seen = []
-    real = objectives.hidden_states
+    real = predictions.hidden_states
 
     def watch(model, *args):
         hidden = real(model, *args)
         seen.append((model, args, hidden))
         return hidden
 
-    monkeypatch.setattr(objectives, "hidden_states", watch)
+    monkeypatch.setattr(predictions, "hidden_states", watch)
     trainer = make_trainer(bf16=True, max_steps=1)
     trainer.train()
     (teacher, teacher_args, teacher_hidden), (student, student_args, student_hidden) = seen
@@ -191,14 +191,14 @@ def _make(model_class):
 @pytest.mark.parametrize("role", ["model", "teacher"])
 def test_a_model_that_does_something_unknown_is_refused(model_class, message, role, make_trainer):
     with pytest.raises(ValueError, match=f"{model_class.__name__}.*{message}"):
-        make_trainer(**{role: _make(model_class, make_model)})
+        make_trainer(**{role: _make(model_class)})
 
 
 def test_the_check_of_a_model_does_not_depend_on_the_data(make_trainer):
     """Behind one token again and again, attention gives the same whatever it sees."""
     repeated = TokenizedDocument("d", np.full(30, 5, dtype=np.int32), (0, 10, 20))
     with pytest.raises(ValueError, match="packed behind"):
-        make_trainer(_make(_DeafToLayouts, make_model), dataset=DocumentDataset([repeated]))
+        make_trainer(_make(_DeafToLayouts), dataset=DocumentDataset([repeated]))
 
 
 def test_a_model_without_a_head_is_refused(make_trainer):
@@ -278,7 +278,7 @@ class _OfAnotherInterface(LlamaForCausalLM):
 
 def test_a_model_that_cannot_run_packed_sequences_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r"_OfAnotherInterface: expected a model that runs a packed.*AttributeError"):
-        make_trainer(_make(_OfAnotherInterface, make_model))
+        make_trainer(_make(_OfAnotherInterface))
 
 
 def test_hidden_states_of_a_packed_sequence_are_those_of_each_text(make_dataset):
