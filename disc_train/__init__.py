@@ -1,1 +1,1 @@
-"""Context distillation on top of `transformers.Trainer`; the `disc-train` command."""
+"""Train by context distillation on top of `transformers.Trainer`, evaluate, and generate."""

@@ -1,4 +1,4 @@
-"""Find checkpoints, check that they are complete, and give them their names.
+"""Find checkpoints, check them, and save them so that they are complete or absent.
 
 One is written in a folder `unfinished` beside its place and moved there when everything is in it. A process that is
 killed while it saves leaves that folder, which is never read; the next save begins by removing it.
@@ -9,13 +9,19 @@ import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import nn
+from transformers import Trainer, TrainerState
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train.config import LoopArguments
+from disc_train.models.adapters import has_adapters, load_adapters
+from disc_train.parallel.sharding import free_gathered_parameters, local_part
 
 UNFINISHED = "unfinished"
 # Beside the weights, what a training goes on from: transformers begins anew with what it does not find.
@@ -56,7 +62,7 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
 
 
 def steps_done(checkpoint: str | None, steps: int) -> int:
-    """Return how many optimizer steps a checkpoint is behind; 0 for none.
+    """Return how many optimizer steps were done when a checkpoint was saved; 0 for none.
 
     Raises:
         ValueError: they are more than asked for, or the checkpoint lacks files, or they are damaged.
@@ -74,7 +80,7 @@ def steps_done(checkpoint: str | None, steps: int) -> int:
 
 
 def is_finished(output_dir: str, steps: int) -> bool:
-    """Tell whether the model in a folder was saved to the end, behind so many steps."""
+    """Tell whether the model in a folder was saved at the end of a training, after so many steps."""
     try:
         return load_state(output_dir).global_step == steps
     except (OSError, ValueError):
@@ -135,3 +141,88 @@ def _last_checkpoint(folder: Path) -> str | None:
         if (step := path.name.rpartition("-")[2]).isdecimal() and _is_complete(path)
     }
     return str(complete[max(complete)]) if complete else None
+
+
+class CheckpointingTrainer(Trainer):
+    """Save checkpoints that are complete or absent, and load them; also of adapters and of divided models."""
+
+    _saving = False  # a checkpoint is being written
+
+    @property
+    def student(self) -> nn.Module:
+        """Return the model that is trained, without what the Trainer wraps it in."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def restore(self, checkpoint: str) -> None:
+        """Load a checkpoint's weights and state without training on, when all its steps are done."""
+        free_gathered_parameters(self.student)
+        self._load_from_checkpoint(checkpoint)
+        self.state = load_state(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint in a folder `unfinished`, and give it its name once it is complete."""
+        folder = Path(self._get_output_dir(trial))
+        unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.is_local_process_zero():
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it saved
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        # One process a file system: where nodes share it, the main process leaves nothing to the others.
+        with self.args.main_process_first(local=False):
+            if self.is_local_process_zero() and unfinished.exists():
+                move_into_place(unfinished / name, folder / name)
+        if self.args.should_save:
+            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    # The Trainer writes a checkpoint in place, and asks these methods where and what while it does.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder of the checkpoints; while one is written, the folder `unfinished` in it."""
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint to the Hub, but none that is still being written."""
+        if not self._saving:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both; for adapters of a divided model without the whole model, which the Trainer would save too."""
+        if not (self.is_fsdp_enabled and has_adapters(self.student)):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as the Trainer does, unless its last step left weights that are not finite."""
+        names, parameters = zip(*self.student.named_parameters(), strict=True)
+        broken = torch.stack([~torch.isfinite(local_part(parameter)).all() for parameter in parameters]).int()
+        if self.is_fsdp_enabled:
+            broken = self.accelerator.reduce(broken.to(self.args.device))
+            if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
+                self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        if broken.any():
+            name = names[int(broken.argmax())]
+            raise FloatingPointError(
+                f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
+                " intact"
+            )
+        super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint's weights; the Trainer would not look for adapters in a transformers model."""
+        if has_adapters(self.student):
+            load_adapters(self.student, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)

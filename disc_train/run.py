@@ -57,7 +57,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             must_agree |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
     if finished:  # and no error: a scheduler may repeat a command until it succeeds
         if loop.process_index == 0:
-            print_section("Nothing is left to train", ("saved", f"behind all {steps:,} steps, in {loop.output_dir}"))
+            print_section("Nothing is left to train", ("saved", f"after all {steps:,} steps, in {loop.output_dir}"))
         return
     set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     student = load_student(disc)
@@ -113,7 +113,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.termination.agreed:
         raise Terminated(
-            f"terminated behind step {trainer.state.global_step} of {steps}, which is saved: the same command with"
+            f"terminated after step {trainer.state.global_step} of {steps}, which is saved: the same command with"
             " --resume_from_checkpoint true goes on from there"
         )
     trainer.save_model()

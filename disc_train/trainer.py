@@ -1,37 +1,32 @@
 """Train by `transformers.Trainer`, with the loss of a method.
 
-What is overridden besides the loss says why: whole steps as the unit of averaging, checkpoints that are complete or
-absent, and models divided over processes.
+A step's loss is averaged over all its examples, however they are spread; models may be divided over processes.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, save_fsdp_optimizer
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from disc_train.checkpoints import UNFINISHED, load_state, move_into_place
+from disc_train.checkpoints import CheckpointingTrainer
 from disc_train.data.dataset import ExampleDataset
-from disc_train.models.adapters import has_adapters, load_adapters
+from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
-from disc_train.parallel.sharding import free_gathered_parameters, local_part, run_as_forward, shard
+from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
 from disc_train.parallel.termination import StopOnSigterm, collate_in_own_process_group
 
 
-class DiscTrainer(Trainer):
+class DiscTrainer(CheckpointingTrainer):
     """Train `model` by one of the methods of `disc_train.objectives.methods`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
@@ -98,7 +93,6 @@ class DiscTrainer(Trainer):
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
         self._padded_dataset = PaddedDataset(train_dataset)
-        self._saving = False
         super().__init__(model, args, train_dataset=self._padded_dataset, **options)
         if args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -125,11 +119,6 @@ class DiscTrainer(Trainer):
         self.data_collator = partial(
             collate_in_own_process_group, collator(model, self.teacher or model, compare_all=compared)
         )
-
-    @property
-    def student(self) -> nn.Module:
-        """Return the model that is trained, without what the Trainer wraps it in."""
-        return self.accelerator.unwrap_model(self.model)
 
     def _move_to_device(self, model: PreTrainedModel, trained: bool) -> None:
         """Move a model, or this process's part of it, to this process's device."""
@@ -198,8 +187,10 @@ class DiscTrainer(Trainer):
     def _run_wrapped(
         self, model: nn.Module, batch: Any, function: Callable[[PreTrainedModel, PackedBatch], Tensor]
     ) -> Tensor:
-        """Run `function` on the student and a batch as the forward of what wraps the student: there DDP prepares to
-        reduce gradients."""
+        """Run `function` on the student and a batch as the forward of what wraps the student.
+
+        DDP prepares there to reduce gradients.
+        """
         student = self.accelerator.unwrap_model(model)
 
         def forward(batch: PackedBatch) -> Tensor:
@@ -228,84 +219,10 @@ class DiscTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and stop behind a checkpoint on SIGTERM."""
+        """Train as the Trainer does, and stop after a checkpoint on SIGTERM."""
         free_gathered_parameters(self.student)  # left by measurements before the training
         with self.termination:
             return super().train(*args, **kwargs)
-
-    def restore(self, checkpoint: str) -> None:
-        """Load a checkpoint's weights and state without training on, when all its steps are done."""
-        free_gathered_parameters(self.student)
-        self._load_from_checkpoint(checkpoint)
-        self.state = load_state(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint in a folder `unfinished`, and give it its name once it is complete."""
-        folder = Path(self._get_output_dir(trial))
-        unfinished, name = folder / UNFINISHED, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.is_local_process_zero():
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was stopped while it saved
-        self.accelerator.wait_for_everyone()
-        self._saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving = False
-        self.accelerator.wait_for_everyone()
-        # One process a file system: where nodes share it, the main process leaves nothing to the others.
-        with self.args.main_process_first(local=False):
-            if self.is_local_process_zero() and unfinished.exists():
-                move_into_place(unfinished / name, folder / name)
-        if self.args.should_save:
-            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
-
-    # The Trainer writes a checkpoint in place, and asks these methods where and what while it does.
-
-    def _get_output_dir(self, trial: Any) -> str:
-        """Return the folder of the checkpoints; while one is written, the folder `unfinished` in it."""
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, UNFINISHED)) if self._saving else folder
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint to the Hub, but none that is still being written."""
-        if not self._saving:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Save both; of a divided model with adapters not, as the Trainer would, the whole model once more."""
-        if not (self.is_fsdp_enabled and has_adapters(self.student)):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            assert self.lr_scheduler is not None
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as the Trainer does, unless its last step left weights that are not finite."""
-        names, parameters = zip(*self.student.named_parameters(), strict=True)
-        broken = torch.stack([~torch.isfinite(local_part(parameter)).all() for parameter in parameters]).int()
-        if self.is_fsdp_enabled:
-            broken = self.accelerator.reduce(broken.to(self.args.device))
-            if not _internal_call:  # the model itself, which is of one piece whatever checkpoints are
-                self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        if broken.any():
-            name = names[int(broken.argmax())]
-            raise FloatingPointError(
-                f"step {self.state.global_step}: {name} is not finite after it; not saved, earlier checkpoints are"
-                " intact"
-            )
-        super().save_model(output_dir, _internal_call)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load a checkpoint's weights; the Trainer would not look for adapters in a transformers model."""
-        if has_adapters(self.student):
-            load_adapters(self.student, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> None:

@@ -80,7 +80,7 @@ def _checked(name: str, field: str, value: Any) -> str | list[Message]:
 
 def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Write the fields as text."""
-    # Chat messages of a target are written behind their context's alone: many templates want the user to begin.
+    # Chat messages of a target are written after their context's alone: many templates want the user to begin.
     target = fields["target"]
     texts = {
         field: value if isinstance(value, str) else chat_text(tokenizer, value)
@@ -95,7 +95,7 @@ def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenize
         raise ValueError("expected a target that is not empty")
     answers = {_answer(text, fields[field], target, tokenizer) for field, text in texts.items() if fields[field]}
     if len(answers) > 1:
-        raise ValueError("the chat template writes the target differently behind teacher_context and student_context")
+        raise ValueError("the chat template writes the target differently after teacher_context and student_context")
     return texts | {"target": answers.pop() if answers else ""}
 
 

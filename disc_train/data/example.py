@@ -1,4 +1,4 @@
-"""Describe what every method trains on: targets, each behind a context for the teacher and another for the student."""
+"""Describe what every method trains on: targets, each after a context for the teacher and another for the student."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Example:
             raise ValueError(f"{self.name}: expected at least one target, got none")
         for number, branch in enumerate(self.branches, start=1):
             if branch.rows < 1:
-                nothing_before = " behind an empty context, where its first token is never predicted"
+                nothing_before = " after an empty context, where its first token is never predicted"
                 raise ValueError(
                     f"{self.name}: target {number}: expected at least {branch.first + 1} tokens"
                     f"{nothing_before if branch.first else ''}, got {len(branch.target)}"

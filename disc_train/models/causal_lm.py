@@ -238,7 +238,7 @@ def _check_packed(model: PreTrainedModel, implementation: str, input_ids: Tensor
     with _explain_run_errors(model, implementation):
         model.set_attn_implementation(implementation)
         hidden = hidden_states(model, packed, layout)
-    _check_equal(model, hidden, torch.cat([expected, expected[:, half:], expected], dim=1), "packed behind another")
+    _check_equal(model, hidden, torch.cat([expected, expected[:, half:], expected], dim=1), "packed after another")
     return model.config._attn_implementation
 
 

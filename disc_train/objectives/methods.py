@@ -25,7 +25,7 @@ MIN_TALR_WEIGHT = 0.01
 
 
 class Settings(NamedTuple):
-    """Numbers that the methods take.
+    """Hold the numbers that the methods take.
 
     Args:
         temperature: T of disc and cd: both models' logits are divided by it. The others have none.
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
 
 def distill(predictions: Predictions, settings: Settings) -> Tensor:
-    """Compute the loss of disc and cd: T^2 KL(teacher behind its context || student).
+    """Compute the loss of disc and cd: T^2 KL(teacher after its context || student).
 
     T^2 keeps the gradients as large as at T = 1 (Hinton et al., arXiv 1503.02531). disc is arXiv 2602.16093, equation
     3; cd the general form (Snell et al., arXiv 2209.15189). `ce_weight` adds cross-entropy: it teaches what no context

@@ -16,7 +16,7 @@ from disc_train.packing.collator import PackedBatch
 
 @dataclass(frozen=True)
 class ModelPredictions:
-    """What one model predicts for M tokens, as hidden states and the head that makes logits of them."""
+    """Hold what one model predicts for M tokens, as hidden states and the head that makes logits of them."""
 
     hidden: Tensor  # [rows, L, D]
     head: Head
@@ -25,7 +25,7 @@ class ModelPredictions:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What both models predict for the M target tokens of a batch's examples, one example after another.
+    """Hold what both models predict for the M target tokens of a batch's examples, one example after another.
 
     The weights carry the averages over a target's tokens and an example's targets, so a sum by weight is the sum of the
     examples' losses.

@@ -2,7 +2,7 @@
 
 The divergence alone cannot say: whatever stands before a target changes what a model predicts, for the worse too. So
 the teacher's log-probability of the target itself is compared with the student's, which does not read that context, and
-with the teacher's behind another example's. Only what its own context makes likelier than both is content to learn.
+with the teacher's after another example's. Only what its own context makes likelier than both is content to learn.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Signal(NamedTuple):
 
     divergence: list[float]  # KL(teacher with its context || student with its own), at the training temperature
     gain_over_student: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
-    gain_over_other_context: list[float]  # the same over the teacher's behind another's context, if any has another
+    gain_over_other_context: list[float]  # the same over the teacher's after another's context, if any has another
 
     def describe(self, noun: str) -> list[tuple[str, str]]:
         """Write lines (label, text) for the summary; `noun` is what an example is called."""
@@ -55,18 +55,18 @@ class Signal(NamedTuple):
         compared = [(self.gain_over_student, "without it")]
         # What records' contexts have in common, instructions say, may be all there is to learn, and cancels out here.
         if self.gain_over_other_context and noun == "document":
-            compared.append((self.gain_over_other_context, "behind another document's"))
+            compared.append((self.gain_over_other_context, "after another document's"))
         for gains, other in compared:
             noise = np.std(gains, ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
             if fmean(gains) > MIN_GAIN and fmean(gains) <= 2 * noise:
                 return (
                     f"it is not certain that there is a signal: to the teacher, a target is {fmean(gains):+.4f} nats a"
-                    f" token likelier behind its context than {other}, but with a standard error of {noise:.4f}; more"
+                    f" token likelier after its context than {other}, but with a standard error of {noise:.4f}; more"
                     f" {noun}s would tell."
                 )
             if not fmean(gains) > MIN_GAIN:
                 return (
-                    "there is hardly any signal: to the teacher, a target is no likelier behind its context than"
+                    "there is hardly any signal: to the teacher, a target is no likelier after its context than"
                     f" {other}. Distillation teaches only what the context tells about the target: what is restated or"
                     " implied, not what is said once; cross-entropy (--ce_weight 0.1, or --method ft) teaches that too."
                 )
@@ -139,7 +139,7 @@ def _teacher_length(branch: Branch) -> int:
 
 
 def _swap_teacher_context(example: Example, other: Example, longest: int) -> Example:
-    """Put an example's targets behind the teacher's contexts of another, each behind the one nearest in length.
+    """Put an example's targets after the teacher's contexts of another, each after the one nearest in length.
 
     A context is cut where it would make more than `longest` tokens with the target: the teacher may not read more.
     """

@@ -57,7 +57,7 @@ class PackedRows(NamedTuple):
 
     input_ids: Tensor  # [rows, L] int64; 0 where padded
     layout: SharedPrefixLayout  # rows * L tokens, row after row; at a row's end is its padding, in trees of its own or,
-    # where every row is one sequence, as more of that: what is behind them no tokens see, so causal attention will do
+    # where every row is one sequence, as more of that: what is after them no tokens see, so causal attention will do
     positions: list[np.ndarray]  # [length] int64 for each branch: where in the flattened rows its tokens are
     tokens: int  # that are not padding
 

@@ -15,7 +15,7 @@ from disc_train.data.example import Example
 
 
 class PaddedDataset(Dataset[Example]):
-    """Put behind a data set's end an example that does not count, as often as asked for."""
+    """Give an example that does not count for every index beyond the end of a data set."""
 
     def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset
@@ -34,7 +34,7 @@ class PaddedDataset(Dataset[Example]):
 
 
 class PaddedSampler(Sampler[int]):
-    """Give an epoch's examples in the order that one process takes them in, then indices behind their end.
+    """Give an epoch's examples in the order that one process takes them in, then indices beyond their end.
 
     Args:
         multiple: the number of indices is a multiple of it: the examples of all processes' batches together.

@@ -1,6 +1,6 @@
 """Divide models over the processes (FSDP2), and run functions as the forward pass of a module.
 
-PyTorch gathers a module's parameters when its forward is called, and reduces and divides their gradients behind it. The
+PyTorch gathers a module's parameters when its forward is called, and reduces and divides their gradients after it. The
 loss takes a head's weight without calling the head, and a model's decoder without calling the model, so both run by way
 of `run_as_forward`.
 """

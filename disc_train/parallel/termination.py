@@ -17,12 +17,12 @@ class Terminated(Exception):
 class StopOnSigterm(TrainerCallback):
     """On SIGTERM, finish the running optimizer step, save and stop; while it is entered as a context manager.
 
-    Processes are signalled at different times, or only some of them, but have to stop behind the same step: the trainer
+    Processes are signalled at different times, or only some of them, but have to stop after the same step: the trainer
     asks each before a step, and tells all.
 
     Attributes:
         requested: this process got the signal.
-        agreed: a process had got it before the step that runs, so all stop behind that step.
+        agreed: a process had got it before the step that runs, so all stop after that step.
     """
 
     def __init__(self) -> None:

@@ -187,7 +187,7 @@ def _make(model_class):
     return model
 
 
-@pytest.mark.parametrize(("model_class", "message"), [(_ShiftedLogits, "logits"), (_DeafToLayouts, "packed behind")])
+@pytest.mark.parametrize(("model_class", "message"), [(_ShiftedLogits, "logits"), (_DeafToLayouts, "packed after")])
 @pytest.mark.parametrize("role", ["model", "teacher"])
 def test_a_model_that_does_something_unknown_is_refused(model_class, message, role, make_trainer):
     with pytest.raises(ValueError, match=f"{model_class.__name__}.*{message}"):
@@ -197,7 +197,7 @@ def test_a_model_that_does_something_unknown_is_refused(model_class, message, ro
 def test_the_check_of_a_model_does_not_depend_on_the_data(make_trainer):
     """Behind one token again and again, attention gives the same whatever it sees."""
     repeated = TokenizedDocument("d", np.full(30, 5, dtype=np.int32), (0, 10, 20))
-    with pytest.raises(ValueError, match="packed behind"):
+    with pytest.raises(ValueError, match="packed after"):
         make_trainer(_make(_DeafToLayouts), dataset=DocumentDataset([repeated]))
 
 

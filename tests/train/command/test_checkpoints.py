@@ -30,7 +30,7 @@ def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys):
     before = weights(tmp_path / "out").clone()
     capsys.readouterr()
     assert disc_train("--save_steps", 1, "--max_steps", 1, "--resume_from_checkpoint", "true") == 0
-    assert capsys.readouterr().out.startswith("Nothing is left to train\n  saved         behind all 1 steps, in ")
+    assert capsys.readouterr().out.startswith("Nothing is left to train\n  saved         after all 1 steps, in ")
     assert torch.equal(weights(tmp_path / "out"), before)
 
 

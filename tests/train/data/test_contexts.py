@@ -108,7 +108,7 @@ GOOD = {"teacher_context": "T", "student_context": "S", "target": "x y"}
             {"target": [_assistant(" ")], "teacher_context": [_user("T")], "student_context": ""},
             "expected a target that is not empty",
         ),
-        ({"student_context": "", "target": "x"}, "target 1: expected at least 2 tokens behind an empty context"),
+        ({"student_context": "", "target": "x"}, "target 1: expected at least 2 tokens after an empty context"),
         ({"teacher_context": "T" * 100}, "at most 50 tokens together, which is what the model can read, got 10[0-9]"),
         ({"student_context": "S" * 100}, "at most 50 tokens together"),
     ],

@@ -71,8 +71,8 @@ def sees_the_past_whatever_the_mask(module, query, key, value, attention_mask, *
     ("function", "message"),
     [
         (breaks, "RuntimeError: out of registers"),
-        (sees_too_much, "packed behind another"),
-        (sees_the_past_whatever_the_mask, "packed behind another"),
+        (sees_too_much, "packed after another"),
+        (sees_the_past_whatever_the_mask, "packed after another"),
     ],
 )
 def test_auto_leaves_an_implementation_that_fails_its_check(function, message, monkeypatch):

@@ -33,7 +33,7 @@ def windowed(config_class: type[transformers.PreTrainedConfig]) -> transformers.
 
 @pytest.mark.parametrize("make_model", [gpt_neo, lambda: windowed(transformers.MistralConfig)])
 def test_branches_far_from_their_trunk_equal_single_sequences_with_gradients():
-    """30 continuations of one header: packed behind each other, the last are further from it than the window."""
+    """30 continuations of one header: packed after each other, the last are further from it than the window."""
     model = make_model().eval()
     use_attention(model, "auto")
     header, texts = torch.randint(61, (20,)), torch.randint(61, (30, 20))
@@ -54,7 +54,7 @@ def test_branches_far_from_their_trunk_equal_single_sequences_with_gradients():
 
 def test_models_that_ignore_the_window_of_their_config_are_refused():
     """Moshi's layers see the whole text; masks made from its config would hide what is beyond the window."""
-    expected = "expected the same hidden states for a text packed behind another"
+    expected = "expected the same hidden states for a text packed after another"
     with pytest.raises(ValueError, match=expected), pytest.warns(UserWarning, match=expected):
         use_attention(windowed(transformers.MoshiConfig), "auto")
 

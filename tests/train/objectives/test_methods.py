@@ -203,7 +203,7 @@ def test_taus_sequences_are_all_of_the_step(talr_step, monkeypatch):
 
 
 def test_tau_takes_no_random_numbers_from_a_step(talr_step, tmp_path):
-    """A run that is resumed in the middle of an epoch restores them behind it."""
+    """A run that is resumed in the middle of an epoch restores them after it."""
     options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     whole = talr_step(1, 0.2, **options)
     assert torch.equal(talr_step(1, 0.2, str(tmp_path / "checkpoint-1"), **options), whole)

@@ -46,12 +46,12 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_dataset):
             foreign = other[: min(prefixes, key=lambda end: abs(end - start))]
             p, q = _log_probabilities(teacher, ids[:start], suffix, 2.0), _log_probabilities(student, [], suffix, 2.0)
             divergence.append(kl_div(q, p, log_target=True, reduction="sum") / len(p))
-            own, none, behind = (
+            own, none, after = (
                 _log_probabilities(model, prefix, suffix)[range(len(suffix) - 1), suffix[1:]].mean()
                 for model, prefix in ((teacher, ids[:start]), (student, []), (teacher, foreign))
             )
             gain_over_student.append(own - none)
-            gain_over_other_context.append(own - behind)
+            gain_over_other_context.append(own - after)
         for got, expected in zip(signal, (divergence, gain_over_student, gain_over_other_context), strict=True):
             assert got[number] == pytest.approx(float(torch.stack(expected).mean()), abs=1e-5)
 
@@ -67,7 +67,7 @@ def test_documents_are_taken_evenly(make_dataset):
     [
         ([0.5, 0.7, 0.3], [1.0, 0.9, 1.1], None),
         ([-0.9, -1.1, -1.0], [0.5, 0.5, 0.5], "than without it"),
-        ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than behind another document's"),
+        ([0.5, 0.5, 0.5], [0.01, 0.015, 0.01], "than after another document's"),
         ([0.5, 0.5, 0.5], [1.5, -1.5, 0.3], "not certain that there is a signal"),  # the mean of 0.1 is all noise
         ([float("nan")], [0.5], "than without it"),
         ([0.5, 0.7, 0.3], [], None),
@@ -100,7 +100,7 @@ def test_a_copy_of_a_document_is_not_another_document(make_dataset):
     signal = measure_signal(model, teacher, samples, temperature=2.0)
     plain = measure_signal(model, teacher, samples[:2], temperature=2.0)
     assert signal.gain_over_other_context[:2] == pytest.approx(plain.gain_over_other_context, abs=1e-5)
-    assert max(map(abs, plain.gain_over_other_context)) > 1e-3  # behind itself: 0
+    assert max(map(abs, plain.gain_over_other_context)) > 1e-3  # after itself: 0
 
 
 @torch.no_grad()
@@ -121,12 +121,12 @@ def test_records_are_compared_with_another_records_context():
     for number, other in enumerate(([4, 5], [4, 5], [1, 2, 3])):
         record = records[number]
         target = record.branches[0].target.tolist()
-        own, none, behind = (
+        own, none, after = (
             model(torch.tensor([context + target])).logits[0, len(context) - 1 : -1].log_softmax(-1)[range(3), target]
             for model, context in ((teacher, record.teacher_trunk.tolist()), (student, [7, 8]), (teacher, other))
         )
         assert signal.gain_over_student[number] == pytest.approx(float((own - none).mean()), abs=1e-5)
-        assert signal.gain_over_other_context[number] == pytest.approx(float((own - behind).mean()), abs=1e-5)
+        assert signal.gain_over_other_context[number] == pytest.approx(float((own - after).mean()), abs=1e-5)
 
 
 def test_another_context_is_cut_to_what_the_teacher_can_read():

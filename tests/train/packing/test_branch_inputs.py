@@ -15,7 +15,7 @@ def _ids(*tokens):
 
 
 def _records(*contexts):
-    """Branches of a target each, behind contexts given as lists of tokens."""
+    """Branches of a target each, after contexts given as lists of tokens."""
     return [(_ids(*context), Context(len(context)), _ids(-1, -2 - i, 0)) for i, context in enumerate(contexts)]
 
 

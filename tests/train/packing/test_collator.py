@@ -163,7 +163,7 @@ def test_a_first_token_is_predicted_where_both_models_read_something_before_it()
         ([Branch(_ids(), Context(1), Context(1))], "r:7: target 1: expected at least 1 tokens, got 0"),
         (
             [Branch(_ids(5), Context(1), Context(0))],
-            "r:7: target 1: expected at least 2 tokens behind an empty context",
+            "r:7: target 1: expected at least 2 tokens after an empty context",
         ),
         (
             [Branch(_ids(5), Context(1), Context(1)), Branch(_ids(5), Context(3), Context(1))],

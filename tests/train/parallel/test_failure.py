@@ -93,7 +93,7 @@ ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_step
     ("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)]
 )
 def test_terminated_and_resumed(flags, world, start, whole, tmp_path):
-    """The signal reaches one process and the workers of its data loader; all stop behind one step."""
+    """The signal reaches one process and the workers of its data loader; all stop after one step."""
     skip_unless_resumable(world)
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
@@ -101,8 +101,8 @@ def test_terminated_and_resumed(flags, world, start, whole, tmp_path):
     _wait_until(folder / "checkpoint-2", True, run.processes[0])
     os.killpg(run.processes[-1].pid, signal.SIGTERM)
     assert run.wait() == [143] * world, run.logs
-    step = re.search(r"error: terminated behind step (\d+) of 12, which is saved: the same", run.logs[0])[1]
-    assert all(f"behind step {step} " in log for log in run.logs)
+    step = re.search(r"error: terminated after step (\d+) of 12, which is saved: the same", run.logs[0])[1]
+    assert all(f"after step {step} " in log for log in run.logs)
     assert 2 < int(step) < 12
     assert (folder / f"checkpoint-{step}").exists()
     run = start(*RUN, *flags, *RESUMED, "--output_dir", folder, world=world)

@@ -37,7 +37,7 @@ def shard_on_the_cpu():
 
 
 def count_what_is_sent():
-    """Prints, for every step, the collectives, and the share of both models that a process holds behind it."""
+    """Prints, for every step, the collectives, and the share of both models that a process holds after it."""
     shard_on_the_cpu()
     real = DiscTrainer.training_step
 
@@ -171,7 +171,7 @@ def test_set_up_by_accelerate(train):
 
 
 def break_a_part():
-    """Puts a NaN into the second process's part, behind the last step."""
+    """Puts a NaN into the second process's part, after the last step."""
     shard_on_the_cpu()
     real = DiscTrainer.save_model
 
