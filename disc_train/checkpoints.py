@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -149,7 +149,7 @@ class CheckpointingTrainer(Trainer):
     _saving = False  # a checkpoint is being written
 
     @property
-    def student(self) -> nn.Module:
+    def student(self) -> PreTrainedModel:
         """Return the model that is trained, without what the Trainer wraps it in."""
         return self.accelerator.unwrap_model(self.model)
 

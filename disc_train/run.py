@@ -2,7 +2,7 @@
 
 import os
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.data.training_data import load_training_data
+from disc_train.data.training_data import Lines, TrainingData, load_training_data
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
 from disc_train.models.teacher import load_teacher
@@ -32,6 +32,16 @@ from disc_train.summary import (
 from disc_train.trainer import DiscTrainer
 
 
+class Inputs(NamedTuple):
+    """Hold what a run begins with, once all processes have found the same."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+    checkpoint: str | None  # to go on from
+    resumed_step: int  # steps done when it was saved
+    steps: int  # in all
+
+
 def run(disc: DiscArguments, loop: LoopArguments) -> None:
     """Do what the arguments ask.
 
@@ -41,76 +51,30 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     """
     if loop.disable_tqdm:
         disable_progress_bar()
-    # The data come before the models, which may take minutes: what is wrong with them shows at once.
-    with same_on_all_processes(loop) as must_agree:
-        checkpoint = None if disc.dry_run else find_checkpoint(loop)
-        with explain_load_errors(disc.model_name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
-        data = load_training_data(disc, loop, tokenizer)
-        dataset = data.dataset
-        steps = count_steps(loop, len(dataset))[0]
-        resumed_step = steps_done(checkpoint, steps)
-        finished = resumed_step == steps and is_finished(str(loop.output_dir), steps)
-        check_teacher_tokenizer(disc, tokenizer, data.tokens)
-        if loop.world_size > 1:
-            must_agree |= settings_of(disc, loop)
-            must_agree |= {"training data": describe_data(dataset), "step of the checkpoint": resumed_step}
-    if finished:  # and no error: a scheduler may repeat a command until it succeeds
-        if loop.process_index == 0:
+    inputs = load_inputs(disc, loop)
+    finished, steps = inputs.resumed_step == inputs.steps, inputs.steps
+    main_process = loop.process_index == 0
+    if finished and is_finished(str(loop.output_dir), steps):  # no error: a scheduler may repeat a command
+        if main_process:
             print_section("Nothing is left to train", ("saved", f"after all {steps:,} steps, in {loop.output_dir}"))
         return
-    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
-    student = load_student(disc)
-    compared = disc.method in WITH_TEACHER
-    teacher = load_teacher_for(disc, student, loop) if compared or dataset.replays_by_kl else None
-    for model in (student, teacher):
-        if model is not None:
-            check_vocabulary(model, data.tokens[-1])
-    if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
-        loop.output_dir, loop.push_to_hub = os.curdir, False
-    trainer = DiscTrainer(
-        student,
-        teacher,
-        loop,
-        dataset,
-        method=disc.method,
-        temperature=disc.temperature,
-        ce_weight=disc.ce_weight,
-        kl_weight=disc.kl_weight,
-        attention=disc.attention,
-        processing_class=tokenizer,
-        callbacks=[_LogLastStep()],
-    )
-
-    examples = take_evenly(data.own)
+    trainer = make_trainer(disc, loop, inputs)
+    examples = take_evenly(inputs.data.own)
 
     def signal_now() -> Signal | None:
         if disc.method not in AT_TEMPERATURE:
             return None
-        return measure_signal(student, teacher, examples, temperature=disc.temperature)
+        return measure_signal(trainer.student, trainer.teacher, examples, temperature=disc.temperature)
 
     before = signal_now()
-    main_process = loop.process_index == 0
     if main_process:
-        other = teacher or student
-        print_section(
-            "What will run",
-            *data.description,
-            ("method", f"{disc.method}: {describe_method(disc)}"),
-            describe_packing(dataset, loop.train_batch_size, collator(student, other, compared)),
-            ("student", describe_model(student)),
-            ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-            ("attention", describe_attention(trainer.attention)),
-            ("steps", describe_steps(loop, dataset, checkpoint, resumed_step)),
-            *(before.describe(dataset.noun) if before else []),
-        )
+        print_section("What will run", *_describe_run(disc, trainer, inputs, before))
     if disc.dry_run:
         return
-
-    if checkpoint is not None and resumed_step == steps:  # the run was stopped between its last step and here
-        trainer.restore(checkpoint)
+    if inputs.checkpoint is not None and finished:  # the run was stopped between its last step and here
+        trainer.restore(inputs.checkpoint)
     else:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=inputs.checkpoint)
     if trainer.termination.agreed:
         raise Terminated(
             f"terminated after step {trainer.state.global_step} of {steps}, which is saved: the same command with"
@@ -120,11 +84,50 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     trainer.save_state()
     after = signal_now()
     if main_process:
-        lines = _describe_outcome(trainer, describe_method(disc))
-        if before and after:
-            lines.append(_describe_learned(before, after, trainer.noun))
-        what = "adapters" if has_adapters(student) else "model"
-        print_section("What came of it", *lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}"))
+        print_section("What came of it", *_describe_outcome(disc, trainer, before, after))
+
+
+def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
+    """Find the checkpoint, read the data, and check both, before the models, which may take minutes to load."""
+    with same_on_all_processes(loop) as must_agree:
+        checkpoint = None if disc.dry_run else find_checkpoint(loop)
+        with explain_load_errors(disc.model_name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+        data = load_training_data(disc, loop, tokenizer)
+        steps = count_steps(loop, len(data.dataset))[0]
+        resumed_step = steps_done(checkpoint, steps)
+        check_teacher_tokenizer(disc, tokenizer, data.tokens)
+        if loop.world_size > 1:
+            must_agree |= settings_of(disc, loop)
+            must_agree |= {"training data": describe_data(data.dataset), "step of the checkpoint": resumed_step}
+    return Inputs(tokenizer, data, checkpoint, resumed_step, steps)
+
+
+def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> DiscTrainer:
+    """Load the models and put them into a trainer."""
+    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
+    dataset = inputs.data.dataset
+    student = load_student(disc)
+    with_teacher = disc.method in WITH_TEACHER or dataset.replays_by_kl
+    teacher = load_teacher_for(disc, student, loop) if with_teacher else None
+    for model in (student, teacher):
+        if model is not None:
+            check_vocabulary(model, inputs.data.tokens[-1])
+    if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
+        loop.output_dir, loop.push_to_hub = os.curdir, False
+    return DiscTrainer(
+        student,
+        teacher,
+        loop,
+        dataset,
+        method=disc.method,
+        temperature=disc.temperature,
+        ce_weight=disc.ce_weight,
+        kl_weight=disc.kl_weight,
+        attention=disc.attention,
+        processing_class=inputs.tokenizer,
+        callbacks=[_LogLastStep()],
+    )
 
 
 def load_student(disc: DiscArguments) -> PreTrainedModel:
@@ -167,8 +170,25 @@ class _LogLastStep(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
 
-def _describe_outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
-    """Describe, in lines (label, text), the steps taken, their pace, and the loss at both ends."""
+def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, signal: Signal | None) -> Lines:
+    """Describe the data, the models and the steps."""
+    dataset, student, teacher = inputs.data.dataset, trainer.student, trainer.teacher
+    compared = disc.method in WITH_TEACHER
+    collate = collator(student, teacher or student, compared)
+    return [
+        *inputs.data.description,
+        ("method", f"{disc.method}: {describe_method(disc)}"),
+        describe_packing(dataset, trainer.args.train_batch_size, collate),
+        ("student", describe_model(student)),
+        ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
+        ("attention", describe_attention(trainer.attention)),
+        ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
+        *(signal.describe(dataset.noun) if signal else []),
+    ]
+
+
+def _describe_outcome(disc: DiscArguments, trainer: DiscTrainer, before: Signal | None, after: Signal | None) -> Lines:
+    """Describe the steps taken, their pace, the loss at both ends, and how much of the signal the student took up."""
     noun, history = trainer.noun, trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     pace = ""
@@ -180,12 +200,11 @@ def _describe_outcome(trainer: DiscTrainer, loss: str) -> list[tuple[str, str]]:
         )
     lines = [("steps", f"{trainer.state.global_step:,}{pace}")]
     if losses:
-        lines.append(("loss", f"{losses[0]:.4f} -> {losses[-1]:.4f}, {loss}, of the first and last logged steps"))
-    return lines
-
-
-def _describe_learned(before: Signal, after: Signal, noun: str) -> tuple[str, str]:
-    """Say, in a line (label, text), how much of the signal the student took up."""
-    was, is_ = fmean(before.divergence), fmean(after.divergence)
-    share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
-    return "signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"
+        ends = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
+        lines.append(("loss", f"{ends}, {describe_method(disc)}, of the first and last logged steps"))
+    if before and after:
+        was, is_ = fmean(before.divergence), fmean(after.divergence)
+        share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
+        lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
+    what = "adapters" if has_adapters(trainer.student) else "model"
+    return [*lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}")]
