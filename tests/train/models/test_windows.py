@@ -7,7 +7,6 @@ import transformers
 from disc_kernels.shared_prefix import SharedPrefixLayout, can_share
 from disc_train.models.causal_lm import hidden_states, use_attention
 from tests.shared_prefix.models import GROUPED
-from tests.train.world import make_model
 
 
 def gpt_neo() -> transformers.PreTrainedModel:
@@ -32,8 +31,8 @@ def windowed(config_class: type[transformers.PreTrainedConfig]) -> transformers.
 
 
 @pytest.mark.parametrize("make_model", [gpt_neo, lambda: windowed(transformers.MistralConfig)])
-def test_branches_far_from_their_trunk_equal_single_sequences_with_gradients():
-    """30 continuations of one header: packed after each other, the last are further from it than the window."""
+def test_branches_far_from_their_trunk_equal_single_sequences_with_gradients(make_model):
+    """30 continuations of one header: packed behind each other, the last are further from it than the window."""
     model = make_model().eval()
     use_attention(model, "auto")
     header, texts = torch.randint(61, (20,)), torch.randint(61, (30, 20))
