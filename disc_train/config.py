@@ -124,24 +124,21 @@ class DiscArguments:
     def __post_init__(self) -> None:
         check_literals(self)
         self._check_uses()
-        self._check("temperature", 0 < self.temperature < math.inf, "a positive, finite number")
+        check_flag(self, "temperature", 0 < self.temperature < math.inf, "a positive, finite number")
         for name in ("ce_weight", "kl_weight"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
-        self._check("lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
-        self._check("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
-        self._check("lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
-        self._check("replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
-        self._check("num_splits", self.num_splits >= 1, "at least 1")
+            check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        check_flag(self, "lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
+        check_flag(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
+        check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
+        check_flag(self, "replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
+        check_flag(self, "num_splits", self.num_splits >= 1, "at least 1")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)
         limit = self.max_document_tokens
-        self._check("max_document_tokens", limit is None or limit >= 3, "at least 3")
+        check_flag(self, "max_document_tokens", limit is None or limit >= 3, "at least 3")
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(f"expected one of --train_file and --dataset_name, got {got}")
-
-    def _check(self, name: str, holds: bool, expected: str) -> None:
-        check_flag(self, name, holds, expected)
 
     def _check_uses(self) -> None:
         """Raise ValueError for a flag that was given and would change nothing."""
