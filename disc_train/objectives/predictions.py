@@ -1,6 +1,7 @@
 """Run both models on a packed batch, and compare what they predict for its target tokens."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ class Predictions:
         count = sum(self.lengths[len(self.lengths) - last :])
 
         def part(chosen: bool) -> "Predictions":
-            def cut(values, count):
+            def cut(values: Any, count: int) -> Any:
                 middle = len(values) - count
                 return values[middle:] if chosen else values[:middle]
 
