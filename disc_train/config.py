@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
@@ -102,6 +103,7 @@ class DiscArguments:
         "document",
     )
     language: str = flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
+    add_bos: Literal["auto", "true", "false"] = flag(ADD_BOS_HELP, "auto")
     max_document_tokens: int | None = flag(
         "Longer documents are cut. Default: the model's context length, less the templates."
     )

@@ -5,7 +5,7 @@ context's up to where the assistant's answer begins, a target's from there on, w
 target are tokenised each on its own and joined, so that both models read the same target.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from disc_train.data.chat import Message, chat_text, check_messages, encode, rep
 from disc_train.data.context_length import ContextLength
 from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.records import Fields, check_text, read_records
+from disc_train.data.sequence_start import start_context
 
 FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",))
 
@@ -24,18 +25,20 @@ def load_records(
     dataset_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
     context_length: ContextLength | None,
+    start: Sequence[int] = (),
 ) -> list[Example]:
     """Read the records of a file, a folder or a Hub dataset as examples.
 
     Args:
         context_length: what the models can read; None: any number of tokens.
+        start: the tokens that every context starts with.
 
     Raises:
         ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
             teacher_context or target that is empty or white space; messages that the chat template does not take; more
             than the models can read.
     """
-    encode_context = cache(lambda text: encode(tokenizer, text))  # many records may share one
+    encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     return [
         _example(name, record, tokenizer, encode_context, context_length)
         for name, record in read_records(train_file, dataset_name, FIELDS)
@@ -57,7 +60,7 @@ def _example(
     teacher, student = encode_context(texts["teacher_context"]), encode_context(texts["student_context"])
     target = encode(tokenizer, texts["target"])
     for field, ids in (("teacher_context", teacher), ("target", target)):
-        if len(ids) == 0 or not texts[field].strip():
+        if len(ids) == 0 or not texts[field].strip():  # a start alone is not a context
             raise ValueError(f"{name}: expected a {field} that is not empty")
     read = max(len(teacher), len(student)) + len(target) - 1
     if limit is not None and read > limit.tokens:

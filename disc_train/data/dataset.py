@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from disc_train.data.example import NO_IDS, Branch, Context, Example
+from disc_train.data.example import NO_IDS, Branch, Context, Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument, check_split_options, choose_splits
 from disc_train.data.templates import NO_TEMPLATES, Templates
 
@@ -50,15 +50,15 @@ class ExampleDataset(Dataset[Example]):
         self._epoch.fill_(epoch)
 
 
-def whole_documents(documents: Sequence[TokenizedDocument]) -> ExampleDataset:
-    """Make an example of each document of at least 2 tokens: all of it is the target, and nothing stands before it.
+def whole_documents(documents: Sequence[TokenizedDocument], start: Ids = NO_IDS) -> ExampleDataset:
+    """Make an example of each document of at least 2 tokens: all of it is the target, after nothing but `start`.
 
     Raises:
         ValueError: there is none.
     """
-    nothing = Context(0)
+    context = Context(len(start))
     examples = [
-        Example(document.name, NO_IDS, NO_IDS, [Branch(document.input_ids, teacher=nothing, student=nothing)])
+        Example(document.name, start, start, [Branch(document.input_ids, teacher=context, student=context)])
         for document in documents
         if len(document.input_ids) >= MIN_TOKENS
     ]

@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from disc_train.data.example import Ids
+
+AddBos = Literal["auto", "true", "false"]
 
 ADD_BOS_HELP = (
     "Start every sequence with a BOS token. auto: with what the tokenizer itself puts before a text; true: with its BOS"
@@ -11,7 +16,7 @@ ADD_BOS_HELP = (
 )
 
 
-def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: Literal["auto", "true", "false"] = "auto") -> list[int]:
+def bos_prefix(tokenizer: PreTrainedTokenizerBase, add_bos: AddBos = "auto") -> list[int]:
     """Return the token ids that every sequence starts with, in most cases a BOS token or none.
 
     Args:
@@ -41,3 +46,25 @@ def start_sequence(prefix: Sequence[int], tokens: Sequence[int]) -> list[int]:
     """Put a prefix before the tokens of a text, unless they start with it already or there are none."""
     there = list(tokens[: len(prefix)]) == list(prefix)
     return list(tokens) if there or not tokens else [*prefix, *tokens]
+
+
+def start_context(prefix: Sequence[int], tokens: Ids) -> Ids:
+    """Put a prefix before the tokens of a context, which may have none, unless they start with it already."""
+    return tokens if starts_with(prefix, tokens) else np.concatenate([np.asarray(prefix, dtype=tokens.dtype), tokens])
+
+
+def starts_with(prefix: Sequence[int], tokens: Ids) -> bool:
+    """Return whether the tokens begin with the prefix, as those of a chat template may."""
+    return tokens[: len(prefix)].tolist() == list(prefix)
+
+
+def describe_start(tokenizer: PreTrainedTokenizerBase, add_bos: AddBos, prefix: Sequence[int]) -> str:
+    """Say for the summary how sequences start."""
+    if prefix:
+        reason = "as the tokenizer starts a text" if add_bos == "auto" else "--add_bos true"
+        return f"both models' sequences start with {tokenizer.decode(prefix)!r} ({reason})"
+    if add_bos == "auto":
+        return "with their first token, since the tokenizer puts nothing before a text"
+    left_out = bos_prefix(tokenizer) if add_bos == "false" else []
+    would = f", though the tokenizer starts a text with {tokenizer.decode(left_out)!r}" if left_out else ""
+    return f"with their first token (--add_bos false){would}"

@@ -2,13 +2,15 @@
 
 import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.data.documents import Document
+from disc_train.data.sequence_start import starts_with
 
 SENTENCE_STRATEGIES = ("sentence_boundary", "middle_sentence", "uniform_sentence")
 TOKEN_STRATEGIES = ("random_token", "uniform_token", "random_token_fixed")
@@ -117,6 +119,14 @@ def tokenize_document(
         sentence_starts=tuple(start for start in starts if start < len(first_ids)),
         cut=len(ids) - len(first_ids),
     )
+
+
+def without_start(document: TokenizedDocument, start: Sequence[int]) -> TokenizedDocument:
+    """Drop the tokens `start` from the beginning of a document, which is read behind them anyway."""
+    if not start or not starts_with(start, document.input_ids):
+        return document
+    sentence_starts = sorted({max(0, first - len(start)) for first in document.sentence_starts})
+    return replace(document, input_ids=document.input_ids[len(start) :], sentence_starts=tuple(sentence_starts))
 
 
 def _tokenize_whole(

@@ -5,6 +5,7 @@ document are tokenised each on its own and joined: then the document's tokens ar
 and the prefixes of all its split points are first parts of one another, so that one reading serves all.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.data.chat import chat_text, encode
 from disc_train.data.example import NO_IDS, Ids
 from disc_train.data.records import check_text
+from disc_train.data.sequence_start import start_context
 
 # Rendered in the prefix's place. Two, of different length and wording, with what filters change: a template that writes
 # both unchanged, and the same around them, is taken to do so for every prefix, which one that asks for lengths beyond
@@ -37,9 +39,11 @@ class Templates(NamedTuple):
 NO_TEMPLATES = Templates()
 
 
-def read_templates(teacher: str | None, student: str | None, tokenizer: PreTrainedTokenizerBase) -> Templates:
+def read_templates(
+    teacher: str | None, student: str | None, tokenizer: PreTrainedTokenizerBase, start: Sequence[int] = ()
+) -> Templates:
     """Read both templates: Jinja, or the path of a .jinja file; None: the teacher reads the prefix alone, the student
-    nothing before a suffix.
+    nothing before a suffix. Both headers start with the tokens `start`.
 
     Variables: `prefix`, the document before the split (the teacher's only, which has to write it once, as it is);
     `bos_token` and `eos_token`; `chat(user, system=None)`, those messages in the tokenizer's chat template, up to where
@@ -51,7 +55,8 @@ def read_templates(teacher: str | None, student: str | None, tokenizer: PreTrain
     """
     header, footer = _around_prefix("--teacher_template", teacher, tokenizer)
     student_header = "" if student is None else render("--student_template", student, tokenizer)
-    return Templates(encode(tokenizer, header), encode(tokenizer, footer), encode(tokenizer, student_header))
+    header_ids, student_ids = (start_context(start, encode(tokenizer, text)) for text in (header, student_header))
+    return Templates(header_ids, encode(tokenizer, footer), student_ids)
 
 
 def _around_prefix(flag: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -11,8 +11,9 @@ from disc_train.data.context_length import ContextLength, context_length
 from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.documents import load_documents
-from disc_train.data.splits import tokenize_document
-from disc_train.data.templates import NO_TEMPLATES, Templates, read_templates
+from disc_train.data.sequence_start import bos_prefix, describe_start
+from disc_train.data.splits import tokenize_document, without_start
+from disc_train.data.templates import Templates, read_templates
 from disc_train.summary import describe_documents, describe_records, describe_replay, describe_whole_documents
 
 Lines = list[tuple[str, str]]  # (label, text), for the summary
@@ -36,6 +37,8 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     """
     context = context_length(disc.model_name_or_path, disc.teacher_name_or_path)
     own, description = _load(disc, loop, tokenizer, context, disc.train_file, disc.dataset_name)
+    start = bos_prefix(tokenizer, disc.add_bos)
+    description.append(("sequences", describe_start(tokenizer, disc.add_bos, start)))
     dataset, sets = own, [own]
     if disc.replay_file is not None:
         by_kl = disc.replay_objective == "kl"
@@ -59,20 +62,21 @@ def _load(
     whole: bool = False,
 ) -> tuple[ExampleDataset, Lines]:
     """Make the examples of one source, for the method or as `whole` documents, and lines for the summary."""
+    start = bos_prefix(tokenizer, disc.add_bos)
     if disc.method == "cd" and not whole:
-        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, context))
+        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, context, start))
         return records, describe_records(records)
     documents = load_documents(train_file, dataset_name, disc.text_column)
-    templates = NO_TEMPLATES
-    if disc.method == "disc" and not whole:
-        templates = read_templates(disc.teacher_template, disc.student_template, tokenizer)
+    split = disc.method == "disc" and not whole
+    teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)
+    templates = read_templates(teacher, student, tokenizer, start)
     limit = _document_limit(disc, context, templates)
     read = [
-        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language)
+        without_start(tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language), start)
         for document in tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
     ]
-    if disc.method != "disc" or whole:
-        examples = whole_documents(read)
+    if not split:
+        examples = whole_documents(read, templates.student_header)
         return examples, describe_whole_documents(read, examples)
     dataset = DocumentDataset(
         read,
@@ -99,7 +103,7 @@ def _document_limit(disc: DiscArguments, context: ContextLength | None, template
     if context is None:
         return disc.max_document_tokens
     room = f"the {context.reader}'s context of {context.tokens} tokens{context.note}"
-    room += f", less {templates.longest} of the templates" if templates.longest else ""
+    room += f", less {templates.longest} of the templates and what sequences start with" if templates.longest else ""
     left = context.tokens - templates.longest
     if left < 3:
         raise ValueError(

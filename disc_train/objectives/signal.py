@@ -47,8 +47,22 @@ class Signal(NamedTuple):
             ),
             ("contexts", gains),
         ]
-        warning = self.warning(noun)
-        return lines if warning is None else [*lines, ("WARNING", warning)]
+        warnings = [self.warning(noun), self.cold_start_warning(noun)]
+        return [*lines, *(("WARNING", warning) for warning in warnings if warning is not None)]
+
+    def cold_start_warning(self, noun: str) -> str | None:
+        """Say so if most of what a document's context adds, the context of any other document adds as well."""
+        if not self.gain_over_other_context or noun != "document":
+            return None
+        whole, own = fmean(self.gain_over_student), fmean(self.gain_over_other_context)
+        any_text = whole - own
+        if any_text <= max(own, MIN_GAIN):
+            return None
+        return (
+            f"most of what a context adds, {any_text:.4f} of {whole:.4f} nats a token, any other document's adds as"
+            " well: the student lacks a text before its target, not this document's content. See whether sequences"
+            " start as the model knows them (--add_bos), or give the student a --student_template."
+        )
 
     def warning(self, noun: str) -> str | None:
         """Say what is wrong with the data if there is hardly any signal; return None if there is."""

@@ -1,0 +1,130 @@
+"""Sequences start as the tokenizer starts a text: parity with a loop that does so, in every method, never twice."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+from transformers import TrainingArguments
+
+from disc_train.config import parse_arguments
+from disc_train.data.sequence_start import bos_prefix
+from disc_train.data.templates import read_templates
+from disc_train.data.training_data import load_training_data
+from disc_train.objectives.signal import Signal
+from disc_train.packing.collator import pack
+from disc_train.trainer import DiscTrainer
+from tests.train.bos_tokenizer import with_bos
+from tests.train.files import write_jsonl
+from tests.train.test_parity import TEMPERATURE, TOLERANCE, gradient_error
+from tests.train.world import SENTENCES, make_model, perturbed
+
+TEXT = " ".join(SENTENCES)
+
+
+@pytest.fixture
+def starting(tokenizer):
+    return with_bos(tokenizer)
+
+
+@pytest.fixture
+def folder(tmp_path, starting):
+    """A model whose tokenizer starts every text with a BOS token."""
+    make_model(vocab_size=304).save_pretrained(tmp_path / "model")
+    starting.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def loop_loss(student, teacher, bos, samples):
+    """The mean over documents of the mean over splits; each sequence starts with BOS, so each suffix token counts."""
+    documents = []
+    for ids, splits in samples:
+        losses = []
+        for start, stop in splits:
+            n = stop - start
+            with torch.no_grad():
+                teacher_logits = teacher(torch.tensor([[bos, *ids[:stop]]])).logits[0, -n - 1 : -1]
+            student_logits = student(torch.tensor([[bos, *ids[start:stop]]])).logits[0, :-1]
+            p, q = (log_softmax(logits / TEMPERATURE, dim=-1) for logits in (teacher_logits, student_logits))
+            losses.append(TEMPERATURE**2 * (p.exp() * (p - q)).sum() / n)
+        documents.append(torch.stack(losses).mean())
+    return torch.stack(documents).mean()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_loss_and_every_gradient_equal_a_loop_that_starts_with_bos(architecture, make_dataset, starting, tmp_path):
+    teacher = make_model(architecture, vocab_size=304)
+    student = perturbed(teacher)
+    expected = copy.deepcopy(student)
+    start = bos_prefix(starting)
+    dataset = make_dataset(num_splits=3, templates=read_templates(None, None, starting, start))
+    samples = [(document.input_ids.tolist(), dataset.splits(i)) for i, document in enumerate(dataset.documents)]
+    loss = loop_loss(expected, teacher, start[0], samples)
+    loss.backward()
+    batch = pack([dataset[i] for i in range(len(dataset))])
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE)
+    got = trainer.training_step(student, batch, num_items_in_batch=batch["num_examples"])
+    assert float(got) == pytest.approx(float(loss.detach()), rel=TOLERANCE)
+    assert gradient_error(student, expected) < TOLERANCE
+
+
+def load(folder, tokenizer, tmp_path, *flags, **record):
+    path = write_jsonl(tmp_path / "data.jsonl", record or {"text": TEXT})
+    arguments = ["--model_name_or_path", str(folder), "--train_file", str(path), "--output_dir", str(tmp_path / "out")]
+    return load_training_data(*parse_arguments([*arguments, "--use_cpu", "true", *flags]), tokenizer)
+
+
+def trunks(data):
+    example = data.dataset[0]
+    return example.teacher_trunk.tolist(), example.student_trunk.tolist()
+
+
+@pytest.mark.parametrize("method", ["disc", "ft", "ft_kl", "talr"])
+@pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT])
+def test_documents_start_with_one_bos(folder, starting, tmp_path, method, text):
+    data = load(folder, starting, tmp_path, "--method", method, text=text)
+    teacher, student = trunks(data)
+    bos = starting.bos_token_id
+    assert teacher[0] == student[0] == bos
+    assert student == [bos]
+    example = data.dataset[0]
+    assert bos not in [*teacher[1:], *(token for branch in example.branches for token in branch.target)]
+    assert all(branch.first == 0 for branch in example.branches)
+    assert ("sequences", "both models' sequences start with '<s>' (as the tokenizer starts a text)") in data.description
+
+
+def test_records_start_with_one_bos(folder, starting, tmp_path):
+    starting.chat_template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    for context in ("Say when.", "<s>Say when.", [{"role": "user", "content": "Say when."}]):
+        data = load(folder, starting, tmp_path, "--method", "cd", teacher_context=context, target="In the spring.")
+        teacher, student = trunks(data)
+        assert (teacher[0], teacher.count(starting.bos_token_id)) == (starting.bos_token_id, 1)
+        assert student == [starting.bos_token_id]
+
+
+def test_templates_that_write_one_get_no_second(folder, starting, tmp_path):
+    flags = ("--teacher_template", "<s>News: {{ prefix }}", "--student_template", "{{ bos_token }}News: ")
+    teacher, student = trunks(load(folder, starting, tmp_path, *flags))
+    for trunk in (teacher, student):
+        assert (trunk[0], trunk.count(starting.bos_token_id)) == (starting.bos_token_id, 1)
+
+
+def test_without(folder, starting, tokenizer, tmp_path):
+    data = load(folder, starting, tmp_path, "--add_bos", "false")
+    assert trunks(data)[1] == []
+    [start] = [text for label, text in data.description if label == "sequences"]
+    assert start == "with their first token (--add_bos false), though the tokenizer starts a text with '<s>'"
+    data = load(folder, tokenizer, tmp_path)
+    assert trunks(data)[1] == []
+    assert ("sequences", "with their first token, since the tokenizer puts nothing before a text") in data.description
+    with pytest.raises(ValueError, match="--add_bos: expected a tokenizer that has a BOS token"):
+        load(folder, tokenizer, tmp_path, "--add_bos", "true")
+
+
+def test_a_cold_start_is_said():
+    assert Signal([1.0], [1.5], [1.0]).cold_start_warning("document") is None
+    warning = Signal([1.0], [1.5], [0.2]).cold_start_warning("document")
+    assert warning is not None
+    assert "1.3000 of 1.5000" in warning
+    assert "--add_bos" in warning
