@@ -62,7 +62,7 @@ def describe_start(tokenizer: PreTrainedTokenizerBase, add_bos: AddBos, prefix: 
     """Say for the summary how sequences start."""
     if prefix:
         reason = "as the tokenizer starts a text" if add_bos == "auto" else "--add_bos true"
-        return f"both models' sequences start with {tokenizer.decode(prefix)!r} ({reason})"
+        return f"both models' sequences start with {tokenizer.decode(list(prefix))!r} ({reason})"
     if add_bos == "auto":
         return "with their first token, since the tokenizer puts nothing before a text"
     left_out = bos_prefix(tokenizer) if add_bos == "false" else []
