@@ -4,13 +4,17 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test reproduction bench gpu lint
+.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench gpu gpu-rehearsal lint
 
 setup: $(READY)
 
+define environment
+$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
+$(PYTHON) -m venv $(1)
+endef
+
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
+	$(call environment,$(VENV))
 	$(RUN) -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt -e '.[dev]'
 	touch $@
 
@@ -21,6 +25,30 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
+# The whole suite with the oldest versions that pyproject.toml promises, and with the newest that there are. From PyPI
+# each brings CUDA libraries of about 3 GB.
+test-oldest: .venv-oldest/ready
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist worksteal
+
+test-newest: .venv-newest/ready
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 --dist worksteal
+
+# CI's part of it: the oldest transformers with the PyTorch of `make setup`, and the tests that use most of its classes.
+test-oldest-transformers: $(READY)
+	$(RUN) -m pip install --quiet --upgrade --target build/oldest -c oldest.txt transformers
+	PYTHONPATH=build/oldest OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m 'not slow' tests/shared_prefix tests/train/models tests/train/test_parity.py tests/train/test_trainer.py tests/train/command/test_run.py
+
+.venv-oldest/ready: pyproject.toml oldest.txt
+	$(call environment,.venv-oldest)
+	.venv-oldest/bin/python -m pip install --quiet -r oldest.txt -e '.[test]'
+	touch $@
+
+# Newest when it is made: `rm -r .venv-newest` for what has appeared since.
+.venv-newest/ready: pyproject.toml
+	$(call environment,.venv-newest)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[test]'
+	touch $@
+
 # What is there already, of an interrupted reproduction, is not made again.
 reproduction: $(READY)
 	$(RUN) examples/reproduction/reproduce.py
@@ -28,10 +56,21 @@ reproduction: $(READY)
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --results benchmarks/results
 
-# On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing.
+# On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing. Where the tree has no
+# git history, name what it is a copy of: make gpu COMMIT=...
 gpu:
-	$(PYTHON) -m pytest -m gpu tests/*/test_gpu.py
-	$(PYTHON) -m pytest benchmarks --results benchmarks/results
+	$(PYTHON) -m benchmarks.gpu
+
+# What `make gpu` runs, on the CPU at tiny sizes by Triton's interpreter, with the versions of a GPU machine and without
+# the project installed. Its PyTorch brings CUDA libraries of about 3 GB.
+gpu-rehearsal: .venv-rehearsal/ready
+	.venv-rehearsal/bin/python -m benchmarks.gpu --rehearsal
+
+.venv-rehearsal/ready: pyproject.toml oldest.txt
+	$(call environment,.venv-rehearsal)
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"], sep="\n")' >.venv-rehearsal/peers.txt
+	.venv-rehearsal/bin/python -m pip install --quiet -r oldest.txt -r .venv-rehearsal/peers.txt peft jinja2 pytest pytest-benchmark pytest-timeout pytest-xdist
+	touch $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .

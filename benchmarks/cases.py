@@ -29,6 +29,7 @@ class Case:
     shared: int = 1  # student rows that are compared with one teacher row
     summarised: bool = False  # the teacher is a summary that was made before
     rank: int = 0  # cases of a lower rank are measured first
+    rehearsal: bool = False  # on the CPU, everybody's Triton kernels by its interpreter, one round
 
     @property
     def rows(self) -> int:
@@ -54,8 +55,12 @@ class Case:
     def describe(self) -> dict[str, Any]:
         """What a row of results says of the case."""
         fields = asdict(self) | {"case": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
-        del fields["name"], fields["systems"], fields["rank"]
+        del fields["name"], fields["systems"], fields["rank"], fields["rehearsal"]
         return fields | {"rows": self.rows, "units": self.units, "gradient_bytes": self.gradient_bytes}
+
+    def rehearsed(self) -> Case:
+        """Return the case at a size that Triton's interpreter computes in a second."""
+        return replace(self, tokens=32, hidden=32, vocab=500, rehearsal=True)
 
     def inputs(self, device: str) -> Inputs:
         """Random tensors, the same at every call; logits have a standard deviation of about 2."""

@@ -41,6 +41,17 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[START] = time.monotonic()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test of a case and a system all that its module measures on this device, or rehearses for a GPU."""
+    if not {"case", "system"} <= set(metafunc.fixturenames):
+        return
+    cases = metafunc.module.CASES[metafunc.module.DEVICE]
+    if metafunc.config.getoption("rehearsal"):
+        cases = [case.rehearsed() for case in metafunc.module.CASES["cuda"]]
+    measurements = [pytest.param(case, system, id=f"{case.name}-{system}") for case in cases for system in case.systems]
+    metafunc.parametrize(("case", "system"), measurements)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def rank(item: pytest.Item) -> int:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
@@ -70,7 +81,7 @@ def record(
         if time.monotonic() - config.stash[START] > seconds:
             rows.append({"status": f"left out: {seconds:g} seconds were spent on what stands before", **known})
             pytest.skip(rows[-1]["status"])
-        return recorded(rows, benchmark, **known)
+        return recorded(rows, benchmark, strict=config.getoption("rehearsal"), **known)
 
     yield add
     if config.getoption("results"):

@@ -69,14 +69,16 @@ def products(x: Inputs) -> Callable[[], None]:
 
 def ours(x: Inputs) -> Call:
     tensors = x.student, x.student_weight, x.teacher, x.teacher_weight
-    return lambda: fused_suffix_kl(*tensors, student_index=x.student_index, teacher_index=x.teacher_index)
+    indices = {"student_index": x.student_index, "teacher_index": x.teacher_index}
+    return lambda: fused_suffix_kl(*tensors, **indices, impl=_impl(x))
 
 
 def ours_expected_embedding(x: Inputs) -> Call:
     from disc_kernels import expected_embedding_kl, teacher_summary
 
-    summary = teacher_summary(x.teacher, x.teacher_weight, x.student_weight, teacher_index=x.teacher_index)
-    return lambda: expected_embedding_kl(x.student, x.student_weight, summary, student_index=x.student_index)
+    impl = _impl(x)
+    summary = teacher_summary(x.teacher, x.teacher_weight, x.student_weight, teacher_index=x.teacher_index, impl=impl)
+    return lambda: expected_embedding_kl(x.student, x.student_weight, summary, student_index=x.student_index, impl=impl)
 
 
 def full_logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
@@ -160,19 +162,25 @@ def orda(x: Inputs) -> Call:
     from orda_kernel import SeparateTeacher, distillation_loss
 
     _require_cuda(x)  # elsewhere it is plain torch
+    backend = "torch" if x.case.rehearsal else "triton"
     labels = torch.zeros(x.case.rows, dtype=torch.int64, device=x.student.device)
     weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
 
     def call() -> Tensor:
         student, student_weight, teacher, teacher_weight = x.gathered()
         head = SeparateTeacher(hidden=teacher, weight=teacher_weight)
-        return distillation_loss(student, student_weight, labels, head, **weights, backend="triton").loss
+        return distillation_loss(student, student_weight, labels, head, **weights, backend=backend).loss
 
     return call
 
 
+def _impl(x: Inputs) -> str | None:
+    """Leave the choice to ours, which takes Triton for CUDA tensors; in a rehearsal take it on the CPU."""
+    return "triton" if x.case.rehearsal else None
+
+
 def _require_cuda(x: Inputs) -> None:
-    if x.student.device.type != "cuda":
+    if x.student.device.type != "cuda" and not x.case.rehearsal:
         raise NotAvailable("needs CUDA")
 
 

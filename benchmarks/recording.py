@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import reason
+from benchmarks.peers import NotAvailable, reason
 
 
 @contextmanager
-def recorded(rows: list[dict[str, Any]], benchmark: Any, /, system: str, **known: Any) -> Iterator[dict[str, Any]]:
+def recorded(
+    rows: list[dict[str, Any]], benchmark: Any, /, system: str, *, strict: bool = False, **known: Any
+) -> Iterator[dict[str, Any]]:
     """Add a row that is filled in the block; its last word is `status`.
 
-    What could not be measured says why and is skipped. Ours may run out of memory, but other errors are failures.
+    What could not be measured says why and is skipped. Ours may run out of memory or not be available on a device, but
+    its other errors are failures; if `strict`, everybody's are.
     """
     row = {"status": "failed: see the output of the test", "system": system, **known}
     rows.append(row)
@@ -23,7 +26,8 @@ def recorded(rows: list[dict[str, Any]], benchmark: Any, /, system: str, **known
         yield row
     except Exception as error:
         row["status"] = reason(error)
-        if system.startswith("ours") and row["status"] != "out of memory":
+        excused = isinstance(error, NotAvailable) or row["status"] == "out of memory"
+        if (strict or system.startswith("ours")) and not excused:
             raise
     # Outside the `except`: its traceback would keep the tensors of a system that ran out of memory.
     if row["status"] != "measured":

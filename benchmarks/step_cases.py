@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ class StepCase:
     documents: int  # a step
     systems: tuple[str, ...] = (LOOP, "ours")
     rank: int = 1  # cases of a lower rank are measured first
+    rehearsal: bool = False  # on the CPU, one round
 
     @property
     def name(self) -> str:
@@ -83,6 +84,12 @@ class StepCase:
             "suffixes": self.suffixes,
             "documents": self.documents,
         }
+
+    def rehearsed(self) -> StepCase:
+        """Return the case with a model of the same kind that takes a step in about a second on the CPU."""
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        return replace(self, shape=replace(self.shape, **sizes, **heads), rehearsal=True)
 
     def dataset(self) -> DocumentDataset:
         """Random tokens, the same at every call; the method's five splits a document."""

@@ -14,6 +14,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from benchmarks.peers import NotAvailable
 from benchmarks.step_cases import StepCase
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.example import Example
@@ -34,6 +35,8 @@ def ours(
 
     Its logging and callbacks are left out, and data loader workers that would collate the next step meanwhile.
     """
+    if attention in ("flex", "varlen") and student.device.type == "cpu":
+        raise NotAvailable("needs CUDA")
     args = TrainingArguments(
         tempfile.gettempdir(),  # nothing is saved
         per_device_train_batch_size=case.documents,

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -24,9 +23,8 @@ from benchmarks.cases import CPU_CASES, GPU_CASES, Case, Inputs
 from benchmarks.memory import peak_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = GPU_CASES if DEVICE == "cuda" else CPU_CASES
+CASES = {"cpu": CPU_CASES, "cuda": GPU_CASES}
 SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 3, 10  # of one measurement; the whole suite is to take minutes
-MEASUREMENTS = [pytest.param(case, system, id=f"{case.name}-{system}") for case in CASES for system in case.systems]
 
 
 @lru_cache(maxsize=1)
@@ -35,7 +33,6 @@ def problem_of(case: Case) -> Problem:
     return Problem(case, DEVICE)
 
 
-@pytest.mark.parametrize(("case", "system"), MEASUREMENTS)
 def test_linear_kl(benchmark, record, case: Case, system: str) -> None:
     with record(system=system, **case.describe()) as row:
         row |= measure(benchmark, problem_of(case), getattr(peers, system))
@@ -56,6 +53,7 @@ def measure(benchmark: Any, problem: Problem, system: Callable[[Inputs], Callabl
     start = time.perf_counter()
     peak = peak_bytes(step, DEVICE)
     rounds = min(max(int(SECONDS / (time.perf_counter() - start)), LEAST_ROUNDS), MOST_ROUNDS)
+    rounds = 1 if problem.case.rehearsal else rounds
     benchmark.pedantic(synchronised, args=(step,), setup=cold_cache, rounds=rounds)
     return {
         "status": "measured",

@@ -19,6 +19,7 @@ from disc_kernels.shared_prefix import (
 )
 from disc_kernels.shared_prefix.backends.varlen import varlen_attention_forward, varlen_mask
 from disc_train.models.causal_lm import hidden_states, use_attention
+from tests.gpu import DEVICE, needs_cuda
 
 pytestmark = pytest.mark.gpu
 
@@ -35,13 +36,14 @@ def tiny_model() -> transformers.PreTrainedModel:
         num_key_value_heads=2,
         initializer_range=0.1,
     )
-    return transformers.AutoModelForCausalLM.from_config(config).cuda()
+    return transformers.AutoModelForCausalLM.from_config(config).to(DEVICE)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).float().norm() / expected.float().norm()).item()
 
 
+@needs_cuda("pinned memory")
 def test_pinning_and_moving_to_an_accelerator():
     layout = SharedPrefixLayout.from_trees([(3, [(2, 2), (3, 1)])])
     tensors = {field.name: getattr(layout, field.name) for field in fields(layout)}
@@ -56,6 +58,7 @@ def test_pinning_and_moving_to_an_accelerator():
         SharedPrefixLayout(**{name: tensor.cuda() for name, tensor in wrong.items()})
 
 
+@needs_cuda("FlexAttention has no backward on the CPU")
 @pytest.mark.parametrize("window", [None, 20])
 def test_compiled_flex_attention_on_a_gpu_equals_sdpa_with_gradients(window, compiler):
     layout = SharedPrefixLayout.from_trees(TREES).to("cuda")
@@ -71,6 +74,7 @@ def test_compiled_flex_attention_on_a_gpu_equals_sdpa_with_gradients(window, com
         torch.testing.assert_close(result, reference, atol=2e-2, rtol=0)  # TF32 products
 
 
+@needs_cuda("FlashAttention")
 @pytest.mark.parametrize("window", [None, 20])
 def test_variable_length_attention_equals_sdpa_with_gradients(window):
     layout = SharedPrefixLayout.from_trees(TREES).to("cuda")
@@ -93,6 +97,7 @@ def test_variable_length_attention_equals_sdpa_with_gradients(window):
         assert relative_error(result, reference) < 0.02
 
 
+@needs_cuda("FlashAttention")
 def test_a_trunk_tokens_gradients_are_summed_in_float32():
     """1024 branches give the trunk's one token a gradient of 1 each; added one by one in bfloat16 that stops at 256."""
     branches = 1024
@@ -104,18 +109,25 @@ def test_a_trunk_tokens_gradients_are_summed_in_float32():
     assert (value.grad[0, :, 0] - (branches + 2)).abs().max() <= 8
 
 
-@pytest.mark.parametrize(("attention", "picked"), [("auto", FLEX), ("flex", FLEX), ("varlen", VARLEN)])
+@pytest.mark.parametrize(
+    ("attention", "picked"),
+    [
+        ("auto", FLEX if DEVICE == "cuda" else "sdpa"),
+        pytest.param("flex", FLEX, marks=needs_cuda("FlexAttention has no backward on the CPU")),
+        pytest.param("varlen", VARLEN, marks=needs_cuda("FlashAttention")),
+    ],
+)
 def test_a_model_under_autocast_equals_sdpa_with_gradients(attention, picked, compiler):
     """Weights in float32, as the student's are."""
     model = tiny_model()
-    layout = SharedPrefixLayout.from_trees(TREES).to("cuda")
-    ids = torch.randint(61, (1, len(layout)), device="cuda")
-    upstream = torch.randn(1, len(layout), 256, device="cuda")
+    layout = SharedPrefixLayout.from_trees(TREES).to(DEVICE)
+    ids = torch.randint(61, (1, len(layout)), device=DEVICE)
+    upstream = torch.randn(1, len(layout), 256, device=DEVICE)
     parameters = list(model.get_decoder().parameters())
 
     def outputs(attention: str) -> tuple[str, list[Tensor]]:
         implementation = use_attention(model, attention)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             hidden = hidden_states(model, ids, layout)
         return implementation, [hidden, *torch.autograd.grad(hidden, parameters, upstream)]
 
@@ -126,6 +138,7 @@ def test_a_model_under_autocast_equals_sdpa_with_gradients(attention, picked, co
         assert relative_error(result, reference) < 0.05
 
 
+@needs_cuda("the host's waiting")
 @pytest.mark.parametrize("implementation", [FLEX, VARLEN])
 def test_building_a_mask_waits_for_nothing(implementation):
     config = tiny_model().config
@@ -139,6 +152,7 @@ def test_building_a_mask_waits_for_nothing(implementation):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_cuda("FlexAttention has no backward on the CPU")
 def test_new_lengths_compile_nothing(compiler):
     model = tiny_model()
     use_attention(model, "flex")
