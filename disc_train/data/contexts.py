@@ -26,12 +26,14 @@ def load_records(
     tokenizer: PreTrainedTokenizerBase,
     context_length: ContextLength | None,
     start: Sequence[int] = (),
+    flag: str = "--train_file",
 ) -> list[Example]:
     """Read the records of a file, a folder or a Hub dataset as examples.
 
     Args:
         context_length: what the models can read; None: any number of tokens.
         start: the tokens that every context starts with.
+        flag: the one that named the file, for messages.
 
     Raises:
         ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
@@ -41,7 +43,7 @@ def load_records(
     encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     return [
         _example(name, record, tokenizer, encode_context, context_length)
-        for name, record in read_records(train_file, dataset_name, FIELDS)
+        for name, record in read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
     ]
 
 

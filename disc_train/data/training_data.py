@@ -42,7 +42,9 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     dataset, sets = own, [own]
     if disc.replay_file is not None:
         by_kl = disc.replay_objective == "kl"
-        replay, of_replay = _load(disc, loop, tokenizer, context, disc.replay_file, None, whole=by_kl)
+        replay, of_replay = _load(
+            disc, loop, tokenizer, context, disc.replay_file, None, whole=by_kl, flag="--replay_file"
+        )
         dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
         sets.append(replay)
         description.append(("replay", describe_replay(dataset, disc.replay_file)))
@@ -60,13 +62,14 @@ def _load(
     train_file: str | None,
     dataset_name: str | None,
     whole: bool = False,
+    flag: str = "--train_file",
 ) -> tuple[ExampleDataset, Lines]:
     """Make the examples of one source, for the method or as `whole` documents, and lines for the summary."""
     start = bos_prefix(tokenizer, disc.add_bos)
     if disc.method == "cd" and not whole:
-        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, context, start))
+        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, context, start, flag))
         return records, describe_records(records)
-    documents = load_documents(train_file, dataset_name, disc.text_column)
+    documents = load_documents(train_file, dataset_name, disc.text_column, flag)
     split = disc.method == "disc" and not whole
     teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)
     templates = read_templates(teacher, student, tokenizer, start)

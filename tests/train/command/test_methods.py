@@ -109,4 +109,7 @@ def test_replay_beside_records(disc_train, records, old_documents):
 
 
 def test_a_replay_file_that_is_not_there(fails, tmp_path):
-    assert "none.jsonl" in fails("--method", "ft", "--replay_file", tmp_path / "none.jsonl")
+    message = fails("--method", "ft", "--replay_file", tmp_path / "none.jsonl")
+    assert "--replay_file" in message
+    assert "none.jsonl" in message
+    assert "train_file" not in message
