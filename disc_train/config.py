@@ -110,10 +110,11 @@ class DiscArguments:
     teacher_template: str | None = flag(
         "What the teacher reads before a suffix: Jinja, or a .jinja file, that writes {{ prefix }}, the document before"
         " the split, once; {{ chat(prefix, system=None) }} is the model's chat template. One newline at its end is"
-        " dropped. Default: the prefix alone."
+        " dropped. Default: the prefix alone, after what a sequence starts with."
     )
     student_template: str | None = flag(
-        "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing."
+        "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing but what a"
+        " sequence starts with."
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."

@@ -72,7 +72,7 @@ def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDatas
             f" {counts.rows:,} predictions an epoch",
         ),
     ]
-    if templates.longest:
+    if templates.longest > templates.start:
         text = (
             f"teacher: {len(templates.teacher_header):,} tokens before a document and"
             f" {len(templates.teacher_footer):,} after a prefix;"
@@ -86,14 +86,15 @@ def describe_whole_documents(read: Sequence[TokenizedDocument], dataset: Example
     """Describe, in lines (label, text), documents that are trained on as a whole."""
     short = [document.name for document in read if len(document.input_ids) < MIN_TOKENS]
     names = f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else ""
-    rows = sum(branch.rows for example in dataset.examples for branch in example.branches)
+    branches = [branch for example in dataset.examples for branch in example.branches]
+    tokens, rows = sum(len(branch.target) for branch in branches), sum(branch.rows for branch in branches)
     return [
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {len(short):,} of fewer than {MIN_TOKENS} tokens"
             f"{names}; {_describe_cut(read)}",
         ),
-        ("tokens", f"{rows + len(dataset):,} in these documents: {rows:,} trained on; skipped: {len(dataset):,} first"),
+        ("tokens", f"{tokens:,} in these documents: {rows:,} trained on; skipped: {tokens - rows:,} first"),
     ]
 
 

@@ -98,6 +98,7 @@ class Projection:
     operand_dtype: torch.dtype  # what hidden and weight are rounded to before they are multiplied
     accumulate_dtype: torch.dtype  # of logits, statistics, losses and sums of gradients
     vocab_size: int  # the first entries, those that are compared
+    copied: bool = False  # whether the weight is a copy that was made to be multiplied: rounded, widened, in order
 
     @property
     def product_dtype(self) -> torch.dtype:

@@ -28,7 +28,8 @@ def _fits_blas(weight: Tensor) -> bool:
 
 def needs_copy(model: Projection) -> bool:
     """Return whether the weight must be copied, whole or tile by tile, before it can be multiplied."""
-    return not (model.weight.dtype == model.operand_dtype == model.product_dtype and _fits_blas(model.weight))
+    ready = model.weight.dtype == model.operand_dtype == model.product_dtype and _fits_blas(model.weight)
+    return not (ready or model.copied)
 
 
 def copy_bytes(model: Projection) -> int:
@@ -44,7 +45,7 @@ def with_copied_weight(model: Projection) -> Projection:
     if not needs_copy(model):
         return model
     weight = to_product_dtype(model.weight[: model.vocab_size], model)
-    return replace(model, weight=weight if _fits_blas(weight) else weight.contiguous())
+    return replace(model, weight=weight if _fits_blas(weight) else weight.contiguous(), copied=True)
 
 
 def weight_tiles(model: Projection, tile_rows: int) -> Iterator[tuple[slice, Tensor]]:

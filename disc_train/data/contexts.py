@@ -15,7 +15,7 @@ from disc_train.data.chat import Message, chat_text, check_messages, encode, rep
 from disc_train.data.context_length import ContextLength
 from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.records import Fields, check_text, read_records
-from disc_train.data.sequence_start import start_context
+from disc_train.data.sequence_start import start_context, starts_with
 
 FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",))
 
@@ -42,7 +42,7 @@ def load_records(
     """
     encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     return [
-        _example(name, record, tokenizer, encode_context, context_length)
+        _example(name, record, tokenizer, encode_context, context_length, start)
         for name, record in read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
     ]
 
@@ -53,6 +53,7 @@ def _example(
     tokenizer: PreTrainedTokenizerBase,
     encode_context: Callable[[str], Ids],
     limit: ContextLength | None,
+    start: Sequence[int],
 ) -> Example:
     fields = {field: _checked(name, field, record.get(field)) for field in (*FIELDS.required, *FIELDS.optional)}
     try:
@@ -61,8 +62,10 @@ def _example(
         raise ValueError(f"{name}: {error}") from error
     teacher, student = encode_context(texts["teacher_context"]), encode_context(texts["student_context"])
     target = encode(tokenizer, texts["target"])
+    if start and starts_with(start, target):
+        target = target[len(start) :]
     for field, ids in (("teacher_context", teacher), ("target", target)):
-        if len(ids) == 0 or not texts[field].strip():  # a start alone is not a context
+        if ids.tolist() in ([], list(start)) or not texts[field].strip():  # a start alone is not a context
             raise ValueError(f"{name}: expected a {field} that is not empty")
     read = max(len(teacher), len(student)) + len(target) - 1
     if limit is not None and read > limit.tokens:

@@ -62,9 +62,9 @@ def describe_start(tokenizer: PreTrainedTokenizerBase, add_bos: AddBos, prefix: 
     """Say for the summary how sequences start."""
     if prefix:
         reason = "as the tokenizer starts a text" if add_bos == "auto" else "--add_bos true"
-        return f"both models' sequences start with {tokenizer.decode(list(prefix))!r} ({reason})"
+        return f"start, for both models, with {tokenizer.decode(list(prefix))!r} ({reason})"
     if add_bos == "auto":
-        return "with their first token, since the tokenizer puts nothing before a text"
+        return "start with nothing added: the tokenizer puts nothing before a text"
     left_out = bos_prefix(tokenizer) if add_bos == "false" else []
     would = f", though the tokenizer starts a text with {tokenizer.decode(left_out)!r}" if left_out else ""
-    return f"with their first token (--add_bos false){would}"
+    return f"start with nothing added (--add_bos false){would}"

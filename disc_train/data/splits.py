@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -92,13 +92,15 @@ def tokenize_document(
     sentence_tokenization: str,
     max_tokens: int | None,
     language: str = "en",
+    start_ids: Sequence[int] = (),
 ) -> TokenizedDocument:
     """Tokenize a document without special tokens and find the token that each sentence begins with.
 
     "document" tokenizes the text as written, once. A sentence begins at the token that holds its first character that
     is not white space; two sentences that begin in one token are one. "sentence", the way of arXiv 2602.16093,
-    tokenizes each sentence on its own and joins the ids: the white space between sentences is lost. At most
-    `max_tokens` tokens are kept (None: all).
+    tokenizes each sentence on its own and joins the ids: the white space between sentences is lost. The tokens
+    `start_ids`, which the document is read after anyway, are dropped from its beginning. At most `max_tokens` tokens
+    are kept (None: all).
 
     Raises ValueError for unknown options, and for "document" with a tokenizer that gives no character offsets.
     """
@@ -111,6 +113,9 @@ def tokenize_document(
         ids, starts = _tokenize_sentences([document.text[start:stop] for start, stop in spans], tokenizer)
     else:
         raise ValueError(f"sentence_tokenization: expected document or sentence, got {sentence_tokenization!r}")
+    while start_ids and starts_with(start_ids, np.array(ids[: len(start_ids)])):
+        ids = ids[len(start_ids) :]
+        starts = sorted({max(0, first - len(start_ids)) for first in starts})
     first_ids = ids[:max_tokens]
     # A sentence may begin beyond all tokens even where none is cut: with characters that the tokenizer drops.
     return TokenizedDocument(
@@ -119,14 +124,6 @@ def tokenize_document(
         sentence_starts=tuple(start for start in starts if start < len(first_ids)),
         cut=len(ids) - len(first_ids),
     )
-
-
-def without_start(document: TokenizedDocument, start: Sequence[int]) -> TokenizedDocument:
-    """Drop the tokens `start` from the beginning of a document, which is read behind them anyway."""
-    if not start or not starts_with(start, document.input_ids):
-        return document
-    sentence_starts = sorted({max(0, first - len(start)) for first in document.sentence_starts})
-    return replace(document, input_ids=document.input_ids[len(start) :], sentence_starts=tuple(sentence_starts))
 
 
 def _tokenize_whole(

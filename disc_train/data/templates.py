@@ -29,6 +29,7 @@ class Templates(NamedTuple):
     teacher_header: Ids = NO_IDS
     teacher_footer: Ids = NO_IDS
     student_header: Ids = NO_IDS
+    start: int = 0  # tokens that both headers have without any template, such as BOS
 
     @property
     def longest(self) -> int:
@@ -56,7 +57,7 @@ def read_templates(
     header, footer = _around_prefix("--teacher_template", teacher, tokenizer)
     student_header = "" if student is None else render("--student_template", student, tokenizer)
     header_ids, student_ids = (start_context(start, encode(tokenizer, text)) for text in (header, student_header))
-    return Templates(header_ids, encode(tokenizer, footer), student_ids)
+    return Templates(header_ids, encode(tokenizer, footer), student_ids, len(start))
 
 
 def _around_prefix(flag: str, template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.documents import load_documents
 from disc_train.data.sequence_start import bos_prefix, describe_start
-from disc_train.data.splits import tokenize_document, without_start
+from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import Templates, read_templates
 from disc_train.summary import describe_documents, describe_records, describe_replay, describe_whole_documents
 
@@ -75,7 +75,7 @@ def _load(
     templates = read_templates(teacher, student, tokenizer, start)
     limit = _document_limit(disc, context, templates)
     read = [
-        without_start(tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language), start)
+        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language, start)
         for document in tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
     ]
     if not split:

@@ -51,7 +51,7 @@ class Signal(NamedTuple):
         return [*lines, *(("WARNING", warning) for warning in warnings if warning is not None)]
 
     def cold_start_warning(self, noun: str) -> str | None:
-        """Say so if most of what a document's context adds, the context of any other document adds as well."""
+        """Say if most of what a document's context adds, the context of any other document adds as well; else return None."""
         if not self.gain_over_other_context or noun != "document":
             return None
         whole, own = fmean(self.gain_over_student), fmean(self.gain_over_other_context)
@@ -82,7 +82,7 @@ class Signal(NamedTuple):
                 return (
                     "there is hardly any signal: to the teacher, a target is no likelier after its context than"
                     f" {other}. Distillation teaches only what the context tells about the target: what is restated or"
-                    " implied, not what is said once; cross-entropy (--ce_weight 0.1, or --method ft) teaches that too."
+                    " implied, not what is said once; cross-entropy (--ce_weight 1, or --method ft) teaches that too."
                 )
         return None
 

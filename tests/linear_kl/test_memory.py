@@ -221,6 +221,12 @@ def test_peak_of_sequences_without_their_last_position(measure, problem, reducti
     check(measure, p, "torch")
 
 
+def test_peak_where_weights_are_widened_once(measure, problem):
+    """Copies that are kept through the call are in the plan, and nothing is copied beside them."""
+    p = problem(rows=700, vocab=4001, width=32, teacher_width=32, workspace=2_300_000, dtype=torch.bfloat16)
+    check(measure, replace(p, asks=("student_hidden",)), "torch")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_of_many_rows_in_the_smallest_workspace(measure, problem, reduction):
     """A few numbers a row of the whole call are more than all the rest here."""

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from disc_kernels import expected_embedding_kl, fused_suffix_kl, teacher_summary
+from disc_kernels.linear_kl import products
 
 M, V, D = 48, 203, 16
 
@@ -65,3 +66,24 @@ def test_frozen_head_form(tensors, reduction):
     )
     assert step == 2
     assert units(lambda: loss.sum().backward()) == 0  # computed in the forward, whatever the reduction
+
+
+@pytest.mark.parametrize("case", ["widened", "rounded", "strided"])
+def test_weights_that_must_be_copied_are_copied_once(case, monkeypatch):
+    """However many chunks there are; bf16 weights on a CPU, float32 ones under autocast, ones that no BLAS takes."""
+    dtype = torch.bfloat16 if case == "widened" else torch.float32
+    student, head, teacher, teacher_head = (torch.randn(n, D).to(dtype) for n in (M, V, M, V))
+    if case == "strided":
+        head, teacher_head = (torch.randn(V, 2 * D)[:, ::2] for _ in range(2))
+    copies = []
+    convert = products.to_product_dtype
+
+    def counted(x, model):
+        copies.append(x.shape) if x.shape == (V, D) else None
+        return convert(x, model)
+
+    monkeypatch.setattr(products, "to_product_dtype", counted)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "rounded"):
+        loss = fused_suffix_kl(student.requires_grad_(), head.requires_grad_(), teacher, teacher_head, impl="torch")
+    loss.backward()
+    assert len(copies) == 2  # a model each

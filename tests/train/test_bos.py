@@ -81,7 +81,7 @@ def trunks(data):
 
 
 @pytest.mark.parametrize("method", ["disc", "ft", "ft_kl", "talr"])
-@pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT])
+@pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT, "<s><s>" + TEXT])
 def test_documents_start_with_one_bos(folder, starting, tmp_path, method, text):
     data = load(folder, starting, tmp_path, "--method", method, text=text)
     teacher, student = trunks(data)
@@ -91,7 +91,7 @@ def test_documents_start_with_one_bos(folder, starting, tmp_path, method, text):
     example = data.dataset[0]
     assert bos not in [*teacher[1:], *(token for branch in example.branches for token in branch.target)]
     assert all(branch.first == 0 for branch in example.branches)
-    assert ("sequences", "both models' sequences start with '<s>' (as the tokenizer starts a text)") in data.description
+    assert ("sequences", "start, for both models, with '<s>' (as the tokenizer starts a text)") in data.description
 
 
 def test_records_start_with_one_bos(folder, starting, tmp_path):
@@ -101,6 +101,37 @@ def test_records_start_with_one_bos(folder, starting, tmp_path):
         teacher, student = trunks(data)
         assert (teacher[0], teacher.count(starting.bos_token_id)) == (starting.bos_token_id, 1)
         assert student == [starting.bos_token_id]
+
+
+def test_a_target_that_starts_with_bos_gets_no_second(folder, starting, tmp_path):
+    flags = ("--method", "cd")
+    data = load(folder, starting, tmp_path, *flags, teacher_context="Say when.", target="<s>In the spring.")
+    assert starting.bos_token_id not in data.dataset[0].branches[0].target
+
+
+def test_a_context_of_bos_alone_is_empty(folder, starting, tmp_path):
+    with pytest.raises(ValueError, match="expected a teacher_context that is not empty"):
+        load(folder, starting, tmp_path, "--method", "cd", teacher_context="<s>", target="In the spring.")
+
+
+def test_whole_documents_lose_no_first_token(folder, starting, tmp_path):
+    description = dict(load(folder, starting, tmp_path, "--method", "ft").description)
+    assert description["tokens"].endswith("trained on; skipped: 0 first")
+    assert "templates" not in description
+
+
+@pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT])
+def test_a_document_fills_the_context_with_its_bos(folder, starting, tmp_path, text):
+    data = load(folder, starting, tmp_path, "--method", "ft", text=text * 9)
+    [branch] = data.dataset[0].branches
+    assert branch.student.attach + len(branch.target) == 256
+    assert "templates" not in dict(load(folder, starting, tmp_path).description)
+
+
+def test_what_is_replayed_starts_with_bos(folder, starting, tmp_path):
+    replay = write_jsonl(tmp_path / "old.jsonl", {"text": TEXT})
+    data = load(folder, starting, tmp_path, "--replay_file", str(replay), "--replay_objective", "kl")
+    assert data.dataset.replay[0].student_trunk.tolist() == [starting.bos_token_id]
 
 
 def test_templates_that_write_one_get_no_second(folder, starting, tmp_path):
@@ -114,10 +145,10 @@ def test_without(folder, starting, tokenizer, tmp_path):
     data = load(folder, starting, tmp_path, "--add_bos", "false")
     assert trunks(data)[1] == []
     [start] = [text for label, text in data.description if label == "sequences"]
-    assert start == "with their first token (--add_bos false), though the tokenizer starts a text with '<s>'"
+    assert start == "start with nothing added (--add_bos false), though the tokenizer starts a text with '<s>'"
     data = load(folder, tokenizer, tmp_path)
     assert trunks(data)[1] == []
-    assert ("sequences", "with their first token, since the tokenizer puts nothing before a text") in data.description
+    assert ("sequences", "start with nothing added: the tokenizer puts nothing before a text") in data.description
     with pytest.raises(ValueError, match="--add_bos: expected a tokenizer that has a BOS token"):
         load(folder, tokenizer, tmp_path, "--add_bos", "true")
 

@@ -426,6 +426,8 @@ def multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     The two passes of torch, of which one does not load vectors, took 2.4 ms for 152064 x 3584 float32 numbers on an
     H200; this kernel 0.8 ms.
     """
+    if not x.is_cuda and dtype != x.dtype:  # Triton's interpreter truncates where a GPU rounds
+        return x.mul_(factor).to(dtype)
     out = x if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
     assert out.stride() == x.stride()  # both dense, so that memory can be gone through as it lies
     if x.numel() > 0:
