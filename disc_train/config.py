@@ -113,8 +113,8 @@ class DiscArguments:
         " dropped. Default: the prefix alone, after what a sequence starts with."
     )
     student_template: str | None = flag(
-        "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing but what a"
-        " sequence starts with."
+        "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing but"
+        " what a sequence starts with."
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."

@@ -32,7 +32,7 @@ def check_flag(arguments: Any, name: str, holds: bool, expected: str) -> None:
 
 
 def parse_flags(command: str, description: str, argv: Sequence[str], *classes: type) -> tuple[Any, ...]:
-    """Read `[CONFIG.yaml] [--flag value ...]` into an instance of each class; a flag on the command line wins over the file.
+    """Read `[CONFIG.yaml] [--flag value ...]` into an instance of each class; flags given win over the file.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.

@@ -51,7 +51,7 @@ class Signal(NamedTuple):
         return [*lines, *(("WARNING", warning) for warning in warnings if warning is not None)]
 
     def cold_start_warning(self, noun: str) -> str | None:
-        """Say if most of what a document's context adds, the context of any other document adds as well; else return None."""
+        """Say if most of what a document's context adds, that of any other document adds as well; else return None."""
         if not self.gain_over_other_context or noun != "document":
             return None
         whole, own = fmean(self.gain_over_student), fmean(self.gain_over_other_context)
