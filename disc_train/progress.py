@@ -1,4 +1,4 @@
-"""Progress of whatever takes longer than two seconds: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of whatever takes longer than two seconds: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time

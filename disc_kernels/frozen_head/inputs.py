@@ -89,7 +89,7 @@ class LossProblem:
 
     @property
     def logit_factor(self) -> float:
-        """The derivative of a logit over T in the head's output."""
+        """Return the derivative of a logit over T in the head's output."""
         return self.student.transform.scale / self.temperature
 
     def with_entries(self, entries: int) -> LossProblem:

@@ -102,7 +102,7 @@ class Projection:
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The dtype that the matrix product is given, after rounding to `operand_dtype`."""
+        """Return the dtype that the matrix product is given, after rounding to `operand_dtype`."""
         sixteen_bit = self.operand_dtype in (torch.float16, torch.bfloat16)
         tensor_cores = self.hidden.is_cuda and sixteen_bit and self.accumulate_dtype == torch.float32
         return self.operand_dtype if tensor_cores else self.accumulate_dtype
@@ -117,7 +117,7 @@ class Projection:
 
     @property
     def rows(self) -> int:
-        """The number of rows that are compared, M."""
+        """Return the number of rows that are compared, M."""
         return self.hidden_rows if self.index is None else self.index.shape[0]
 
 
@@ -171,7 +171,7 @@ class Problem:
 
     @property
     def one_head(self) -> bool:
-        """Whether z_s - z_t can be computed as (h_s - h_t) W^T, which cancels nothing.
+        """Return whether z_s - z_t can be computed as (h_s - h_t) W^T, which cancels nothing.
 
         It is as exact as its own size allows, where a difference of logits is as exact as theirs.
 
@@ -192,7 +192,7 @@ class Problem:
 
     @property
     def rows(self) -> int:
-        """The number of rows that are compared, M."""
+        """Return the number of rows that are compared, M."""
         return self.student.rows
 
     @property

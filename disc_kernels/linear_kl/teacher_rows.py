@@ -18,7 +18,7 @@ from disc_kernels.host import to_device
 
 
 class Chunk(NamedTuple):
-    """Student rows start..stop, compared with projected teacher rows first..last."""
+    """Name student rows start..stop, compared with projected teacher rows first..last."""
 
     start: int
     stop: int
@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The U teacher rows that are projected, and which of them each of the M student rows is compared with."""
+    """Hold the U teacher rows that are projected, and which of them each of the M student rows is compared with."""
 
     count: int  # U
     index: Tensor | None  # [U] int64, rows of the teacher's flattened hidden states; None: all of them, in order
@@ -38,7 +38,7 @@ class TeacherRows:
 
     @property
     def cached(self) -> bool:
-        """Whether all of them are projected in the first chunk and kept to the end."""
+        """Return whether all of them are projected in the first chunk and kept to the end."""
         return self.inverse_index is not None and self.host_inverse_index is None
 
     def chunks(self, rows: int, chunk_rows: int) -> Iterator[Chunk]:

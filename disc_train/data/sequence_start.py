@@ -1,4 +1,7 @@
-"""How a sequence starts: with the tokens that the model's tokenizer puts before a text, mostly a BOS token or none."""
+"""Decide how a sequence starts: with what the model's tokenizer puts before a text, a BOS token or nothing.
+
+Applied in `templates.py`, `contexts.py`, `dataset.whole_documents`, `splits.tokenize_document`, and by other commands.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

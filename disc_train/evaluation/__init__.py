@@ -1,4 +1,4 @@
-"""What a model knows, what it kept, and how far it has moved."""
+"""Measure what a model knows, what it kept, and how far it has moved."""
 
 from disc_train.evaluation.answers import greedy_answers
 from disc_train.evaluation.choices import choice_accuracy, choice_scores

@@ -1,4 +1,4 @@
-"""What a model answers of itself, by greedy decoding, and whether the answer is in it."""
+"""Generate what a model answers, by greedy decoding, and see whether the right answer is in it."""
 
 import string
 from collections.abc import Sequence

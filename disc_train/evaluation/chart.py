@@ -1,4 +1,4 @@
-"""Results as a chart, where matplotlib is installed."""
+"""Draw results as a chart, where matplotlib is installed."""
 
 from pathlib import Path
 

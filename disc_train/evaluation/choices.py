@@ -1,4 +1,4 @@
-"""Which of a probe's choices a model finds the likeliest.
+"""Find which of a probe's choices a model finds the likeliest.
 
 lm-eval's `HFLM.loglikelihood` gives the same numbers, but reads a prompt once for each of its choices:
 docs/performance.md has the times.

@@ -1,4 +1,4 @@
-"""The settings of `disc-eval`, from flags and YAML."""
+"""Define the settings of `disc-eval`, from flags and YAML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from disc_train.generation.config import InferenceArguments
 
 @dataclass
 class EvalArguments(InferenceArguments):
-    """One field a flag; errors as `InferenceArguments`."""
+    """Hold one field for each flag of `disc-eval`; raise errors as `InferenceArguments` does."""
 
     output_dir: str | None = flag(
         "The folder for evaluation.json, .md and .png, or for comparison.md and .png; none of them may be there."

@@ -1,4 +1,4 @@
-"""What a model is asked: files of probes, read into the model's own prompts and choices.
+"""Read what a model is asked: files of probes, into the model's own prompts and choices.
 
 A file is JSON Lines, or another kind of `disc_train.data.records`. A record has a `question`, or a `prompt`: a text to
 go on from, or chat messages. `choices` are texts, `answer` is one of them or its index; without choices `answer` is a
@@ -27,7 +27,7 @@ FIELDS = Fields(
 
 @dataclass(frozen=True)
 class Probe:
-    """A text to go on from, and the continuations to choose among; a continuation brings its own leading space."""
+    """Hold a text to go on from, and the continuations to choose among; a continuation brings its own leading space."""
 
     prompt: str
     choices: Sequence[str]
@@ -41,7 +41,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Question:
-    """A record of a file of probes, in the words of a model."""
+    """Hold a record of a file of probes, in the words of a model."""
 
     id: str
     group: str

@@ -1,4 +1,4 @@
-"""Reports for people: tables in Markdown, a chart, runs side by side."""
+"""Write reports for people: tables in Markdown, a chart, runs side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What an evaluation found: the outcome of every item, and the means over them.
+"""Hold what an evaluation found: the outcome of every item, and the means over them.
 
 Every mean is a sum over items divided by another: right answers by probes, nats by tokens. So one formula gives every
 standard error, and that of the difference between two runs on the same items.
@@ -32,7 +32,7 @@ class ProbeOutcome:
 
 @dataclass(kw_only=True)
 class TextSums:
-    """Sums over a text's tokens, in nats at temperature 1; the last four only beside a reference."""
+    """Hold sums over a text's tokens, in nats at temperature 1; the last four only beside a reference."""
 
     tokens: int = 0  # that were read
     predicted: int = 0  # tokens but the first
@@ -90,7 +90,7 @@ class Evaluation:
 
 
 class Series(NamedTuple):
-    """One measure of one group of items: its mean is sum(part) / sum(whole) over them."""
+    """Hold one measure of one group of items: its mean is sum(part) / sum(whole) over them."""
 
     table: Literal["Probes", "Texts", "Tasks"]
     row: str
@@ -101,20 +101,20 @@ class Series(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """The mean over the items; NaN where there are none."""
+        """Return the mean over the items; NaN where there are none."""
         whole = sum(whole for _, whole in self.items.values())
         return sum(part for part, _ in self.items.values()) / whole if whole else math.nan
 
     @property
     def value(self) -> float | None:
-        """The mean, or its exp for a perplexity; None where there are no items."""
+        """Return the mean, or its exp for a perplexity; None where there are no items."""
         if math.isnan(self.mean):
             return None
         return exp(self.mean) if self.unit == "perplexity" else self.mean
 
     @property
     def standard_error(self) -> float | None:
-        """The error of the value: for shares the binomial one, sqrt(p (1 - p) / n); None for fewer than two items."""
+        """Return the error of the value: for shares the binomial sqrt(p (1 - p) / n); None for fewer than two items."""
         error = _standard_error(self.items.values())
         return error if error is None or self.unit != "perplexity" else error * exp(self.mean)
 
@@ -128,7 +128,7 @@ def exp(nats: float) -> float:
 
 
 class Difference(NamedTuple):
-    """How far a run is from another, over the items that both have."""
+    """Measure how far a run is from another, over the items that both have."""
 
     value: float
     standard_error: float | None

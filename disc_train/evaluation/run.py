@@ -1,4 +1,4 @@
-"""One run of `disc-eval`: load, measure, write what was found."""
+"""Run `disc-eval`: load, measure, write what was found."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Public benchmarks, by lm-eval (EleutherAI's lm-evaluation-harness) where it is installed."""
+"""Run public benchmarks, by lm-eval (EleutherAI's lm-evaluation-harness) where it is installed."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""How likely a model finds texts, and how far its predictions on them are from another model's; without logits."""
+"""Measure how likely a model finds texts, and how far its predictions are from another model's, without logits."""
 
 import math
 from collections.abc import Iterable, Sequence

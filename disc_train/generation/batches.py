@@ -1,4 +1,4 @@
-"""Sequences of different lengths in padded batches whose memory is bounded."""
+"""Put sequences of different lengths into padded batches whose memory is bounded."""
 
 from collections.abc import Iterator, Sequence
 

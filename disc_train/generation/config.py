@@ -1,4 +1,4 @@
-"""The settings of `disc-generate`, and those that it shares with `disc-eval`."""
+"""Define the settings of `disc-generate`, and those that it shares with `disc-eval`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from disc_train.generation.batches import MAX_BATCH_TOKENS
 
 @dataclass
 class InferenceArguments:
-    """How a command loads and runs a model; one field a flag.
+    """Say how a command loads and runs a model, with one field for each flag.
 
     Raises:
         ValueError: naming the flag, what was expected and what was given.
@@ -41,7 +41,7 @@ class InferenceArguments:
 
 @dataclass
 class GenerateArguments(InferenceArguments):
-    """One field a flag; errors as `InferenceArguments`."""
+    """Hold one field for each flag of `disc-generate`; raise errors as `InferenceArguments` does."""
 
     output_file: str | None = flag("A .jsonl file. If it is there, the run that began it goes on.")
     train_file: str | None = flag("Documents: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them.")

@@ -1,4 +1,4 @@
-"""Continuations of prompts by transformers' `generate`, in batches that do not change them."""
+"""Continue prompts by transformers' `generate`, in batches that do not change them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""One run of `disc-generate`: load, generate the texts that are not there yet, say what came of it."""
+"""Run `disc-generate`: load, generate the texts that are not there yet, say what came of it."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which texts are to be generated, and which of them a file has already."""
+"""Say which texts are to be generated, and which of them a file has already."""
 
 import hashlib
 import json

@@ -62,7 +62,7 @@ def finetune_with_kl(predictions: Predictions, settings: Settings) -> Tensor:
 
 
 def talr(predictions: Predictions, settings: Settings) -> Tensor:
-    """Compute token-adaptive loss reweighting (Lin et al., arXiv 2509.20758): less cross-entropy on unlikely tokens.
+    """Compute the loss of talr: cross-entropy that counts less on unlikely tokens (Lin et al., arXiv 2509.20758).
 
     A token of probability p weighs max(p^(1 / tau), 0.01), a constant to the gradient. tau is the median over the
     step's sequences of their mean loss, so weights change as the model learns.

@@ -15,7 +15,7 @@ class Terminated(Exception):
 
 
 class StopOnSigterm(TrainerCallback):
-    """On SIGTERM, finish the running optimizer step, save and stop; while it is entered as a context manager.
+    """Finish the running optimizer step, save and stop on SIGTERM, while entered as a context manager.
 
     Processes are signalled at different times, or only some of them, but have to stop after the same step: the trainer
     asks each before a step, and tells all.

@@ -29,7 +29,7 @@ from disc_kernels.linear_kl.workspace import Plan
 
 
 class Shard(Protocol):
-    """One rank's part of a checked problem, as if all entries of its heads were compared."""
+    """Describe one rank's part of a checked problem, as if all entries of its heads were compared."""
 
     def with_entries(self: S, entries: int) -> S:
         """Compare the first `entries` entries of the heads."""

@@ -28,7 +28,7 @@ HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_bias")
 
 
 class Inputs(Protocol):
-    """The arguments of a public call, as a dataclass."""
+    """Describe the arguments of a public call: a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 

@@ -255,6 +255,7 @@ def compare_rows(
     normalisers: Tensor | None = None,  # [R, 4]
     mean_score: Tensor | None = None,  # [R]
 ) -> None:
+    """Do what the function of this name in torch_backend.py does, a program a row."""
     rows, vocab_size = student.shape
     divergence, student_entropy, teacher_entropy, agreement = stats or (None,) * 4
     _compare_rows_kernel[(rows,)](
@@ -384,6 +385,7 @@ def normalise_rows(
     other_bias: Tensor | None = None,  # [>= V], read
     expected_bias: Tensor | None = None,  # [R]
 ) -> None:
+    """Do what the function of this name in torch_backend.py does, a program a row."""
     rows, vocab_size = logits.shape
     _normalise_rows_kernel[(rows,)](
         logits,
