@@ -136,7 +136,7 @@ CPU_CASES = (
     Case("gemma-vocabulary-fp32", 64, 128, 262144, torch.float32),
 )
 
-# Every shape and every compiled peer costs seconds of compilation, and a lent GPU's minutes are few: the two large
+# Every shape and every compiled peer costs seconds of compilation, and minutes of a GPU are dear: the two large
 # vocabularies are measured with everyone first, then what else a user may ask, the most important first.
 QWEN_7B = Case("A-bf16", 8192, 3584, 152064, torch.bfloat16, EVERYONE)
 LLAMA_8B = Case("B-bf16", 4096, 4096, 128256, torch.bfloat16, EVERYONE)

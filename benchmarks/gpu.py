@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 540  # a machine that is lent often ends commands after ten minutes
+SECONDS = 540  # enough for the tests, most of whose time is compilation, and the most important cases
 TESTS_SHARE = 0.6  # of the budget, at most: tests that hang must leave time to measure
 LAST_CASE = 40  # seconds that are kept for the case that is being measured when time is up, and for the tables
 
