@@ -106,7 +106,8 @@ def _document_limit(disc: DiscArguments, context: ContextLength | None, template
     if context is None:
         return disc.max_document_tokens
     room = f"the {context.reader}'s context of {context.tokens} tokens{context.note}"
-    room += f", less {templates.longest} of the templates and what sequences start with" if templates.longest else ""
+    started = " and what sequences start with" if templates.start else ""
+    room += f", less {templates.longest} of the templates{started}" if templates.longest else ""
     left = context.tokens - templates.longest
     if left < 3:
         raise ValueError(

@@ -28,7 +28,8 @@ def texts(chat_tokenizer):
 
     def read(teacher=None, student=None):
         templates = read_templates(teacher, student, chat_tokenizer)
-        return tuple(chat_tokenizer.decode(ids) for ids in templates)
+        texts = (templates.teacher_header, templates.teacher_footer, templates.student_header)
+        return tuple(chat_tokenizer.decode(ids) for ids in texts)
 
     return read
 
