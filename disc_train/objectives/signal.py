@@ -47,8 +47,8 @@ class Signal(NamedTuple):
             ),
             ("contexts", gains),
         ]
-        warnings = [self.warning(noun), self.cold_start_warning(noun)]
-        return [*lines, *(("WARNING", warning) for warning in warnings if warning is not None)]
+        warning = self.warning(noun) or self.cold_start_warning(noun)
+        return lines if warning is None else [*lines, ("WARNING", warning)]
 
     def cold_start_warning(self, noun: str) -> str | None:
         """Say if most of what a document's context adds, that of any other document adds as well; else return None."""
@@ -56,7 +56,7 @@ class Signal(NamedTuple):
             return None
         whole, own = fmean(self.gain_over_student), fmean(self.gain_over_other_context)
         any_text = whole - own
-        if any_text <= max(own, MIN_GAIN):
+        if not any_text > max(own, MIN_GAIN):
             return None
         return (
             f"most of what a context adds, {any_text:.4f} of {whole:.4f} nats a token, any other document's adds as"

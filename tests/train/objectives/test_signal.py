@@ -177,4 +177,4 @@ def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
     unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
     warning = tiny_signal(unrelated).warning("document")
     assert "hardly any signal" in warning
-    assert "(--ce_weight 0.1, or --method ft)" in warning
+    assert "(--ce_weight 1, or --method ft)" in warning
