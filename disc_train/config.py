@@ -79,6 +79,10 @@ class DiscArguments:
     )
     lora_alpha: int | None = flag("The adapters are scaled by this over their rank. Default: twice the rank.")
     lora_dropout: float = flag("Of what the adapters read.", 0.1)
+    freeze_head: bool = flag(
+        "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
+        False,
+    )
     replay_file: str | None = flag(
         "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
     )

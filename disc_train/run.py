@@ -13,6 +13,7 @@ from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.training_data import Lines, TrainingData, load_training_data
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
+from disc_train.models.frozen_head import freeze_head
 from disc_train.models.teacher import load_teacher
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
@@ -22,6 +23,7 @@ from disc_train.parallel.termination import Terminated
 from disc_train.summary import (
     count_steps,
     describe_attention,
+    describe_head,
     describe_method,
     describe_model,
     describe_packing,
@@ -135,7 +137,7 @@ def load_student(disc: DiscArguments) -> PreTrainedModel:
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype))
     if disc.lora_rank:
         add_lora(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank, disc.lora_dropout)
-    return student
+    return freeze_head(student) if disc.freeze_head else student
 
 
 def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments) -> PreTrainedModel | None:
@@ -181,6 +183,7 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
         describe_packing(dataset, trainer.args.train_batch_size, collate),
         ("student", describe_model(student)),
         ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
+        ("head", describe_head(student, compared or dataset.replays_by_kl)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
         *(signal.describe(dataset.noun) if signal else []),

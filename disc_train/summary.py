@@ -14,6 +14,7 @@ from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import Attention
+from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.packing.collator import PackedBatch, PackingStats
 
 
@@ -186,6 +187,16 @@ def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, 
     if not needed:
         return "none: nothing is compared with one"
     return "the student without its adapters" if teacher is None else describe_model(teacher)
+
+
+def describe_head(student: PreTrainedModel, compared: bool) -> str:
+    """Say whether the output head is trained, and how often the comparison with a teacher multiplies with a head."""
+    if not head_is_frozen(student):
+        return "trained" + ("; the KL takes 4 products with a head a step" if compared else "")
+    what = "frozen" + (", and so are the embeddings, which are tied to it" if head_is_tied(student) else "")
+    if not compared:
+        return what
+    return f"{what}; the KL takes 3 products with a head a step (a live teacher's summary would be a 4th)"
 
 
 def describe_attention(attention: Mapping[str, Attention]) -> str:
