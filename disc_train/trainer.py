@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from disc_train.checkpoints import CheckpointingTrainer
+from disc_train.data.context_length import check_lengths, length_of, smaller
 from disc_train.data.dataset import ExampleDataset
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
@@ -64,7 +65,8 @@ class DiscTrainer(CheckpointingTrainer):
 
     Raises:
         ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of
-            `disc_train.models.causal_lm.use_attention`; one process would use several GPUs.
+            `disc_train.models.causal_lm.use_attention`; an example is longer than a model's context; one process would
+            use several GPUs.
         FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """
@@ -92,6 +94,8 @@ class DiscTrainer(CheckpointingTrainer):
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
+        lengths = [length_of(each.config, role) for role, each in (("model", model), ("teacher", teacher)) if each]
+        check_lengths(train_dataset, smaller(*lengths))
         self._padded_dataset = PaddedDataset(train_dataset)
         super().__init__(model, args, train_dataset=self._padded_dataset, **options)
         if args.fsdp and not self.is_fsdp_enabled:

@@ -1,9 +1,10 @@
-"""Find how many tokens the models read: the smaller of the two contexts."""
+"""Find how many tokens the models read, the smaller of the two contexts, and refuse longer examples."""
 
 from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
+from disc_train.data.dataset import ExampleDataset
 from disc_train.models.causal_lm import explain_load_errors
 
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
@@ -25,6 +26,25 @@ def context_length(model: str, teacher: str | None) -> ContextLength | None:
         with explain_load_errors(name):
             config = AutoConfig.from_pretrained(name)
         lengths.append(length_of(config, reader))
+    return smaller(*lengths)
+
+
+def check_lengths(dataset: ExampleDataset, limit: ContextLength | None) -> None:
+    """Raise ValueError, naming the example, if a sequence is longer than a context.
+
+    Beyond it there are no positions, or none that were trained; those of longrope and dynamic NTK would depend on what
+    else a batch holds, so that the loss would be wrong without a word.
+    """
+    longest, name = dataset.longest()
+    if limit is not None and longest > limit.tokens:
+        raise ValueError(
+            f"{name}: expected a context and a target of at most {limit.tokens} tokens together, which is what the"
+            f" {limit.reader} can read{limit.note}, got {longest} without the target's last, which is not read"
+        )
+
+
+def smaller(*lengths: ContextLength | None) -> ContextLength | None:
+    """Return the smallest of several contexts; None: none has a limit."""
     return min(filter(None, lengths), key=lambda length: length.tokens, default=None)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
-from disc_train.data.context_length import ContextLength
 from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.records import Fields, check_text, read_records
 from disc_train.data.sequence_start import start_context, starts_with
@@ -24,25 +23,22 @@ def load_records(
     train_file: str | None,
     dataset_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
-    context_length: ContextLength | None,
     start: Sequence[int] = (),
     flag: str = "--train_file",
 ) -> list[Example]:
     """Read the records of a file, a folder or a Hub dataset as examples.
 
     Args:
-        context_length: what the models can read; None: any number of tokens.
         start: the tokens that every context starts with.
         flag: the one that named the file, for messages.
 
     Raises:
         ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
-            teacher_context or target that is empty or white space; messages that the chat template does not take; more
-            than the models can read.
+            teacher_context or target that is empty or white space; messages that the chat template does not take.
     """
     encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     return [
-        _example(name, record, tokenizer, encode_context, context_length, start)
+        _example(name, record, tokenizer, encode_context, start)
         for name, record in read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
     ]
 
@@ -52,7 +48,6 @@ def _example(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     encode_context: Callable[[str], Ids],
-    limit: ContextLength | None,
     start: Sequence[int],
 ) -> Example:
     fields = {field: _checked(name, field, record.get(field)) for field in (*FIELDS.required, *FIELDS.optional)}
@@ -67,12 +62,6 @@ def _example(
     for field, ids in (("teacher_context", teacher), ("target", target)):
         if ids.tolist() in ([], list(start)) or not texts[field].strip():  # a start alone is not a context
             raise ValueError(f"{name}: expected a {field} that is not empty")
-    read = max(len(teacher), len(student)) + len(target) - 1
-    if limit is not None and read > limit.tokens:
-        raise ValueError(
-            f"{name}: expected a context and a target of at most {limit.tokens} tokens together, which is what the"
-            f" {limit.reader} can read{limit.note}, got {read} without the target's last, which is not read"
-        )
     return Example(name, teacher, student, [Branch(target, Context(len(teacher)), Context(len(student)))])
 
 

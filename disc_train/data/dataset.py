@@ -49,6 +49,10 @@ class ExampleDataset(Dataset[Example]):
         """Give the examples of this epoch from now on."""
         self._epoch.fill_(epoch)
 
+    def longest(self) -> tuple[int, str]:
+        """Find the longest sequence that a model may read in any epoch: its tokens, and its example's name."""
+        return max((example.longest, example.name) for example in self.examples)
+
 
 def whole_documents(documents: Sequence[TokenizedDocument], start: Ids = NO_IDS) -> ExampleDataset:
     """Make an example of each document of at least 2 tokens: all of it is the target, after nothing but `start`.
@@ -135,6 +139,9 @@ class DocumentDataset(ExampleDataset):
             ],
         )
 
+    def longest(self) -> tuple[int, str]:
+        return max((self.templates.longest + len(each.input_ids) - 1, each.name) for each in self.documents)
+
     def splits(self, index: int) -> list[Split]:
         """Draw a document's splits for the current epoch, at least one."""
         document = self.documents[index]
@@ -190,6 +197,9 @@ class ReplayDataset(ExampleDataset):
         super().set_epoch(epoch)
         self.dataset.set_epoch(epoch)
         self.replay.set_epoch(epoch)
+
+    def longest(self) -> tuple[int, str]:
+        return max(self.dataset.longest(), self.replay.longest())
 
     def _draw(self) -> list[int]:
         epoch = self.epoch

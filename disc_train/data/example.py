@@ -79,6 +79,15 @@ class Example:
                         f" its trunk, got {context.attach}"
                     )
 
+    @property
+    def longest(self) -> int:
+        """Count the tokens of the longest sequence that a model reads; a target's last token is not read."""
+        return max(
+            context.attach + len(context.lead) + len(branch.target) - 1
+            for branch in self.branches
+            for context in (branch.teacher, branch.student)
+        )
+
     def pieces(self) -> list[Ids]:
         """Return all tokens of the example, in the pieces that it holds them in."""
         pieces = [self.teacher_trunk, self.student_trunk]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.data.context_length import ContextLength, context_length
+from disc_train.data.context_length import ContextLength, check_lengths, context_length
 from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.documents import load_documents
@@ -67,7 +67,8 @@ def _load(
     """Make the examples of one source, for the method or as `whole` documents, and lines for the summary."""
     start = bos_prefix(tokenizer, disc.add_bos)
     if disc.method == "cd" and not whole:
-        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, context, start, flag))
+        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, start, flag))
+        check_lengths(records, context)
         return records, describe_records(records)
     documents = load_documents(train_file, dataset_name, disc.text_column, flag)
     split = disc.method == "disc" and not whole

@@ -134,7 +134,7 @@ def record_case(chat_tokenizer, encode, tmp_path):
         records = RECORD_CASES[name]
         path = tmp_path / "records.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return load_records(str(path), None, chat_tokenizer, None), [_plain(record, encode) for record in records]
+        return load_records(str(path), None, chat_tokenizer), [_plain(record, encode) for record in records]
 
     return make
 

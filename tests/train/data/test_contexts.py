@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from disc_train.data.context_length import ContextLength
+from disc_train.data.context_length import ContextLength, check_lengths
 from disc_train.data.contexts import load_records
+from disc_train.data.dataset import ExampleDataset
 
 
 @pytest.fixture
@@ -17,7 +18,9 @@ def load(tmp_path, chat_tokenizer):
     def run(*records, max_tokens=None, tokenizer=chat_tokenizer):
         path = tmp_path / "records.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return load_records(str(path), None, tokenizer, max_tokens and ContextLength(max_tokens, "model"))
+        examples = load_records(str(path), None, tokenizer)
+        check_lengths(ExampleDataset(examples), max_tokens and ContextLength(max_tokens, "model"))
+        return examples
 
     return run
 
@@ -78,7 +81,7 @@ def test_other_files(suffix, tmp_path, chat_tokenizer):
     else:
         record |= {"teacher_context": [_user("T")], "target": [_assistant("x y")], "student_context": None}
         pq.write_table(pa.Table.from_pylist([record]), path)
-    (example,) = load_records(str(path), None, chat_tokenizer, None)
+    (example,) = load_records(str(path), None, chat_tokenizer)
     assert example.name == f"{path}:1"
     context, target = ("<user>T</>\n<assistant>", "x y</>\n") if suffix == ".parquet" else ("T", "x y")
     assert _texts(example, chat_tokenizer) == (context, "", target)
@@ -135,7 +138,7 @@ def test_missing_fields(load):
 def test_a_text_file(tmp_path, chat_tokenizer):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ValueError, match=r"a\.txt: a text cannot hold records with the fields teacher_context, target"):
-        load_records(str(tmp_path / "a.txt"), None, chat_tokenizer, None)
+        load_records(str(tmp_path / "a.txt"), None, chat_tokenizer)
 
 
 def test_a_chat_template_that_wants_turns_to_alternate(load, chat_tokenizer):

@@ -65,7 +65,7 @@ def test_paraphrases_are_documents(disc_generate, tmp_path, capsys):
 def test_continuations_are_records_for_cd(disc_generate, tmp_path, tokenizer):
     assert disc_generate("--mode", "cd") == 0
     records = read_jsonl(tmp_path / "out.jsonl")
-    examples = load_records(str(tmp_path / "out.jsonl"), None, tokenizer, None)
+    examples = load_records(str(tmp_path / "out.jsonl"), None, tokenizer)
     for record, example in zip(records, examples, strict=True):
         document = TEXTS[int(record["document"].rpartition(":")[2]) - 1]
         assert tokenizer.decode(example.teacher_trunk) == f"{document}\n\n"
