@@ -1,9 +1,10 @@
 """Run the commands `disc-train`, `disc-eval` and `disc-generate`.
 
 Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted, 143 if it
-was terminated.
+was terminated. Of several processes that end with the same error, one reports it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,27 +52,32 @@ def _generate(argv: Sequence[str]) -> Callable[[], None]:
 def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None) -> int:
     try:
         work = read(sys.argv[1:] if argv is None else argv)
-    except SystemExit as exit_:  # argparse has printed its help, or what is wrong
+    except SystemExit as exit_:  # argparse has printed its help
         return int(exit_.code or 0)
-    except (ValueError, ImportError) as error:
-        return _failed(command, error, 2)
+    except (ValueError, ImportError) as error:  # on a machine all processes were given the same command line
+        return _failed(command, error, 2, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
+    from disc_train.parallel.agreement import CommonError
     from disc_train.parallel.termination import Terminated
     from disc_train.progress import hide_bars_off_terminals
 
     hide_bars_off_terminals()
+    another_reports = os.environ.get("RANK", "0") != "0"
     try:
         work()
+    except CommonError as error:
+        return _failed(command, error, 1, quiet=another_reports)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _failed(command, error, 1)
     except KeyboardInterrupt:
         return _failed(command, "interrupted", 130)
     except Terminated as ending:
-        return _failed(command, ending, 143)
+        return _failed(command, ending, 128 + ending.signal, quiet=another_reports)
     return 0
 
 
-def _failed(command: str, error: Exception | str, code: int) -> int:
-    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _failed(command: str, error: Exception | str, code: int, *, quiet: bool = False) -> int:
+    if not quiet:
+        print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

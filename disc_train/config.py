@@ -14,6 +14,7 @@ from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
+from disc_train.parallel.launch import check_launch, processes_started
 
 # Which methods have a use for a flag, and which flag another needs: one that would change nothing is refused.
 DOCUMENT_METHODS = tuple(method for method in OBJECTIVES if method != "cd")
@@ -210,9 +211,12 @@ class LoopArguments(TrainingArguments):
             raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        if processes_started() > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate would take each process for a run of its own
         if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        check_launch(self)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -31,14 +31,21 @@ def check_flag(arguments: Any, name: str, holds: bool, expected: str) -> None:
         raise ValueError(f"--{name}: expected {expected}, got {getattr(arguments, name)}")
 
 
+class _Parser(HfArgumentParser):
+    """Raise errors as exceptions, for the commands to report as they report all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def parse_flags(command: str, description: str, argv: Sequence[str], *classes: type) -> tuple[Any, ...]:
     """Read `[CONFIG.yaml] [--flag value ...]` into an instance of each class; flags given win over the file.
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
-        SystemExit: from argparse, after it has printed help or what is wrong with a value.
+        SystemExit: from argparse, after it has printed help.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         classes,  # type: ignore[arg-type]
         prog=command,
         usage=f"{command} [CONFIG.yaml] [--flag value ...]",

@@ -1,6 +1,7 @@
 """Run `disc-train`: load, say what will run, train, save, say what came of it."""
 
 import os
+import signal
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
 
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
-        Terminated: SIGTERM stopped the training, which can be resumed.
+        Terminated: a signal stopped the training, which can be resumed.
     """
     if loop.disable_tqdm:
         disable_progress_bar()
@@ -77,10 +78,12 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         trainer.restore(inputs.checkpoint)
     else:
         trainer.train(resume_from_checkpoint=inputs.checkpoint)
-    if trainer.termination.agreed:
+    if stopped_by := trainer.termination.agreed:
+        how = "interrupted" if stopped_by == signal.SIGINT else "terminated"
         raise Terminated(
-            f"terminated after step {trainer.state.global_step} of {steps}, which is saved: the same command with"
-            " --resume_from_checkpoint true goes on from there"
+            f"{how} after step {trainer.state.global_step} of {steps}, which is saved: the same command with"
+            " --resume_from_checkpoint true goes on from there",
+            stopped_by,
         )
     trainer.save_model()
     trainer.save_state()
@@ -107,14 +110,15 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
 
 def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> DiscTrainer:
     """Load the models and put them into a trainer."""
-    set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
     dataset = inputs.data.dataset
-    student = load_student(disc)
-    with_teacher = disc.method in WITH_TEACHER or dataset.replays_by_kl
-    teacher = load_teacher_for(disc, student, loop) if with_teacher else None
-    for model in (student, teacher):
-        if model is not None:
-            check_vocabulary(model, inputs.data.tokens[-1])
+    with same_on_all_processes(loop):
+        set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
+        student = load_student(disc)
+        with_teacher = disc.method in WITH_TEACHER or dataset.replays_by_kl
+        teacher = load_teacher_for(disc, student, loop) if with_teacher else None
+        for model in (student, teacher):
+            if model is not None:
+                check_vocabulary(model, inputs.data.tokens[-1])
     if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
         loop.output_dir, loop.push_to_hub = os.curdir, False
     return DiscTrainer(

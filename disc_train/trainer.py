@@ -23,8 +23,9 @@ from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
+from disc_train.parallel.launch import check_launch
 from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
-from disc_train.parallel.termination import StopOnSigterm, collate_in_own_process_group
+from disc_train.parallel.termination import StopOnSignal, collate_in_own_process_group
 
 
 class DiscTrainer(CheckpointingTrainer):
@@ -66,7 +67,7 @@ class DiscTrainer(CheckpointingTrainer):
     Raises:
         ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of
             `disc_train.models.causal_lm.use_attention`; an example is longer than a model's context; one process would
-            use several GPUs.
+            use several GPUs, or several processes were started and each would train alone.
         FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """
@@ -89,6 +90,7 @@ class DiscTrainer(CheckpointingTrainer):
             raise ValueError(f"method: expected one of {', '.join(methods.OBJECTIVES)}, got {method!r}")
         compared = method in methods.WITH_TEACHER
         _check_teacher(model, teacher, needed=compared or train_dataset.replays_by_kl)
+        check_launch(args)
         if args.n_gpu > 1:
             raise ValueError(
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
@@ -104,7 +106,7 @@ class DiscTrainer(CheckpointingTrainer):
                 f" {args.world_size} on {args.device.type}: leave it out there"
             )
         self.add_callback(_EpochSetter(self._padded_dataset))
-        self.termination = StopOnSigterm()
+        self.termination = StopOnSignal()
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
@@ -150,14 +152,14 @@ class DiscTrainer(CheckpointingTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         stats = sum((batch["packing"] for batch in batches), PackingStats())
         counts = torch.tensor(
-            [self.termination.requested, sum(batch["num_examples"] for batch in batches), *astuple(stats)]
+            [*self.termination.votes(), sum(batch["num_examples"] for batch in batches), *astuple(stats)]
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts.to(device))
-        terminated, examples, *stats_of_all = counts.tolist()
-        self.termination.agreed = terminated > 0
+        *votes, examples, read, padded, unshared = counts.tolist()
+        self.termination.agree(votes)
         self.examples_read += examples
-        self.packing += PackingStats(*stats_of_all)
+        self.packing += PackingStats(read, padded, unshared)
         if self.method == "talr" and (len(batches) > 1 or self.args.world_size > 1):
             self.settings = self.settings._replace(tau=self._tau(batches))
         return batches, examples
@@ -223,7 +225,7 @@ class DiscTrainer(CheckpointingTrainer):
         super().log(logs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and stop after a checkpoint on SIGTERM."""
+        """Train as the Trainer does, and stop after a checkpoint on SIGTERM or Ctrl-C."""
         free_gathered_parameters(self.student)  # left by measurements before the training
         with self.termination:
             return super().train(*args, **kwargs)

@@ -18,6 +18,10 @@ from disc_train.data.dataset import ExampleDataset
 PER_PROCESS_SETTINGS = {"local_rank"}
 
 
+class CommonError(ValueError):
+    """An error that all processes of a run end with, so that one of them has to report it."""
+
+
 @contextmanager
 def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
     """Run a block on every process, and check that it succeeds with the same result on all of them.
@@ -26,7 +30,8 @@ def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
         An empty dict for what must be the same: a name, as messages have it, and a value that can be compared.
 
     Raises:
-        ValueError: on all processes alike, naming the first thing they disagree on, or what failed on one of them.
+        CommonError: on all processes alike, naming the first thing they disagree on, or what failed on one of them.
+            In a run of one process, what has failed.
         TimeoutError: some processes have not come this far within `--ddp_timeout` seconds.
     """
     facts: dict[str, Any] = {}
@@ -48,16 +53,16 @@ def same_on_all_processes(args: TrainingArguments) -> Iterator[dict[str, Any]]:
             f" come within {args.ddp_timeout} seconds (--ddp_timeout)"
         ) from error
     failures = {number: text for number, (_, text) in enumerate(everyone) if text is not None}
-    if failure is not None and len(failures) == args.world_size and len(set(failures.values())) == 1:
-        raise failure
+    if len(failures) == args.world_size and len(set(failures.values())) == 1:
+        raise CommonError(failures[0])
     if failures:
         number, text = next(iter(failures.items()))
-        raise ValueError(f"process {number} of {args.world_size} cannot go on: {text}")
+        raise CommonError(f"process {number} of {args.world_size} cannot go on: {text}")
     for name in facts:
         values = [theirs.get(name) for theirs, _ in everyone]
         for number, value in enumerate(values):
             if value != values[0]:
-                raise ValueError(
+                raise CommonError(
                     f"{name}: expected the same on all {args.world_size} processes, got {values[0]} on process 0 and"
                     f" {value} on process {number}"
                 )

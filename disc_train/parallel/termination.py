@@ -1,4 +1,4 @@
-"""End a training with a checkpoint on SIGTERM, which schedulers send before they take a machine away."""
+"""End a training with a checkpoint on SIGTERM, which schedulers send, and on the first Ctrl-C."""
 
 import os
 import signal
@@ -9,49 +9,72 @@ from typing import Any
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = "\ninterrupted: the running step is finished and saved; once more stops at once, without\n"
+
 
 class Terminated(Exception):
-    """Say that the training was asked to stop, and has saved a checkpoint."""
-
-
-class StopOnSigterm(TrainerCallback):
-    """Finish the running optimizer step, save and stop on SIGTERM, while entered as a context manager.
-
-    Processes are signalled at different times, or only some of them, but have to stop after the same step: the trainer
-    asks each before a step, and tells all.
+    """Say that the training was asked to stop, and has saved a checkpoint.
 
     Attributes:
-        requested: this process got the signal.
-        agreed: a process had got it before the step that runs, so all stop after that step.
+        signal: which signal asked.
+    """
+
+    def __init__(self, message: str, signal: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+class StopOnSignal(TrainerCallback):
+    """Finish the running optimizer step, save and stop on a signal, while entered as a context manager.
+
+    A second Ctrl-C ends the process as if nobody had caught it. Processes are signalled at different times, or only
+    some of them, but have to stop after the same step: the trainer asks each before a step, and tells all.
+
+    Attributes:
+        requested: the signal that this process got.
+        agreed: the signal that a process had got before the step that runs, so all stop after that step.
     """
 
     def __init__(self) -> None:
-        self.requested = self.agreed = False
+        self.requested: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
 
     def __enter__(self) -> None:
-        self.requested = self.agreed = False
+        self.requested = self.agreed = None
         # Python lets no other thread; and there, whoever started the thread decides what becomes of signals.
-        self._installed = threading.current_thread() is threading.main_thread()
-        if self._installed:
-            self._before = signal.signal(signal.SIGTERM, self._request)
+        main_thread = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._request) for number in SIGNALS} if main_thread else {}
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.agreed:
             control.should_save = control.should_training_stop = True
 
-    def __exit__(self, *_: Any) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._before)
+    def votes(self) -> list[int]:
+        """Count, for each of SIGNALS, whether this process got it; the trainer adds up those of all processes."""
+        return [number == self.requested for number in SIGNALS]
 
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+    def agree(self, votes: list[int]) -> None:
+        """Take the sum of all processes' votes."""
+        self.agreed = next((number for number, count in zip(SIGNALS, votes, strict=True) if count), None)
+
+    def _request(self, number: int, _: Any) -> None:
+        self.requested = signal.Signals(number)
+        if self.requested == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one stops even a process that waits for others
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, INTERRUPTED.encode())  # what is printed here could meet another print halfway
 
 
 def collate_in_own_process_group(collate: Callable[[Any], Any], examples: Any) -> Any:
     """Collate examples; in a data loader's worker, leave the process group that receives signals first.
 
-    torchrun and batch systems signal whole groups, and a step cannot come to its end without the workers' batches. They
-    end with their process all the same.
+    torchrun, batch systems and terminals signal whole groups, and a step cannot come to its end without the workers'
+    batches. They end with their process all the same.
     """
     if get_worker_info() is not None:
         os.setpgid(0, 0)

@@ -35,7 +35,7 @@ def test_one_process_of_eight_documents_is_two_of_four_and_four_of_two(train, mo
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
     assert len(losses(whole)) == 2
     for name, flags, world in (
-        ("two", _flags(4), 2),
+        ("two", (*_flags(4), "--use_cpu", "false"), 2),  # there is nothing else to use
         ("four", _flags(2), 4),
         ("four accumulated", _flags(1, 2), 4),
     ):
@@ -82,7 +82,7 @@ def test_accelerate_starts_them(train, model_folder, tmp_path):
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "disc_train.cli"),
-        *("--model_name_or_path", model_folder, "--train_file", tmp_path / "documents.jsonl", "--use_cpu", "true"),
+        *("--model_name_or_path", model_folder, "--train_file", tmp_path / "documents.jsonl"),
         *("--output_dir", tmp_path / "launched", *STEPS, *LOGS, *_flags(4)),
     ]
     launched = subprocess.run([str(part) for part in command], capture_output=True, text=True)

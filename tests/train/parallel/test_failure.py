@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from disc_train.trainer import DiscTrainer
 from tests.train.runs import skip_unless_resumable, weights
 from tests.train.world import make_model
 
@@ -90,19 +91,25 @@ ACCUMULATED = ("--per_device_train_batch_size", 1, "--gradient_accumulation_step
 
 
 @pytest.mark.parametrize(
-    ("flags", "world"), [(SHARED, 2), (ACCUMULATED, 1), ((*ACCUMULATED, "--num_train_epochs", 6), 2)]
+    ("flags", "world", "sent"),
+    [
+        (SHARED, 2, signal.SIGTERM),
+        (ACCUMULATED, 1, signal.SIGINT),
+        ((*ACCUMULATED, "--num_train_epochs", 6), 2, signal.SIGINT),
+    ],
 )
-def test_terminated_and_resumed(flags, world, start, whole, tmp_path):
-    """The signal reaches one process and the workers of its data loader; all stop after one step."""
+def test_stopped_and_resumed(flags, world, sent, start, whole, tmp_path):
+    """The signal reaches one process and the workers of its data loader; all stop after one step, and one says so."""
     skip_unless_resumable(world)
     expected = whole(*flags, world=world)
     folder = tmp_path / "out"
     run = start(*RUN, *flags, "--save_steps", 2, "--output_dir", folder, world=world)
     _wait_until(folder / "checkpoint-2", True, run.processes[0])
-    os.killpg(run.processes[-1].pid, signal.SIGTERM)
-    assert run.wait() == [143] * world, run.logs
-    step = re.search(r"error: terminated after step (\d+) of 12, which is saved: the same", run.logs[0])[1]
-    assert all(f"after step {step} " in log for log in run.logs)
+    os.killpg(run.processes[-1].pid, sent)
+    assert run.wait() == [128 + sent] * world, run.logs
+    how = "interrupted" if sent == signal.SIGINT else "terminated"
+    step = re.search(rf"error: {how} after step (\d+) of 12, which is saved: the same command with", run.logs[0])[1]
+    assert sum(log.count(" after step ") for log in run.logs) == 1
     assert 2 < int(step) < 12
     assert (folder / f"checkpoint-{step}").exists()
     run = start(*RUN, *flags, *RESUMED, "--output_dir", folder, world=world)
@@ -112,12 +119,29 @@ def test_terminated_and_resumed(flags, world, start, whole, tmp_path):
     assert torch.equal(weights(folder), expected)
 
 
-def test_interrupted(start, tmp_path):
-    run = start(*RUN, *TWO_A_STEP, "--num_train_epochs", 1000, "--output_dir", tmp_path / "out")
-    _wait_until(tmp_path / "out" / "checkpoint-1", True, run.processes[0])
-    os.kill(run.processes[0].pid, signal.SIGINT)
-    assert run.wait() == [130]
-    assert "disc-train: error: interrupted" in run.logs[0]
+def take_forever_in_the_second_step():
+    real = DiscTrainer.training_step
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step:
+            time.sleep(600)
+        return real(self, *args, **kwargs)
+
+    DiscTrainer.training_step = step
+
+
+def test_interrupted_twice(start, tmp_path):
+    """The second time does not wait for the step."""
+    run = start(*RUN, *TWO_A_STEP, "--output_dir", tmp_path / "out", prepare=take_forever_in_the_second_step)
+    (process,) = run.processes
+    _wait_until(tmp_path / "out" / "checkpoint-1", True, process)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()
+    assert run.logs[0].count("interrupted: the running step is finished and saved; once more stops at once") == 1
+    os.kill(process.pid, signal.SIGINT)
+    assert run.wait(10) == [-signal.SIGINT]
 
 
 def test_resumed_in_another_number_of_processes(start, whole, tmp_path, model_folder):
@@ -149,7 +173,7 @@ def test_a_killed_rank_ends_the_job(start, tmp_path, model_folder):
     folder = tmp_path / "out"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-        *("-m", "disc_train.cli", "--model_name_or_path", model_folder, "--use_cpu", "true"),
+        *("-m", "disc_train.cli", "--model_name_or_path", model_folder),
         *("--train_file", tmp_path / "documents.jsonl", "--output_dir", folder),
         *(*RUN, "--num_train_epochs", 1000, *SHARED),
     ]
