@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
+from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags
@@ -51,8 +52,8 @@ class DiscArguments:
         " --bf16, which keeps float32 weights.",
         "float32",
     )
-    train_file: str | None = flag(
-        "Documents, or records for cd: a .jsonl, .json, .parquet, .csv or .txt file, or a folder of them."
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": f"Documents, or records for cd: {FILES_HELP}.", "action": "extend"}
     )
     dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
     text_column: str = flag("The column that holds a document's text.", "text")
@@ -84,8 +85,13 @@ class DiscArguments:
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
         False,
     )
-    replay_file: str | None = flag(
-        "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
+    replay_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "More to train on, so that it is not forgotten: as --train_file, or documents for"
+            " --replay_objective kl.",
+            "action": "extend",
+        },
     )
     replay_share: float = flag("The share of a step's examples that are replayed, in the mean.", 0.1)
     replay_objective: Literal["method", "kl"] = flag(
@@ -203,6 +209,11 @@ class LoopArguments(TrainingArguments):
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
         if self.eval_strategy != "no" or self.do_eval:
             raise ValueError("--eval_strategy, --do_eval: expected neither, disc-train has no evaluation set")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                "--train_sampling_strategy: expected random or sequential (documents of any lengths are packed with"
+                f" hardly any padding), got {self.train_sampling_strategy}"
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 f"--label_smoothing_factor: expected 0, no method has it, got {self.label_smoothing_factor}"

@@ -55,15 +55,20 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
     known = {item.name for arguments in classes for item in fields(arguments) if item.init}
     given = list(argv)
     if given and not given[0].startswith("-"):
-        given = _yaml_flags(Path(given[0]), known) + given[1:]
+        file, *given = given
+        over = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in given if argument[:1] == "-"}
+        given = _yaml_flags(Path(file), known, over) + given
     _, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
     return parser.parse_args_into_dataclasses(given, look_for_args_file=False)
 
 
-def _yaml_flags(path: Path, known: set[str]) -> list[str]:
-    """Write a YAML file as flags, so that its values are read as those on the command line are (3e-6 is a number)."""
+def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
+    """Write a YAML file as flags, so that its values are read as those on the command line are (3e-6 is a number).
+
+    Those in `over` are left out: lists would be added to each other.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,6 +79,8 @@ def _yaml_flags(path: Path, known: set[str]) -> list[str]:
     for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{path}: unknown key {key}{_nearest(str(key), known)}")
+        if key in over:
+            continue
         if isinstance(value, list):
             given += [f"--{key}", *map(str, value)]
         elif value is not None:

@@ -1,8 +1,10 @@
 """Say what will run, in plain words: data, tokens, models, steps."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -54,15 +56,16 @@ def count_tokens(samples: Iterable[tuple[TokenizedDocument, Sequence[Split]]], f
 
 def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
     """Describe, in lines (label, text), the documents that were read and what an epoch makes of them."""
-    empty = sum(len(document.input_ids) == 0 for document in dataset.too_short)
+    empty = [document.name for document in dataset.too_short if len(document.input_ids) == 0]
+    first = f" (the first: {empty[0]})" if empty else ""
     samples = ((document, dataset.splits(index)) for index, document in enumerate(dataset.documents))
     counts = count_tokens(samples, first=dataset[0].branches[0].first)
     templates = dataset.templates
     lines = [
         (
             "documents",
-            f"{len(read):,} read, {len(dataset):,} to train on; {empty:,} empty,"
-            f" {len(dataset.too_short) - empty:,} too short to split into a prefix and a suffix of 2 tokens;"
+            f"{len(read):,} read, {len(dataset):,} to train on; {len(empty):,} empty{first},"
+            f" {len(dataset.too_short) - len(empty):,} too short to split into a prefix and a suffix of 2 tokens;"
             f" {_describe_cut(read)}",
         ),
         ("split points", f"{counts.suffixes:,} an epoch, by {dataset.split_strategy}"),
@@ -104,6 +107,16 @@ def _describe_cut(read: Sequence[TokenizedDocument]) -> str:
     cut = [document for document in read if document.cut]
     dropped = sum(document.cut for document in cut)
     return f"{len(cut):,} cut" + (f" to {len(cut[0].input_ids):,} tokens ({dropped:,} dropped)" if cut else "")
+
+
+def describe_other_files(others: Sequence[Path]) -> list[tuple[str, str]]:
+    """Describe, in a line (label, text) if there are any, the files of kinds that are not read."""
+    if not others:
+        return []
+    kinds = Counter(file.suffix or "no suffix" for file in others)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
+    more = f" and {len(kinds) - 5:,} more kinds" if len(kinds) > 5 else ""
+    return [("not read", f"{len(others):,} files of other kinds: {counts}{more} (the first: {others[0]})")]
 
 
 def describe_replay(dataset: ReplayDataset, file: str) -> str:

@@ -16,17 +16,17 @@ from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.records import Fields, check_text, read_records
 from disc_train.data.sequence_start import start_context, starts_with
 
-FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",))
+FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",), meant={"text": "--method disc"})
 
 
 def load_records(
-    train_file: str | None,
+    train_file: str | Sequence[str] | None,
     dataset_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
     start: Sequence[int] = (),
     flag: str = "--train_file",
 ) -> list[Example]:
-    """Read the records of a file, a folder or a Hub dataset as examples.
+    """Read the records of files, folders and patterns, or of a Hub dataset, as examples.
 
     Args:
         start: the tokens that every context starts with.

@@ -1,6 +1,8 @@
 """Read records as documents."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from disc_train.data.records import Fields, check_text, read_records
 
@@ -18,21 +20,30 @@ class Document:
 
 
 def load_documents(
-    train_file: str | None, dataset_name: str | None, text_column: str = "text", flag: str = "--train_file"
+    train_file: str | Sequence[str] | None,
+    dataset_name: str | None,
+    text_column: str = "text",
+    flag: str = "--train_file",
+    meant: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Document]:
-    """Read every document of a file, of a folder, or of the train split of a Hub dataset.
+    """Read every document of files, folders and patterns, or of the train split of a Hub dataset.
+
+    A text that is null is an empty one.
 
     Args:
-        flag: the one that named the file, for messages.
+        flag: the one that named the files, for messages.
+        meant: what messages suggest for a record without `text_column`, as for `disc_train.data.records.Fields`.
 
-    Raises as `disc_train.data.records.read_records` does, and ValueError for a record without a string under
-    `text_column`, and for input without any text.
+    Raises as `disc_train.data.records.read_records` does, and ValueError for a text that is no string, and for input
+    without any text.
     """
-    fields = Fields(required=(text_column,), records="documents", field="text_column", flag=flag)
-    documents = [
-        Document(name, check_text(name, text_column, record[text_column]))
-        for name, record in read_records(train_file, dataset_name, fields)
-    ]
+    fields = Fields((text_column,), records="documents", field="--text_column", flag=flag, meant=meant)
+    flag = flag if train_file else "--dataset_name"
+    documents = []
+    for name, record in read_records(train_file, dataset_name, fields):
+        text = record[text_column]
+        documents.append(Document(name, "" if text is None else check_text(f"{flag}: {name}", text_column, text)))
     if not any(document.text.strip() for document in documents):
-        raise ValueError(f"{train_file or dataset_name}: no text in any of its {len(documents)} documents")
+        source = train_file if isinstance(train_file, str) or not train_file else ", ".join(train_file)
+        raise ValueError(f"{flag}: {source or dataset_name}: no text in any of its {len(documents)} documents")
     return documents

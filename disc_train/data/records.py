@@ -6,9 +6,12 @@ A bad file or record is a ValueError that names it; nothing is left out in silen
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from disc_train.data.files import decode, find_files, kind_of
 
 
 class Fields(NamedTuple):
@@ -19,30 +22,40 @@ class Fields(NamedTuple):
     records: str = "records"  # what the records are
     field: str = "field"  # what a missing field is a missing one of: the flag that names it, say
     flag: str = "--train_file"  # that named the file
+    meant: Mapping[str, str] = MappingProxyType({})  # a field of other records -> the flag that reads those
 
 
 Record = tuple[str, dict[str, Any]]
 
 
-def read_records(train_file: str | None, dataset_name: str | None, fields: Fields) -> list[Record]:
-    """Read every record of a file, of a folder, or of the train split of a Hub dataset, as (name, fields).
+def read_records(train_file: str | Sequence[str] | None, dataset_name: str | None, fields: Fields) -> list[Record]:
+    """Read every record of files, or of the train split of a Hub dataset, as (name, fields).
 
-    A folder stands for all files with a supported suffix below it, in sorted order, hidden ones left out. `.json` is a
-    list of records, `.jsonl` has one a line. A `.txt` file is one record, if it needs one field only; line ends are
-    kept as written. Text is UTF-8, with or without a byte order mark. The name says where a record came from:
-    "folder/a.txt", "news.jsonl:17" (the line), "news.csv:3" or "hub/name[train]:3" (the record, from 1).
+    `.jsonl` has one record a line; `.json` the same, or a list of records. A `.txt`, `.md` or `.rst` file is one
+    record, if it needs one field only; line ends are kept as written. Text is UTF-8, with or without a byte order mark,
+    and may be gzipped. The name says where a record came from: "folder/a.txt", "news.jsonl:17" (the line), "news.csv:3"
+    or "hub/name[train]:3" (the record, from 1).
 
-    Raises ValueError for a missing, unsupported, empty or malformed file and a record without a required field;
-    ImportError for an absent library.
+    Args:
+        train_file: paths, folders and patterns, see `disc_train.data.files.find_files`.
+
+    Raises:
+        ValueError: naming the flag: a missing, unsupported, empty or malformed file, a record without a required field.
+        ImportError: an absent library.
     """
     if bool(train_file) == bool(dataset_name):
         raise ValueError(
-            f"give either train_file or dataset_name, got train_file={train_file!r} and dataset_name={dataset_name!r}"
+            f"give either {fields.flag} or --dataset_name, got {fields.flag} {train_file!r} and --dataset_name"
+            f" {dataset_name!r}"
         )
-    if train_file:
-        return [record for path in _files(Path(train_file), fields.flag) for record in _read(path, fields)]
-    assert dataset_name
-    return list(_read_dataset(dataset_name, fields))
+    if not train_file:
+        assert dataset_name
+        return list(_read_dataset(dataset_name, fields))
+    files = find_files(train_file, fields.flag).read
+    try:
+        return [record for path in files for record in _read(path, fields)]
+    except ValueError as error:
+        raise ValueError(f"{fields.flag}: {error}") from error
 
 
 def check_text(name: str, field: str, text: Any) -> str:
@@ -56,70 +69,41 @@ def check_text(name: str, field: str, text: Any) -> str:
     return text
 
 
-def _files(path: Path, flag: str) -> list[Path]:
-    if not path.exists():
-        raise ValueError(f"{flag}: {str(path)!r} does not exist")
-    supported = ", ".join(_READERS)
-    if not path.is_dir():
-        if path.suffix.lower() not in _READERS:
-            raise ValueError(
-                f"{path}: unsupported suffix {path.suffix!r}; supported: {supported}, or a folder of these"
-            )
-        return [path]
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file()
-        and file.suffix.lower() in _READERS
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
-    if not files:
-        raise ValueError(f"{path}: no supported file in this folder; supported: {supported}")
-    return files
-
-
 def _read(path: Path, fields: Fields) -> list[Record]:
-    records = list(_READERS[path.suffix.lower()](path, fields))
+    records = list(_READERS[kind_of(path)](path, fields))
     if not records:
         raise ValueError(f"{path}: no {fields.records} in this file")
     return records
 
 
-def _decode(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}: not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} (line {line})"
-        ) from None
-
-
-def _read_txt(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_text(path: Path, fields: Fields) -> Iterator[Record]:
     if len(fields.required) != 1:
         names = ", ".join(fields.required or fields.optional)
-        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {names}")
-    yield str(path), {fields.required[0]: _decode(path)}
+        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {names}{_meant('text', fields)}")
+    yield str(path), {fields.required[0]: decode(path)}
 
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[Record]:
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
-    for number, line in enumerate(_decode(path).split("\n"), start=1):
+    for number, line in enumerate(decode(path).split("\n"), start=1):
         if line.strip():
             name = f"{path}:{number}"
             yield _record(name, _parse_json(line, name), fields)
 
 
 def _read_json(path: Path, fields: Fields) -> Iterator[Record]:
-    text = _decode(path)
-    if not text.strip():
+    text = decode(path)
+    try:
+        records = _parse_json(text, str(path)) if text.strip() else []
+    except ValueError as error:
+        if "Extra data" not in str(error):  # json's words for a value after the first: one record a line
+            raise
+        yield from _read_jsonl(path, fields)
         return
-    records = _parse_json(text, str(path))
+    if isinstance(records, dict):
+        records = [records]
     if not isinstance(records, list):
-        raise ValueError(
-            f"{path}: expected a list of records, got {type(records).__name__}; one record a line is .jsonl"
-        )
+        raise ValueError(f"{path}: expected a list of records, or one record a line, got {type(records).__name__}")
     for number, record in enumerate(records, start=1):
         yield _record(f"{path}:{number}", record, fields)
 
@@ -135,7 +119,7 @@ def _parse_json(text: str, name: str) -> Any:
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[Record]:
-    text = _decode(path)
+    text = decode(path)
     # The limit, 128 KiB by default, belongs to the process: raised to what this file can need, then put back.
     previous_limit = csv.field_size_limit(len(text) + 1)
     try:
@@ -148,6 +132,8 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[Record]:
             if None in record:  # where DictReader puts what is beyond the header
                 count = len(reader.fieldnames)
                 raise ValueError(f"{name}: more fields than the header's {count}; a text with commas needs quotes")
+            if any(record[field] is None for field in fields.required):
+                raise ValueError(f"{name}: fewer fields than the header's {len(reader.fieldnames)}")
             yield _record(name, record, fields)
     except csv.Error as error:
         raise ValueError(f"{path}: malformed CSV after line {reader.line_num}: {error}") from None
@@ -179,12 +165,12 @@ def _read_dataset(dataset_name: str, fields: Fields) -> Iterator[Record]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError:
-        raise ImportError("dataset_name needs the datasets library: pip install 'disc-kernels[train]'") from None
+        raise ImportError("--dataset_name needs the datasets library: pip install 'disc-kernels[train]'") from None
     name = f"{dataset_name}[train]"
     try:
         dataset = load_dataset(dataset_name, split="train")
     except (ValueError, OSError, DatasetsError) as error:  # OSError: not found on the Hub, or the Hub not reached
-        raise ValueError(f"dataset_name: cannot load {name}: {error}") from error
+        raise ValueError(f"--dataset_name: cannot load {name}: {error}") from error
     columns = _require_fields(name, dataset.column_names, fields)
     for number, record in enumerate(dataset.select_columns(columns), start=1):
         yield f"{name}:{number}", record
@@ -195,7 +181,9 @@ _READERS: dict[str, Callable[[Path, Fields], Iterator[Record]]] = {
     ".json": _read_json,
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".txt": _read_txt,
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".rst": _read_text,
 }
 
 
@@ -203,8 +191,14 @@ def _require_fields(name: str, present: Collection[str], fields: Fields) -> list
     """Return those of the fields that are present; raise ValueError if a required one is not."""
     for field in fields.required:
         if field not in present:
-            raise ValueError(f"{name}: no {fields.field} {field!r}; there is: {', '.join(present) or 'none at all'}")
+            there = ", ".join(present) or "none at all"
+            meant = next(filter(None, (_meant(other, fields) for other in present)), "")
+            raise ValueError(f"{name}: no {fields.field} {field!r}; there is: {there}{meant}")
     return [field for field in (*fields.required, *fields.optional) if field in present]
+
+
+def _meant(field: str, fields: Fields) -> str:
+    return f"; did you mean {fields.meant[field]}?" if field in fields.meant else ""
 
 
 def _record(name: str, record: Any, fields: Fields) -> Record:

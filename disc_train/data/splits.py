@@ -41,14 +41,16 @@ class TokenizedDocument:
 def check_split_options(strategy: str, num_splits: int, suffix_tokens: int) -> None:
     """Raise ValueError for options of `choose_splits` that are unknown or do not go together."""
     if strategy not in SPLIT_STRATEGIES:
-        raise ValueError(f"split_strategy: expected one of {', '.join(SPLIT_STRATEGIES)}, got {strategy!r}")
+        raise ValueError(f"--split_strategy: expected one of {', '.join(SPLIT_STRATEGIES)}, got {strategy!r}")
     if num_splits < 1:
-        raise ValueError(f"num_splits: expected at least 1, got {num_splits}")
+        raise ValueError(f"--num_splits: expected at least 1, got {num_splits}")
     if suffix_tokens and strategy != "random_token_fixed":
-        raise ValueError(f"suffix_tokens is for split_strategy random_token_fixed; got {suffix_tokens} with {strategy}")
+        raise ValueError(
+            f"--suffix_tokens is for --split_strategy random_token_fixed; got {suffix_tokens} with {strategy}"
+        )
     if suffix_tokens < 0 or 0 < suffix_tokens < MIN_SUFFIX_TOKENS:
         raise ValueError(
-            f"suffix_tokens: expected 0 (to the document's end) or at least {MIN_SUFFIX_TOKENS}, got {suffix_tokens}"
+            f"--suffix_tokens: expected 0 (to the document's end) or at least {MIN_SUFFIX_TOKENS}, got {suffix_tokens}"
         )
 
 
@@ -59,7 +61,7 @@ def check_language(language: str) -> None:
     ("english") or a region ("pt-BR") would end there too, unnoticed, so neither is taken.
     """
     if not re.fullmatch("[a-z]{2,3}", language):
-        raise ValueError(f"language: expected an ISO 639 code such as 'en' or 'ja', got {language!r}")
+        raise ValueError(f"--language: expected an ISO 639 code such as 'en' or 'ja', got {language!r}")
 
 
 # The splitter panics on some white space of more than one byte ("vitamin B\u00a0."), so it is shown plain white space
@@ -105,14 +107,14 @@ def tokenize_document(
     Raises ValueError for unknown options, and for "document" with a tokenizer that gives no character offsets.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_document_tokens: expected at least 1, got {max_tokens}")
+        raise ValueError(f"--max_document_tokens: expected at least 1, got {max_tokens}")
     spans = sentence_spans(document.text, language)
     if sentence_tokenization == "document":
         ids, starts = _tokenize_whole(document.text, spans, tokenizer)
     elif sentence_tokenization == "sentence":
         ids, starts = _tokenize_sentences([document.text[start:stop] for start, stop in spans], tokenizer)
     else:
-        raise ValueError(f"sentence_tokenization: expected document or sentence, got {sentence_tokenization!r}")
+        raise ValueError(f"--sentence_tokenization: expected document or sentence, got {sentence_tokenization!r}")
     while start_ids and starts_with(start_ids, np.array(ids[: len(start_ids)])):
         ids = ids[len(start_ids) :]
         starts = sorted({max(0, first - len(start_ids)) for first in starts})

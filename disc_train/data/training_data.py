@@ -1,5 +1,6 @@
 """Make a training set of what the arguments name, with lines for the summary."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,10 +12,17 @@ from disc_train.data.context_length import ContextLength, check_lengths, context
 from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.documents import load_documents
+from disc_train.data.files import find_files
 from disc_train.data.sequence_start import bos_prefix, describe_start
 from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import Templates, read_templates
-from disc_train.summary import describe_documents, describe_records, describe_replay, describe_whole_documents
+from disc_train.summary import (
+    describe_documents,
+    describe_other_files,
+    describe_records,
+    describe_replay,
+    describe_whole_documents,
+)
 
 Lines = list[tuple[str, str]]  # (label, text), for the summary
 
@@ -40,14 +48,14 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     start = bos_prefix(tokenizer, disc.add_bos)
     description.append(("sequences", describe_start(tokenizer, disc.add_bos, start)))
     dataset, sets = own, [own]
-    if disc.replay_file is not None:
+    if disc.replay_file:
         by_kl = disc.replay_objective == "kl"
         replay, of_replay = _load(
             disc, loop, tokenizer, context, disc.replay_file, None, whole=by_kl, flag="--replay_file"
         )
         dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
         sets.append(replay)
-        description.append(("replay", describe_replay(dataset, disc.replay_file)))
+        description.append(("replay", describe_replay(dataset, ", ".join(disc.replay_file))))
         description += [(label, f"replayed: {text}") for label, text in of_replay]
     if context and context.note:
         description.append(("context", f"{context.tokens:,} tokens{context.note}"))
@@ -59,18 +67,20 @@ def _load(
     loop: LoopArguments,
     tokenizer: PreTrainedTokenizerBase,
     context: ContextLength | None,
-    train_file: str | None,
+    train_file: Sequence[str] | None,
     dataset_name: str | None,
     whole: bool = False,
     flag: str = "--train_file",
 ) -> tuple[ExampleDataset, Lines]:
     """Make the examples of one source, for the method or as `whole` documents, and lines for the summary."""
     start = bos_prefix(tokenizer, disc.add_bos)
+    others = describe_other_files(find_files(train_file, flag).others) if train_file else []
     if disc.method == "cd" and not whole:
         records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, start, flag))
         check_lengths(records, context)
-        return records, describe_records(records)
-    documents = load_documents(train_file, dataset_name, disc.text_column, flag)
+        return records, describe_records(records) + others
+    meant = {} if whole else dict.fromkeys(("teacher_context", "target"), "--method cd")
+    documents = load_documents(train_file, dataset_name, disc.text_column, flag, meant)
     split = disc.method == "disc" and not whole
     teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)
     templates = read_templates(teacher, student, tokenizer, start)
@@ -81,7 +91,7 @@ def _load(
     ]
     if not split:
         examples = whole_documents(read, templates.student_header)
-        return examples, describe_whole_documents(read, examples)
+        return examples, describe_whole_documents(read, examples) + others
     dataset = DocumentDataset(
         read,
         templates=templates,
@@ -90,7 +100,7 @@ def _load(
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
-    return dataset, describe_documents(read, dataset)
+    return dataset, describe_documents(read, dataset) + others
 
 
 def distinct_tokens(*datasets: ExampleDataset) -> list[int]:

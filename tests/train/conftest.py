@@ -102,10 +102,12 @@ def start(model_folder, write_documents, sentences, tmp_path):
 
     def run(*flags, world=1, by_rank=None, folders=None, prepare=None, environment=None):
         common = [
-            *("--model_name_or_path", model_folder, "--train_file", documents, "--output_dir", tmp_path / "out"),
-            *("--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2", *flags),
+            *("--model_name_or_path", model_folder, "--output_dir", tmp_path / "out"),
+            *("--use_cpu", "true", "--disable_tqdm", "true", "--learning_rate", "1e-2"),
         ]
-        argvs = [[str(part) for part in (*common, *own)] for own in by_rank or [()] * world]
+        each = [(*flags, *own) for own in by_rank or [()] * world]
+        data = [() if "--train_file" in own else ("--train_file", documents) for own in each]
+        argvs = [[str(part) for part in (*common, *files, *own)] for files, own in zip(data, each, strict=True)]
         environments = [variables | (environment or {}) for variables in environments_of(world)]
         logs = [tmp_path / f"log-{next(numbers)}" for _ in range(world)]
         runs.append(start_processes(argvs, environments, folders or [tmp_path] * world, logs, prepare))

@@ -69,9 +69,19 @@ def test_flags_win_over_the_file(write_yaml):
     assert (disc.num_splits, loop.seed, loop.learning_rate) == (3, 7, 1e-4)
 
 
+def test_several_files_behind_one_flag_or_several(write_yaml):
+    def read(*flags):
+        return parse_arguments([write_yaml("replay_file: [r.txt, s.txt]\n"), *flags])[0]
+
+    assert (read().train_file, read().replay_file) == (["f.jsonl"], ["r.txt", "s.txt"])
+    disc = read("--train_file", "a", "b", "--train-file=c", "--replay_file", "d")
+    assert (disc.train_file, disc.replay_file) == (["a", "b", "c"], ["d"])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--train_sampling_strategy", "group_by_length"], "--train_sampling_strategy: expected random or sequential"),
         (["--lerning_rate", "1"], "--lerning_rate; did you mean learning_rate?"),
         (["--num-split=3"], "did you mean num_splits?"),
         (["--zzzzzz"], "unknown argument --zzzzzz$"),
@@ -84,7 +94,7 @@ def test_flags_win_over_the_file(write_yaml):
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a positive, finite number, got 0"),
         (["--num_train_epochs", "nan"], "--num_train_epochs: expected a positive, finite number, got nan"),
         (["--suffix_tokens", "1", "--split_strategy", "random_token_fixed"], "suffix_tokens: expected 0"),
-        (["--suffix_tokens", "9"], "suffix_tokens is for split_strategy random_token_fixed"),
+        (["--suffix_tokens", "9"], "--suffix_tokens is for --split_strategy random_token_fixed"),
         (["--max_document_tokens", "2"], "--max_document_tokens: expected at least 3, got 2"),
         (["--language", "english"], "language: expected an ISO 639 code"),
         (["--method", "cd", "--num_splits", "3"], "--num_splits is for --method disc; got it with --method cd"),

@@ -13,10 +13,10 @@ def disc_train(model_folder, write_documents, sentences, tmp_path):
 
     def run(*flags, documents=None):
         texts = [" ".join(text) for text in sentences] if documents is None else documents
+        data = () if "--train_file" in flags else ("--train_file", str(write_documents(texts)))
         return main(
             [
-                *("--model_name_or_path", str(model_folder)),
-                *("--train_file", str(write_documents(texts))),
+                *("--model_name_or_path", str(model_folder), *data),
                 *("--output_dir", str(tmp_path / "out")),
                 *("--per_device_train_batch_size", "4"),
                 *("--num_train_epochs", "2"),

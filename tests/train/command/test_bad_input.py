@@ -22,7 +22,12 @@ def test_data_without_anything_to_train_on(documents, message, fails):
 
 def test_files_that_cannot_be_read(fails, tmp_path):
     assert "does not exist" in fails("--train_file", tmp_path / "none.jsonl")
-    assert "no text_column 'body'" in fails("--text_column", "body")
+    assert "no --text_column 'body'" in fails("--text_column", "body")
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"teacher_context": "x", "target": "y"}')
+    assert "did you mean --method cd?" in fails("--train_file", records)
+    records.write_text('{"text": "x"}')
+    assert "did you mean --method disc?" in fails("--train_file", records, "--method", "cd")
     (tmp_path / "bad.txt").write_bytes(b"ok \xff")
     assert "bad.txt: not UTF-8" in fails("--train_file", tmp_path / "bad.txt")
 

@@ -20,7 +20,8 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
     out = capsys.readouterr().out
     before, after = out.split("What came of it")
     for expected in (
-        "9 read, 7 to train on; 1 empty, 1 too short to split into a prefix and a suffix",
+        "9 read, 7 to train on; 1 empty (the first: ",
+        "documents.jsonl:8), 1 too short to split into a prefix and a suffix",
         "; 6 cut to 80 tokens (",
         "an epoch, by sentence_boundary",
         "LlamaForCausalLM, 34,720 parameters, 34,720 trained, float32",

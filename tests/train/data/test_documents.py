@@ -1,6 +1,7 @@
 """Every kind of input gives its documents, with names; every kind of bad input an error that names file and record."""
 
 import csv
+import gzip
 import json
 import sys
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from disc_train.data.documents import Document, load_documents
+from disc_train.data.files import find_files
 
 # White space of every kind, non-BMP characters and JSON's unusual line breaks: all to be kept as written.
 TEXTS = ["One.\r\nTwo.\t😀", 'A "quoted" comma, and\nlines.', "नमस्ते\u2028世界\u0085\u00a0", "  "]
@@ -51,13 +53,14 @@ def test_text_column(tmp_path, suffix):
         load_documents(file, None)
 
 
-def test_a_text_file_is_one_document(tmp_path):
-    file = write(tmp_path / "a.txt", TEXTS[0])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst"])
+def test_a_text_file_is_one_document(tmp_path, suffix):
+    file = write(tmp_path / f"a{suffix}", TEXTS[0])
     assert load_documents(file, None) == [Document(file, TEXTS[0])]
 
 
 def test_a_folder_is_read_in_sorted_order(tmp_path):
-    for name in ["b/2.txt", "b/10.txt", "a.TXT", "c.txt", ".cache/old.txt", "._a.txt", "notes.md"]:
+    for name in ["b/2.txt", "b/10.txt", "a.TXT", "c.txt", ".cache/old.txt", "._a.txt", "notes.pdf", "README"]:
         write(tmp_path / name, name)
     write(tmp_path / "b.jsonl", '{"text": "first"}\n{"text": "second"}')
     documents = load_documents(str(tmp_path), None)
@@ -67,6 +70,51 @@ def test_a_folder_is_read_in_sorted_order(tmp_path):
         f"{tmp_path / 'b.jsonl'}:1",
         str(tmp_path / "c.txt"),
     ]
+
+
+def test_a_json_file_may_hold_a_record_a_line(tmp_path):
+    file = write(tmp_path / "a.json", '{"text": "x"}\n\n{"text": "y"}\n')
+    assert load_documents(file, None) == [Document(f"{file}:1", "x"), Document(f"{file}:3", "y")]
+    file = write(tmp_path / "shard.json", '{"text": "z"}\n')
+    assert load_documents(file, None) == [Document(f"{file}:1", "z")]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".md", ".RST"])
+def test_gzipped_text(tmp_path, suffix):
+    content = {".jsonl": '{"text": "é"}', ".json": '[{"text": "é"}]', ".csv": "text\né\n"}.get(suffix, "é")
+    write(tmp_path / f"a{suffix}.gz", gzip.compress(content.encode()))
+    assert [document.text for document in load_documents(str(tmp_path), None)] == ["é"]
+
+
+def test_several_files_folders_and_patterns_are_each_read_once(tmp_path):
+    for name in ("b/1.txt", "b/c/2.txt", "b/c/3.md", "a.jsonl", "[x].txt"):
+        write(tmp_path / name, json.dumps({"text": name}) if name == "a.jsonl" else name)
+
+    def read(*sources):
+        return [document.text for document in load_documents([str(tmp_path / source) for source in sources], None)]
+
+    assert read("a.jsonl", "b") == ["a.jsonl", "b/1.txt", "b/c/2.txt", "b/c/3.md"]
+    assert read("b/**/*.txt", "b/c") == ["b/1.txt", "b/c/2.txt", "b/c/3.md"]
+    assert read("[x].txt", "*.txt") == ["[x].txt"]
+    with pytest.raises(ValueError, match=r"--train_file: '.*\*\.csv' does not exist"):
+        read("a.jsonl", "*.csv")
+
+
+def test_other_kinds_of_files_are_listed_where_not_named(tmp_path):
+    for name in ("a.txt", "b.pdf", "c/d.html", "c/.hidden.pdf", "e"):
+        write(tmp_path / name, "x")
+    assert find_files(str(tmp_path), "--train_file").others == [tmp_path / name for name in ("b.pdf", "c/d.html", "e")]
+    assert find_files(str(tmp_path / "*.*"), "--train_file").others == [tmp_path / "b.pdf"]
+    with pytest.raises(ValueError, match=r"--replay_file: .*b\.pdf: unsupported suffix '\.pdf'"):
+        find_files([str(tmp_path), str(tmp_path / "b.pdf")], "--replay_file")
+
+
+def test_records_of_another_method_are_recognised(tmp_path):
+    file = write(tmp_path / "a.jsonl", '{"teacher_context": "x", "target": "y"}')
+    with pytest.raises(ValueError, match=r"there is: teacher_context, target; did you mean --method cd\?$"):
+        load_documents(file, None, meant={"target": "--method cd"})
+    with pytest.raises(ValueError, match=r"there is: teacher_context, target$"):
+        load_documents(file, None)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
@@ -88,8 +136,9 @@ def test_csv_with_any_line_end(tmp_path):
 
 
 def test_empty_texts_are_kept_to_be_counted(tmp_path):
-    file = write_texts(tmp_path / "a.jsonl", ["", "x", " \n"])
-    assert [document.text for document in load_documents(file, None)] == ["", "x", " \n"]
+    for suffix in (".jsonl", ".parquet"):
+        file = write_texts(tmp_path / f"a{suffix}", ["", "x", " \n", None])
+        assert [document.text for document in load_documents(file, None)] == ["", "x", " \n", ""]
 
 
 def test_long_csv_fields_leave_the_process_limit_alone(tmp_path):
@@ -109,9 +158,9 @@ def test_a_dataset(tmp_path, monkeypatch):
     (tmp_path / "hub").mkdir()
     write_texts(tmp_path / "hub" / "train.jsonl", ["x", "y"])
     assert load_documents(None, name) == [Document(f"{name}[train]:1", "x"), Document(f"{name}[train]:2", "y")]
-    with pytest.raises(ValueError, match=r"hub\[train\]: no text_column 'body'; there is: id, text"):
+    with pytest.raises(ValueError, match=r"hub\[train\]: no --text_column 'body'; there is: id, text"):
         load_documents(None, name, "body")
-    with pytest.raises(ValueError, match=r"cannot load .*nothing\[train\]"):
+    with pytest.raises(ValueError, match=r"--dataset_name: cannot load .*nothing\[train\]"):
         load_documents(None, str(tmp_path / "nothing"))
     write(tmp_path / "broken" / "train.jsonl", '{"text": ')
     with pytest.raises(ValueError, match=r"cannot load .*broken\[train\]"):
@@ -129,14 +178,14 @@ def test_an_absent_library(tmp_path, monkeypatch, library, train_file, dataset_n
 
 @pytest.mark.parametrize(("train_file", "dataset_name"), [(None, None), ("a.txt", "org/name"), ("", "")])
 def test_exactly_one_source(train_file, dataset_name):
-    with pytest.raises(ValueError, match="either train_file or dataset_name"):
+    with pytest.raises(ValueError, match="give either --train_file or --dataset_name, got"):
         load_documents(train_file, dataset_name)
 
 
 def test_missing_file_and_folder_without_files(tmp_path):
-    with pytest.raises(ValueError, match=r"train_file: '.*missing\.jsonl' does not exist"):
+    with pytest.raises(ValueError, match=r"--train_file: '.*missing\.jsonl' does not exist"):
         load_documents(str(tmp_path / "missing.jsonl"), None)
-    with pytest.raises(ValueError, match=r"no supported file in this folder; supported: \.jsonl, \.json, \.parquet"):
+    with pytest.raises(ValueError, match=r"no supported file; supported: \.jsonl, \.json, \.parquet"):
         load_documents(str(tmp_path), None)
 
 
@@ -159,18 +208,22 @@ BAD_FILES = {
         r"a\.json: malformed JSON: .* \(line 3 column 9\)",
     ),
     "too deep": ("a.jsonl", "[" * 200_000, r"a\.jsonl:1: JSON that Python cannot read"),
-    "not a list": ("a.json", '{"text": "x"}', r"a\.json: expected a list of records, got dict"),
+    "not a list": ("a.json", "5", r"a\.json: expected a list of records, or one record a line, got int"),
+    "malformed line of json": ("a.json", '{"text": "x"}\n{"text"', r"a\.json:2: malformed JSON: .* \(column 8\)"),
+    "not gzip": ("a.txt.gz", b"\x1f\x8b", r"a\.txt\.gz: not a readable gzip file"),
+    "not gzip either": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz: not a readable gzip file"),
+    "gzipped Parquet": ("a.parquet.gz", "", r"unsupported suffix '\.gz'; supported: .* all but \.parquet gzipped"),
     "not an object": ("a.jsonl", '{"text": "x"}\n"y"', r"a\.jsonl:2: expected a record with a field 'text', got str"),
     "column missing in one": (
         "a.jsonl",
         '{"text": "x"}\n{"t": "y"}',
-        r"a\.jsonl:2: no text_column 'text'; there is: t",
+        r"--train_file: .*a\.jsonl:2: no --text_column 'text'; there is: t$",
     ),
     "no columns": ("a.jsonl", "{}", r"a\.jsonl:1: .*there is: none at all"),
-    "null": ("a.json", '[{"text": "x"}, {"text": null}]', r"a\.json:2: 'text' must be a string, got NoneType"),
+    "nulls": ("a.json", '[{"text": null}, {"text": null}]', r"a\.json: no text in any of its 2 documents"),
     "number": ("a.jsonl", '{"text": 5}', r"a\.jsonl:1: 'text' must be a string, got int"),
     "lone surrogate": ("a.jsonl", '{"text": "ab\\ud800"}', r"a\.jsonl:1: 'text' holds a lone surrogate at character 2"),
-    "short csv row": ("a.csv", "id,text\n1,x\n2\n", r"a\.csv:2: 'text' must be a string, got NoneType"),
+    "short csv row": ("a.csv", "id,text\n1,x\n2\n", r"a\.csv:2: fewer fields than the header's 2"),
     "long csv row": ("a.csv", "id,text\n1,Hello, world\n", r"a\.csv:1: more fields than the header's 2"),
     "unterminated quote": ("a.csv", 'text\n"x', r"a\.csv: malformed CSV after line 1"),
     "not utf-8": ("a.txt", b"ab\ncd\xff", r"a\.txt: not UTF-8: byte 0xff at offset 5 \(line 2\)"),
@@ -194,7 +247,7 @@ def test_bad_files(tmp_path, case):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (pa.array(["x", None]), r"a\.parquet:2: 'text' must be a string, got NoneType"),
+        (pa.array([None, None], pa.string()), r"a\.parquet: no text in any of its 2 documents"),
         (pa.array([1, 2]), r"a\.parquet:1: 'text' must be a string, got int"),
         (pa.array([], pa.string()), r"a\.parquet: no documents"),
         (

@@ -174,7 +174,7 @@ def test_suffixes_to_the_next_split_lose_no_token(length, num_splits, seed):
             r"split_strategy: expected one of sentence_boundary, .*random_token_fixed, got 'sentences'",
         ),
         ("sentence_boundary", 0, 0, r"num_splits: expected at least 1, got 0"),
-        ("random_token", 5, 8, r"suffix_tokens is for split_strategy random_token_fixed; got 8 with random_token"),
+        ("random_token", 5, 8, r"--suffix_tokens is for --split_strategy random_token_fixed; got 8 with random_token"),
         ("random_token_fixed", 5, -1, r"suffix_tokens: expected 0 \(to the document's end\) or at least 2, got -1"),
         ("random_token_fixed", 5, 1, r"suffix_tokens: expected 0 \(to the document's end\) or at least 2, got 1"),
     ],
