@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from disc_train.config import LoopArguments
 from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
+from disc_train.resume import save_settings
 
 UNFINISHED = "unfinished"
 # Beside the weights, what a training goes on from: transformers begins anew with what it does not find.
@@ -146,6 +147,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 class CheckpointingTrainer(Trainer):
     """Save checkpoints that are complete or absent, and load them; also of adapters and of divided models."""
 
+    run_settings: dict[str, Any] | None = None  # that checkpoints keep, see `disc_train.resume`
     _saving = False  # a checkpoint is being written
 
     @property
@@ -169,6 +171,8 @@ class CheckpointingTrainer(Trainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.run_settings is not None and self.args.should_save:
+                save_settings(self.run_settings, unfinished / name)
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()

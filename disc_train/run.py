@@ -19,8 +19,9 @@ from disc_train.models.teacher import load_teacher
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from disc_train.packing.collator import collator
-from disc_train.parallel.agreement import describe_data, same_on_all_processes, settings_of
+from disc_train.parallel.agreement import same_on_all_processes, settings_of
 from disc_train.parallel.termination import Terminated
+from disc_train.resume import changed_settings, settings_to_compare
 from disc_train.summary import (
     count_steps,
     describe_attention,
@@ -40,7 +41,9 @@ class Inputs(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
+    settings: dict[str, Any]  # that checkpoints keep
     checkpoint: str | None  # to go on from
+    changed: list[str]  # settings that were others when it was saved
     resumed_step: int  # steps done when it was saved
     steps: int  # in all
 
@@ -100,12 +103,14 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
         steps = count_steps(loop, len(data.dataset))[0]
+        settings = settings_to_compare(disc, loop, data.dataset)
+        changed = [] if checkpoint is None else changed_settings(checkpoint, settings)
         resumed_step = steps_done(checkpoint, steps)
         check_teacher_tokenizer(disc, tokenizer, data.tokens)
         if loop.world_size > 1:
             must_agree |= settings_of(disc, loop)
-            must_agree |= {"training data": describe_data(data.dataset), "step of the checkpoint": resumed_step}
-    return Inputs(tokenizer, data, checkpoint, resumed_step, steps)
+            must_agree |= {"training data": settings["training data"], "step of the checkpoint": resumed_step}
+    return Inputs(tokenizer, data, settings, checkpoint, changed, resumed_step, steps)
 
 
 def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> DiscTrainer:
@@ -121,7 +126,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
                 check_vocabulary(model, inputs.data.tokens[-1])
     if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
         loop.output_dir, loop.push_to_hub = os.curdir, False
-    return DiscTrainer(
+    trainer = DiscTrainer(
         student,
         teacher,
         loop,
@@ -134,6 +139,8 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         processing_class=inputs.tokenizer,
         callbacks=[_LogLastStep()],
     )
+    trainer.run_settings = inputs.settings
+    return trainer
 
 
 def load_student(disc: DiscArguments) -> PreTrainedModel:
@@ -190,6 +197,7 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
         ("head", describe_head(student, compared or dataset.replays_by_kl)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
+        *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *(signal.describe(dataset.noun) if signal else []),
     ]
 

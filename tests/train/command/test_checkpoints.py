@@ -4,6 +4,7 @@ import shutil
 
 import torch
 
+from tests.train.files import write_jsonl
 from tests.train.runs import weights
 
 
@@ -21,8 +22,29 @@ def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_tra
     assert disc_train("--save_steps", 1) == 0
     (tmp_path / "out" / "checkpoint-99").mkdir()  # the machine went down while it was written
     # YAML's true is read as Python's True.
-    assert disc_train("--save_steps", 1, "--resume_from_checkpoint", "True", "--num_train_epochs", 3) == 0
-    assert "steps         6; 7 documents" in capsys.readouterr().out
+    flags = ("--resume_from_checkpoint", "True", "--num_train_epochs", 3, "--num_splits", 2, "--logging_steps", 1)
+    assert disc_train("--save_steps", 1, *flags) == 0
+    out = capsys.readouterr().out
+    assert "steps         6; 7 documents" in out
+    changed = "changed       since then, from here on: --num_train_epochs 3.0 (was 2.0), --num_splits 2 (was 5)\n"
+    assert changed in out
+
+
+def test_settings_that_a_checkpoint_cannot_go_on_with(disc_train, fails, tmp_path, sentences):
+    assert disc_train("--save_steps", 1, "--max_steps", 1) == 0
+    texts = [" ".join(text) for text in sentences]
+    shorter = write_jsonl(tmp_path / "shorter.jsonl", *({"text": text} for text in texts[1:]))
+    changed = [{"text": text} for text in [texts[0].replace("e", "i"), *texts[1:]]]
+    other = write_jsonl(tmp_path / "other.jsonl", *changed)
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    for flags, message in (
+        (("--learning_rate", 2e-3), "--learning_rate: expected 0.001, with which {} was trained and which cannot"),
+        (("--seed", 7), "--seed: expected 42, with which"),
+        (("--per_device_train_batch_size", 2), "x processes: expected 4, with which"),
+        (("--num_splits", 2, "--train_file", shorter), "--train_file: expected the data of {}, 7 documents (checksum "),
+        (("--train_file", other), "--train_file: expected the data of {}, 7 documents (checksum "),
+    ):
+        assert message.format(checkpoint) in fails("--resume_from_checkpoint", checkpoint, *flags)
 
 
 def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_a_checkpoint_that_is_written_again_gives_way(start, tmp_path):
     folder = tmp_path / "out"
     assert start(*RUN, *TWO_A_STEP, "--max_steps", 2, "--output_dir", folder).wait() == [0]
     before = weights(folder / "checkpoint-2")
-    flags = (*RUN, "--per_device_train_batch_size", 1, "--max_steps", 3, "--output_dir", folder)
+    flags = (*RUN, *TWO_A_STEP, "--temperature", 1, "--max_steps", 3, "--output_dir", folder)
     assert start(*flags, "--resume_from_checkpoint", folder / "checkpoint-1").wait() == [0]
     assert not torch.equal(weights(folder / "checkpoint-2"), before)
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-2", "checkpoint-3"]

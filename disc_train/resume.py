@@ -1,0 +1,72 @@
+"""Compare a run's settings with those of the checkpoint that it goes on from.
+
+A checkpoint restores the optimizer with its rate, the adapters and the place in the data, whatever the command line
+says. So a setting that they depend on may not change; any other may, from the next step on, and the summary says so.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from disc_train.config import DiscArguments, LoopArguments
+from disc_train.data.dataset import ExampleDataset
+from disc_train.parallel.agreement import describe_data
+
+SETTINGS_FILE = "disc_train_settings.json"
+DOCUMENTS_A_STEP = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+# Of transformers' settings those that matter to what is learned, and all of disc_train's but for a few.
+LOOP_RESTORED = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"),
+    *("seed", "data_seed", "dataloader_drop_last", "train_sampling_strategy"),
+)
+LOOP_APPLIED = (
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("max_grad_norm", "bf16", "fp16"),
+)
+DISC_RESTORED = ("lora_rank", "lora_alpha", "freeze_head")
+# How the same is computed; and files, of which the content is compared.
+NOT_COMPARED = ("dry_run", "attention", "train_file", "dataset_name", "replay_file")
+
+
+def settings_to_compare(disc: DiscArguments, loop: LoopArguments, dataset: ExampleDataset) -> dict[str, Any]:
+    """Return what a checkpoint keeps of its run's settings and data, as JSON holds it."""
+    chosen = {name: getattr(loop, name) for name in (*LOOP_RESTORED, *LOOP_APPLIED)}
+    chosen |= {name: value for name, value in vars(disc).items() if name not in NOT_COMPARED}
+    chosen[DOCUMENTS_A_STEP] = loop.train_batch_size * loop.gradient_accumulation_steps * loop.world_size
+    data = {"examples": len(dataset), "training data": describe_data(dataset)}
+    return json.loads(json.dumps(chosen | data, default=str))
+
+
+def save_settings(settings: dict[str, Any], checkpoint: Path) -> None:
+    """Write settings into a checkpoint."""
+    Path(checkpoint, SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def changed_settings(checkpoint: str, now: dict[str, Any]) -> list[str]:
+    """List the settings that differ from a checkpoint's and hold from now on; none if it has not kept any.
+
+    Raises:
+        ValueError: a setting that cannot be honoured, or other data.
+    """
+    path = Path(checkpoint, SETTINGS_FILE)
+    if not path.is_file():  # of a trainer that is no run of disc-train
+        return []
+    try:
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the settings of a run, got a damaged file: {error}") from error
+    changed = [name for name, value in now.items() if before.get(name, value) != value]
+    for name in changed:
+        if name in (*LOOP_RESTORED, *DISC_RESTORED, DOCUMENTS_A_STEP):
+            raise ValueError(
+                f"--{name}: expected {before[name]}, with which {checkpoint} was trained and which cannot change when"
+                f" a run goes on, got {now[name]}"
+            )
+    applied = [name for name in changed if name not in ("examples", "training data")]
+    # Other splits or templates make other examples of the same documents; but their order is that of their number.
+    if "examples" in changed or ("training data" in changed and not set(applied) - set(LOOP_APPLIED)):
+        raise ValueError(
+            f"--train_file: expected the data of {checkpoint}, {before['training data']}, got {now['training data']}:"
+            " to train on other data, start from it as a new model (--model_name_or_path)"
+        )
+    return [f"--{name} {now[name]} (was {before[name]})" for name in applied]
