@@ -116,6 +116,6 @@ def test_more_workspace_is_never_refused_where_less_was_enough(fused_impl, rows)
     problem = build(rows=2, width=8, vocab=64, student_index=[0] * rows, teacher_index=[0] * rows)
     smallest = smallest_workspace(problem, fused_impl)
     expected = loss_of(problem, problem.leaves(), "reference")
-    for more in range(0, 4000, 100):
+    for more in range(0, 4000, 100 if fused_impl == "torch" else 800):  # the interpreter is slow
         loss = loss_of(problem, problem.leaves(), fused_impl, max_workspace_bytes=smallest + more)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
