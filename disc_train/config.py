@@ -22,7 +22,7 @@ DOCUMENT_METHODS = tuple(method for method in OBJECTIVES if method != "cd")
 METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"), ("disc",)),
     **dict.fromkeys(("teacher_template", "student_template"), ("disc",)),
-    **dict.fromkeys(("temperature", "ce_weight"), AT_TEMPERATURE),
+    **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
     **dict.fromkeys(("text_column", "max_document_tokens"), DOCUMENT_METHODS),
     **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
@@ -73,6 +73,12 @@ class DiscArguments:
     ce_weight: float = flag(
         "disc and cd: of the cross-entropy on the same tokens, which also teaches what is said once.", 0.0
     )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = flag(
+        "disc and cd: forward_kl: KL(teacher || student). reverse_kl: KL(student || teacher). jsd: the generalised"
+        " Jensen-Shannon divergence.",
+        "forward_kl",
+    )
+    beta: float = flag("jsd: the teacher's share of the mixture that both are compared with.", 0.5)
     kl_weight: float = flag("ft_kl: of the KL from the initial model.", 0.1)
     lora_rank: int = flag(
         "Train low-rank adapters of this rank beside all linear layers but the head, and nothing else; 0: train the"
@@ -141,6 +147,7 @@ class DiscArguments:
         check_flag(self, "temperature", 0 < self.temperature < math.inf, "a positive, finite number")
         for name in ("ce_weight", "kl_weight"):
             check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        check_flag(self, "beta", 0 < self.beta < 1, "a number between 0 and 1")
         check_flag(self, "lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
         check_flag(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
         check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
@@ -167,6 +174,8 @@ class DiscArguments:
                 )
             if needed and needed not in given:
                 raise ValueError(f"--{name} needs --{needed}, got it without")
+        if "beta" in given and self.divergence != "jsd":
+            raise ValueError(f"--beta is for --divergence jsd, got it with {self.divergence}")
         if self.teacher == "adapter" and "lora_rank" not in given:
             raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
         if self.teacher == "adapter" and "teacher_name_or_path" in given:

@@ -135,6 +135,8 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         temperature=disc.temperature,
         ce_weight=disc.ce_weight,
         kl_weight=disc.kl_weight,
+        divergence=disc.divergence,
+        beta=disc.beta,
         attention=disc.attention,
         processing_class=inputs.tokenizer,
         callbacks=[_LogLastStep()],

@@ -177,11 +177,16 @@ def describe_packing(
 
 def describe_method(disc: DiscArguments) -> str:
     """Write the loss of an example as a formula."""
+    divergence = {
+        "forward_kl": "KL(teacher || student)",
+        "reverse_kl": "KL(student || teacher)",
+        "jsd": f"JSD(teacher, student; beta = {disc.beta:g})",
+    }[disc.divergence]
     loss = {
         "ft": "cross-entropy",
         "ft_kl": f"cross-entropy + {disc.kl_weight:g} KL(initial model || student)",
         "talr": "cross-entropy with weights max(p^(1/tau), 0.01)",
-    }.get(disc.method, f"T^2 KL(teacher || student) at T = {disc.temperature:g}")
+    }.get(disc.method, f"T^2 {divergence} at T = {disc.temperature:g}")
     return loss + (f" + {disc.ce_weight:g} cross-entropy" if disc.ce_weight else "")
 
 

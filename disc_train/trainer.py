@@ -6,7 +6,7 @@ A step's loss is averaged over all its examples, however they are spread; models
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -55,6 +55,7 @@ class DiscTrainer(CheckpointingTrainer):
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.
+        divergence, beta: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
 
@@ -83,6 +84,8 @@ class DiscTrainer(CheckpointingTrainer):
         temperature: float = 2.0,
         ce_weight: float = 0.0,
         kl_weight: float = 0.1,
+        divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
+        beta: float = 0.5,
         attention: str = "auto",
         **options: Any,
     ) -> None:
@@ -115,7 +118,7 @@ class DiscTrainer(CheckpointingTrainer):
             if prepared is not None:
                 self._move_to_device(prepared, trained)
         self.method = method
-        self.settings = methods.Settings(temperature, ce_weight, kl_weight)
+        self.settings = methods.Settings(temperature, ce_weight, kl_weight, divergence, beta)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.packing = self._logged_packing = PackingStats()

@@ -5,7 +5,7 @@ Each gives the sum of the examples' losses; the trainer divides by the number of
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,23 +31,27 @@ class Settings(NamedTuple):
         temperature: T of disc and cd: both models' logits are divided by it. The others have none.
         ce_weight: disc and cd: weight of the cross-entropy on the same tokens.
         kl_weight: ft_kl: weight of the KL from the initial model.
+        divergence, beta: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
         tau: talr: the median over a step's sequences of their mean loss; None: over those of the batch.
     """
 
     temperature: float = 2.0
     ce_weight: float = 0.0
     kl_weight: float = 0.1
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    beta: float = 0.5
     tau: Tensor | None = None
 
 
 def distill(predictions: Predictions, settings: Settings) -> Tensor:
-    """Compute the loss of disc and cd: T^2 KL(teacher after its context || student).
+    """Compute the loss of disc and cd: T^2 KL(teacher after its context || student), or another divergence of the two.
 
     T^2 keeps the gradients as large as at T = 1 (Hinton et al., arXiv 1503.02531). disc is arXiv 2602.16093, equation
     3; cd the general form (Snell et al., arXiv 2209.15189). `ce_weight` adds cross-entropy: it teaches what no context
     tells, such as what a document says once.
     """
-    loss = settings.temperature**2 * divergence(predictions, settings.temperature)
+    of_both = divergence(predictions, settings.temperature, kind=settings.divergence, beta=settings.beta)
+    loss = settings.temperature**2 * of_both
     return loss + settings.ce_weight * cross_entropy(predictions) if settings.ce_weight else loss
 
 

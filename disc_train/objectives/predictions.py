@@ -1,7 +1,7 @@
 """Run both models on a packed batch, and compare what they predict for its target tokens."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -108,8 +108,18 @@ def cross_entropy(predictions: Predictions, reduction: str = "sum") -> Tensor:
     )
 
 
-def divergence(predictions: Predictions, temperature: float, reduction: str = "sum") -> Tensor:
-    """Compute KL(teacher || student) in nats: the sum by weight, or for "none" all M."""
+def divergence(
+    predictions: Predictions,
+    temperature: float,
+    reduction: str = "sum",
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
+    beta: float = 0.5,
+) -> Tensor:
+    """Compute the divergence of teacher and student in nats: the sum by weight, or for "none" all M.
+
+    Args:
+        kind, beta: as `divergence` and `beta` of `disc_kernels.fused_suffix_kl`; forward_kl is KL(teacher || student).
+    """
     student, teacher = predictions.student, predictions.teacher
     assert teacher is not None
     return fused_suffix_kl(  # type: ignore[return-value]
@@ -121,6 +131,8 @@ def divergence(predictions: Predictions, temperature: float, reduction: str = "s
         teacher_index=torch.from_numpy(teacher.index),
         row_weight=predictions.weight,
         temperature=temperature,
+        divergence=kind,
+        beta=beta,
         reduction=reduction,
         student_bias=student.head.bias,
         teacher_bias=teacher.head.bias,

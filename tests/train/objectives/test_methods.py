@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,16 @@ def _token_divergences(teacher, student, ids, temperature=1.0):
     with torch.no_grad():
         p = log_softmax(teacher(ids).logits[0, :-1] / temperature, dim=-1)
     q = log_softmax(student(ids).logits[0, :-1] / temperature, dim=-1)
+    return _kl(p, q)
+
+
+def _kl(p, q):
     return (p.exp() * (p - q)).sum(-1)
+
+
+def _jsd(p, q, beta=0.3):
+    mixture = (beta * p.exp() + (1 - beta) * q.exp()).log()
+    return beta * _kl(p, mixture) + (1 - beta) * _kl(q, mixture)
 
 
 def plain_ft(teacher, student, documents):
@@ -56,7 +66,7 @@ def plain_talr(teacher, student, documents):
     return torch.stack([(w * each).mean() for w, each in zip(weights, losses, strict=True)]).mean()
 
 
-def plain_disc(teacher, student, samples, temperature=2.0, ce_weight=0.3):
+def plain_disc(teacher, student, samples, temperature=2.0, ce_weight=0.3, between=None):
     """On suffixes; samples are (token ids, [(start, stop), ...])."""
     documents = []
     for ids, splits in samples:
@@ -67,7 +77,7 @@ def plain_disc(teacher, student, samples, temperature=2.0, ce_weight=0.3):
                 p = log_softmax(teacher(torch.tensor(ids[:stop])[None]).logits[0, start:-1] / temperature, dim=-1)
             logits = student(suffix[None]).logits[0, :-1]
             q = log_softmax(logits / temperature, dim=-1)
-            divergence = (p.exp() * (p - q)).sum(-1).mean()
+            divergence = (between or _kl)(p, q).mean()
             losses.append(temperature**2 * divergence + ce_weight * cross_entropy(logits, suffix[1:]))
         documents.append(torch.stack(losses).mean())
     return torch.stack(documents).mean()
@@ -120,11 +130,23 @@ def test_distillation_with_cross_entropy(architecture, compare):
     assert max(error.loss, error.gradient) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("settings", "between"),
+    [(Settings(divergence="reverse_kl"), lambda p, q: _kl(q, p)), (Settings(divergence="jsd", beta=0.3), _jsd)],
+)
+def test_distillation_by_other_divergences(settings, between, compare):
+    error = compare("disc", settings=settings, plain=partial(plain_disc, ce_weight=0.0, between=between))
+    assert max(error.loss, error.gradient) < TOLERANCE
+
+
 def test_what_a_method_leaves_out_would_show(compare):
     """Each mutant of a loss is off by far more than the tolerance."""
     mutants = {
         "no cross-entropy": compare("disc", settings=Settings(2.0, ce_weight=0.0), plain=plain_disc),
         "cross-entropy at the temperature's weight": compare("disc", settings=Settings(2.0, 1.2), plain=plain_disc),
+        "the other direction": compare(
+            "disc", settings=Settings(divergence="reverse_kl"), plain=partial(plain_disc, ce_weight=0.0)
+        ),
         "no KL": compare("ft_kl", settings=Settings(kl_weight=0.0)),
         "weights of one": compare("ft", plain=plain_talr),
         "tau of another batch": compare("talr", settings=Settings(tau=torch.tensor(3.0))),
