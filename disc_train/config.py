@@ -32,6 +32,7 @@ FLAGS_OF_REPLAY_BY_KL = ("text_column", "max_document_tokens", "teacher", "teach
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
     "lora_dropout": "lora_rank",
+    "lora_target_modules": "lora_rank",
     "replay_share": "replay_file",
     "replay_objective": "replay_file",
 }
@@ -85,8 +86,15 @@ class DiscArguments:
         " model. The method's authors: 16.",
         0,
     )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What gets adapters: names of linear layers and of experts' parameters, or their last parts."
+            " Default: all that peft can adapt."
+        },
+    )
     lora_alpha: int | None = flag("The adapters are scaled by this over their rank. Default: twice the rank.")
-    lora_dropout: float = flag("Of what the adapters read.", 0.1)
+    lora_dropout: float = flag("Of what the adapters read; none where experts have adapters.", 0.1)
     freeze_head: bool = flag(
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
         False,

@@ -149,7 +149,8 @@ def load_student(disc: DiscArguments) -> PreTrainedModel:
     """Load the model, with adapters if asked for."""
     student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype))
     if disc.lora_rank:
-        add_lora(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank, disc.lora_dropout)
+        alpha = disc.lora_alpha or 2 * disc.lora_rank
+        add_lora(student, disc.lora_rank, alpha, disc.lora_dropout, disc.lora_target_modules)
     return freeze_head(student) if disc.freeze_head else student
 
 

@@ -14,7 +14,7 @@ from disc_train.config import DiscArguments
 from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset, sample_batches
 from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
-from disc_train.models.adapters import has_adapters
+from disc_train.models.adapters import describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.packing.collator import PackedBatch, PackingStats
@@ -195,9 +195,10 @@ def describe_model(model: PreTrainedModel) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
-    what = "trained, in adapters" if has_adapters(model) else "trained"
+    adapted = has_adapters(model)
+    what = "trained, in adapters" if adapted else "trained"
     name = type(model).__name__.removeprefix("FSDP")  # PyTorch's mark on models that are divided over processes
-    return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}"
+    return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}" + (describe_unadapted(model) if adapted else "")
 
 
 def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> str:

@@ -113,6 +113,7 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
         (["--beta", "0.3"], "--beta is for --divergence jsd, got it with forward_kl"),
         (["--divergence", "jsd", "--beta", "1"], "--beta: expected a number between 0 and 1, got 1.0"),
         (["--lora_alpha", "8"], "--lora_alpha needs --lora_rank, got it without"),
+        (["--lora_target_modules", "q_proj"], "--lora_target_modules needs --lora_rank, got it without"),
         (["--lora_dropout", "0"], "--lora_dropout needs --lora_rank, got it without"),
         (["--lora_rank", "-1"], r"--lora_rank: expected 0 \(no adapters\) or more, got -1"),
         (["--lora_rank", "4", "--lora_alpha", "0"], "--lora_alpha: expected a positive number, got 0"),

@@ -6,14 +6,19 @@ import sys
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from disc_train.models.adapters import add_lora, load_adapters
 from disc_train.models.teacher import teacher_or_base_model
 from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
 from disc_train.packing.collator import pack
+from disc_train.summary import describe_model
 from disc_train.trainer import DiscTrainer
+from tests.shared_prefix.models import GROUPED
 from tests.train.world import make_model
+
+TOKENS = torch.arange(20)[None]
 
 
 @pytest.fixture
@@ -65,6 +70,68 @@ def test_adapters_alone_are_trained_beside_every_layer_but_the_head(architecture
     assert layers == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert {parameter.dtype for parameter in _adapters(model).values()} == {torch.float32}
     assert {p.dtype for name, p in model.named_parameters() if name not in trained} == {torch.bfloat16}
+
+
+COUNTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+# Each with layers that "all linear layers" left out: what is adapted beside q_proj and its like, and what is not.
+LEFT_OUT = {
+    "gpt_oss": (
+        lambda: transformers.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+        {"experts.gate_up_proj", "experts.down_proj"},
+        "; not adapted: mlp.router; no dropout: peft has none beside experts",
+    ),
+    "deepseek_v3": (  # by default peft takes its shared experts and its dense layer for routed ones
+        lambda: transformers.DeepseekV3Config(
+            **GROUPED | LATENT | COUNTS | {"num_key_value_heads": 4},
+            n_routed_experts=4,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+        ),
+        {"experts.gate_up_proj", "experts.down_proj"}
+        | {f"{where}.{name}_proj" for where in ("shared_experts", "mlp") for name in ("gate", "up", "down")},
+        "; not adapted: mlp.gate; no dropout: peft has none beside experts",
+    ),
+    "mamba": (  # it takes the weights of dt_proj and out_proj without calling them
+        lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4),
+        {"mixer.in_proj", "mixer.x_proj"},
+        "; not adapted: mixer.A_log, mixer.conv1d, mixer.dt_proj, mixer.out_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_experts_are_adapted_and_what_is_not_is_said(name, tmp_path):
+    make_config, adapted, left_out = LEFT_OUT[name]
+    torch.manual_seed(0)
+    plain = transformers.AutoModelForCausalLM.from_config(make_config())
+    model = add_lora(copy.deepcopy(plain), rank=2, alpha=4, dropout=0.1)
+    assert describe_model(model).endswith(f"in adapters, float32{left_out}")
+    config = model.peft_config["default"]
+    names = {name.removesuffix(".weight") for name in (*config.target_modules, *config.target_parameters)}
+    assert {".".join(name.split(".")[-2:]) for name in names if "self_attn" not in name} == adapted
+    _move(model)
+    (model(TOKENS).logits ** 2).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    expected = model.eval()(TOKENS).logits
+    with teacher_or_base_model(None, model) as teacher:
+        assert torch.equal(teacher(TOKENS).logits, plain.eval()(TOKENS).logits)
+    model.save_pretrained(tmp_path)
+    loaded = copy.deepcopy(plain)
+    loaded.load_adapter(str(tmp_path))
+    assert torch.equal(loaded.eval()(TOKENS).logits, expected)
+    resumed = add_lora(plain, rank=2, alpha=4, dropout=0.1)
+    load_adapters(resumed, str(tmp_path))
+    assert torch.equal(resumed.eval()(TOKENS).logits, expected)
+
+
+def test_targets_are_chosen_by_their_names():
+    model = add_lora(make_model(), 2, 4, 0.1, ["q_proj", "model.layers.1.mlp.up_proj"])
+    assert {name.split(".")[-4] for name in _adapters(model)} == {"q_proj", "up_proj"}
+    assert not any("layers.0.mlp" in name for name in _adapters(model))
+    with pytest.raises(ValueError, match=r"--lora_target_modules: expected names of linear layers .* got lm_head"):
+        add_lora(make_model(), 2, 4, 0.1, ["q_proj", "lm_head"])
 
 
 def test_training_moves_the_adapters_and_nothing_else(make_trainer):
