@@ -23,12 +23,15 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"), ("disc",)),
     **dict.fromkeys(("teacher_template", "student_template"), ("disc",)),
     **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
-    **dict.fromkeys(("text_column", "max_document_tokens"), DOCUMENT_METHODS),
+    **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
     **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
 }
 # Replay by KL has documents and a teacher of its own, whatever the method.
-FLAGS_OF_REPLAY_BY_KL = ("text_column", "max_document_tokens", "teacher", "teacher_name_or_path")
+FLAGS_OF_REPLAY_BY_KL = (
+    *("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"),
+    *("teacher", "teacher_name_or_path"),
+)
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
     "lora_dropout": "lora_rank",
@@ -130,7 +133,15 @@ class DiscArguments:
     language: str = flag("Of the documents, for finding sentences: an ISO 639 code.", "en")
     add_bos: Literal["auto", "true", "false"] = flag(ADD_BOS_HELP, "auto")
     max_document_tokens: int | None = flag(
-        "Longer documents are cut. Default: the model's context length, less the templates."
+        "The most tokens of a document, see --long_documents. Default: the model's context length, less the templates."
+    )
+    long_documents: Literal["chunk", "cut"] = flag(
+        "Those of more than --max_document_tokens. chunk: each becomes several documents, divided between sentences, so"
+        " that no text is lost. cut: what is beyond is dropped.",
+        "chunk",
+    )
+    chunk_overlap_tokens: int = flag(
+        "A chunk repeats the last sentences of the one before, as many as have no more tokens than this.", 0
     )
     teacher_template: str | None = flag(
         "What the teacher reads before a suffix: Jinja, or a .jinja file, that writes {{ prefix }}, the document before"
@@ -165,6 +176,8 @@ class DiscArguments:
         check_language(self.language)
         limit = self.max_document_tokens
         check_flag(self, "max_document_tokens", limit is None or limit >= 3, "at least 3")
+        if self.chunk_overlap_tokens and self.long_documents == "cut":
+            raise ValueError("--chunk_overlap_tokens is for --long_documents chunk, got it with cut")
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"
             raise ValueError(f"expected one of --train_file and --dataset_name, got {got}")

@@ -19,6 +19,8 @@ from disc_train.models.attention import Attention
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.packing.collator import PackedBatch, PackingStats
 
+MAX_LOST = 0.05  # of the tokens, before a warning
+
 
 @dataclass
 class TokenCounts:
@@ -54,8 +56,14 @@ def count_tokens(samples: Iterable[tuple[TokenizedDocument, Sequence[Split]]], f
     return counts
 
 
-def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDataset) -> list[tuple[str, str]]:
-    """Describe, in lines (label, text), the documents that were read and what an epoch makes of them."""
+def describe_documents(
+    read: Sequence[TokenizedDocument], parts: Sequence[TokenizedDocument], dataset: DocumentDataset
+) -> list[tuple[str, str]]:
+    """Describe, in lines (label, text), the documents that were read and what an epoch makes of them.
+
+    Args:
+        parts: the same where long ones are divided into chunks.
+    """
     empty = [document.name for document in dataset.too_short if len(document.input_ids) == 0]
     first = f" (the first: {empty[0]})" if empty else ""
     samples = ((document, dataset.splits(index)) for index, document in enumerate(dataset.documents))
@@ -66,7 +74,7 @@ def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDatas
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {len(empty):,} empty{first},"
             f" {len(dataset.too_short) - len(empty):,} too short to split into a prefix and a suffix of 2 tokens;"
-            f" {_describe_cut(read)}",
+            f" {_describe_long(read, parts)}",
         ),
         ("split points", f"{counts.suffixes:,} an epoch, by {dataset.split_strategy}"),
         (
@@ -83,12 +91,14 @@ def describe_documents(read: Sequence[TokenizedDocument], dataset: DocumentDatas
             f" student: {len(templates.student_header):,} before a suffix"
         )
         lines.append(("templates", text))
-    return lines
+    return lines + _warn_of_loss(read, dataset.too_short)
 
 
-def describe_whole_documents(read: Sequence[TokenizedDocument], dataset: ExampleDataset) -> list[tuple[str, str]]:
-    """Describe, in lines (label, text), documents that are trained on as a whole."""
-    short = [document.name for document in read if len(document.input_ids) < MIN_TOKENS]
+def describe_whole_documents(
+    read: Sequence[TokenizedDocument], parts: Sequence[TokenizedDocument], dataset: ExampleDataset
+) -> list[tuple[str, str]]:
+    """Describe, in lines (label, text), documents that are trained on as a whole, see `describe_documents`."""
+    short = [document.name for document in parts if len(document.input_ids) < MIN_TOKENS]
     names = f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else ""
     branches = [branch for example in dataset.examples for branch in example.branches]
     tokens, rows = sum(len(branch.target) for branch in branches), sum(branch.rows for branch in branches)
@@ -96,17 +106,44 @@ def describe_whole_documents(read: Sequence[TokenizedDocument], dataset: Example
         (
             "documents",
             f"{len(read):,} read, {len(dataset):,} to train on; {len(short):,} of fewer than {MIN_TOKENS} tokens"
-            f"{names}; {_describe_cut(read)}",
+            f"{names}; {_describe_long(read, parts)}",
         ),
         ("tokens", f"{tokens:,} in these documents: {rows:,} trained on; skipped: {tokens - rows:,} first"),
+        *_warn_of_loss(read, ()),
     ]
 
 
-def _describe_cut(read: Sequence[TokenizedDocument]) -> str:
-    """Say how many documents were cut, to what length, and how many tokens that dropped."""
+def _describe_long(read: Sequence[TokenizedDocument], parts: Sequence[TokenizedDocument]) -> str:
+    """Say how many documents were too long, and what became of them."""
+    longest = max(len(part.input_ids) for part in parts)
+    tokens_of_long = [len(document.input_ids) for document in read if len(document.input_ids) > longest]
+    if tokens_of_long:
+        repeated = sum(len(part.input_ids) for part in parts) - sum(len(document.input_ids) for document in read)
+        return (
+            f"{len(tokens_of_long):,} long ones, of {sum(tokens_of_long):,} tokens, divided into"
+            f" {len(parts) - len(read) + len(tokens_of_long):,} chunks of up to {longest:,}"
+            + (f", which repeat {repeated:,}" if repeated else "")
+        )
     cut = [document for document in read if document.cut]
     dropped = sum(document.cut for document in cut)
     return f"{len(cut):,} cut" + (f" to {len(cut[0].input_ids):,} tokens ({dropped:,} dropped)" if cut else "")
+
+
+def _warn_of_loss(read: Sequence[TokenizedDocument], too_short: Sequence[TokenizedDocument]) -> list[tuple[str, str]]:
+    """Warn, in a line (label, text), if many of the tokens are in no document that is trained on."""
+    cut = sum(document.cut for document in read)
+    short = sum(len(document.input_ids) for document in too_short)
+    total = cut + sum(len(document.input_ids) for document in read)
+    if cut + short <= MAX_LOST * total:
+        return []
+    lost = f"{cut + short:,} of {total:,} tokens ({(cut + short) / total:.0%}) are lost"
+    return [
+        (
+            "WARNING",
+            f"{lost}: {cut:,} beyond --max_document_tokens (--long_documents chunk keeps them), {short:,} in documents"
+            " too short to split",
+        )
+    ]
 
 
 def describe_other_files(others: Sequence[Path]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.config import DiscArguments, LoopArguments
+from disc_train.data.chunks import chunk_document
 from disc_train.data.context_length import ContextLength, check_lengths, context_length
 from disc_train.data.contexts import load_records
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
@@ -85,22 +86,26 @@ def _load(
     teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)
     templates = read_templates(teacher, student, tokenizer, start)
     limit = _document_limit(disc, context, templates)
+    cut, chunk = (limit, None) if disc.long_documents == "cut" else (None, limit)
     read = [
-        tokenize_document(document, tokenizer, disc.sentence_tokenization, limit, disc.language, start)
+        tokenize_document(document, tokenizer, disc.sentence_tokenization, cut, disc.language, start)
         for document in tqdm(documents, "Tokenising", unit=" documents", delay=2, disable=loop.disable_tqdm)
     ]
+    parts = read
+    if chunk is not None:
+        parts = [part for document in read for part in chunk_document(document, chunk, disc.chunk_overlap_tokens)]
     if not split:
-        examples = whole_documents(read, templates.student_header)
-        return examples, describe_whole_documents(read, examples) + others
+        examples = whole_documents(parts, templates.student_header)
+        return examples, describe_whole_documents(read, parts, examples) + others
     dataset = DocumentDataset(
-        read,
+        parts,
         templates=templates,
         split_strategy=disc.split_strategy,
         num_splits=disc.num_splits,
         suffix_tokens=disc.suffix_tokens,
         seed=loop.seed,
     )
-    return dataset, describe_documents(read, dataset) + others
+    return dataset, describe_documents(read, parts, dataset) + others
 
 
 def distinct_tokens(*datasets: ExampleDataset) -> list[int]:
@@ -113,7 +118,7 @@ def distinct_tokens(*datasets: ExampleDataset) -> list[int]:
 
 
 def _document_limit(disc: DiscArguments, context: ContextLength | None, templates: Templates) -> int | None:
-    """Return the tokens that a document is cut to: what the templates leave of the context, or fewer if asked."""
+    """Return the most tokens of a document: what the templates leave of the context, or fewer if asked."""
     if context is None:
         return disc.max_document_tokens
     room = f"the {context.reader}'s context of {context.tokens} tokens{context.note}"

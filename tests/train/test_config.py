@@ -97,6 +97,8 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
         (["--suffix_tokens", "9"], "--suffix_tokens is for --split_strategy random_token_fixed"),
         (["--max_document_tokens", "2"], "--max_document_tokens: expected at least 3, got 2"),
         (["--language", "english"], "language: expected an ISO 639 code"),
+        (["--chunk_overlap_tokens", "9", "--long_documents", "cut"], "--chunk_overlap_tokens is for --long_documents"),
+        (["--method", "cd", "--long_documents", "cut"], "--long_documents is for --method disc, ft, ft_kl, talr; got"),
         (["--method", "cd", "--num_splits", "3"], "--num_splits is for --method disc; got it with --method cd"),
         (["--method", "cd", "--teacher_template", "{{ prefix }}"], "--teacher_template is for --method disc; got"),
         (["--method", "cd", "--text_column", "body"], "--text_column is for --method disc, ft, ft_kl, talr; got"),
