@@ -26,6 +26,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
     **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
+    "teacher_system_prompt": ("cd",),
 }
 # Replay by KL has documents and a teacher of its own, whatever the method.
 FLAGS_OF_REPLAY_BY_KL = (
@@ -65,7 +66,8 @@ class DiscArguments:
         "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
         " cross-entropy. ft_kl: the same, and the KL from the initial model. talr: the same, less of it on tokens that"
         " are unlikely to the model. cd: context distillation of records with the fields teacher_context,"
-        " student_context (may be missing) and target, each a text or a list of chat messages.",
+        " student_context (may be missing) and target, each a text or a list of chat messages; or in the forms of TRL"
+        " (prompt, privileged_context, completion) and ms-swift (messages, teacher_prompt).",
         "disc",
     )
     teacher: Literal["auto", "copy", "adapter"] = flag(
@@ -151,6 +153,9 @@ class DiscArguments:
     student_template: str | None = flag(
         "What the student reads before a suffix: Jinja, or a .jinja file, without the prefix. Default: nothing but"
         " what a sequence starts with."
+    )
+    teacher_system_prompt: str | None = flag(
+        "cd: of the teacher, for records with messages; the last of these, the assistant's, is the target."
     )
     attention: Literal["auto", "sdpa", "flex", "varlen"] = flag(
         "sdpa: dense masks (eager where attention is softcapped). flex: FlexAttention, for training on CUDA only."

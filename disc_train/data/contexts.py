@@ -2,21 +2,27 @@
 
 Each is a text, or chat messages (a list of {"role": ..., "content": ...}) that the model's chat template writes: a
 context's up to where the assistant's answer begins, a target's from there on, with whatever ends a turn. Contexts and
-target are tokenised each on its own and joined, so that both models read the same target.
+target are tokenised each on its own and joined, so that both models read the same target. Records in the forms of other
+libraries are read as they are, see `record_forms.py`.
 """
 
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
+from disc_train.data.chat import Message, chat_text, encode, reply_text
 from disc_train.data.example import Branch, Context, Example, Ids
-from disc_train.data.records import Fields, check_text, read_records
+from disc_train.data.record_forms import SDFT, Content, contexts_and_target
+from disc_train.data.records import Fields, read_records
 from disc_train.data.sequence_start import start_context, starts_with
 
-FIELDS = Fields(required=("teacher_context", "target"), optional=("student_context",), meant={"text": "--method disc"})
+FIELDS = Fields(
+    required=("teacher_context", "target"),
+    optional=("student_context", "teacher_prompt"),
+    forms=(SDFT, ("messages",)),
+    meant={"text": "--method disc"},
+)
 
 
 def load_records(
@@ -25,12 +31,14 @@ def load_records(
     tokenizer: PreTrainedTokenizerBase,
     start: Sequence[int] = (),
     flag: str = "--train_file",
+    teacher_system_prompt: str | None = None,
 ) -> list[Example]:
     """Read the records of files, folders and patterns, or of a Hub dataset, as examples.
 
     Args:
         start: the tokens that every context starts with.
         flag: the one that named the file, for messages.
+        teacher_system_prompt: what the teacher's messages begin with, where records have `messages`.
 
     Raises:
         ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
@@ -38,19 +46,18 @@ def load_records(
     """
     encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     return [
-        _example(name, record, tokenizer, encode_context, start)
+        _example(name, contexts_and_target(name, record, teacher_system_prompt), tokenizer, encode_context, start)
         for name, record in read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
     ]
 
 
 def _example(
     name: str,
-    record: dict[str, Any],
+    fields: dict[str, Content],
     tokenizer: PreTrainedTokenizerBase,
     encode_context: Callable[[str], Ids],
     start: Sequence[int],
 ) -> Example:
-    fields = {field: _checked(name, field, record.get(field)) for field in (*FIELDS.required, *FIELDS.optional)}
     try:
         texts = _texts(fields, tokenizer)
     except ValueError as error:
@@ -65,17 +72,7 @@ def _example(
     return Example(name, teacher, student, [Branch(target, Context(len(teacher)), Context(len(student)))])
 
 
-def _checked(name: str, field: str, value: Any) -> str | list[Message]:
-    if value is None or value == []:
-        return ""
-    if isinstance(value, str):
-        return check_text(name, field, value)
-    if not isinstance(value, list):
-        raise ValueError(f"{name}: {field!r} must be a string or a list of messages, got {type(value).__name__}")
-    return check_messages(name, field, value)
-
-
-def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _texts(fields: dict[str, Content], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Write the fields as text."""
     # Chat messages of a target are written after their context's alone: many templates want the user to begin.
     target = fields["target"]
@@ -96,9 +93,7 @@ def _texts(fields: dict[str, str | list[Message]], tokenizer: PreTrainedTokenize
     return texts | {"target": answers.pop() if answers else ""}
 
 
-def _answer(
-    prompt: str, context: str | list[Message], target: list[Message], tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _answer(prompt: str, context: Content, target: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
     """Write what the chat template adds for the target after the prompt of its context."""
     if isinstance(context, str):
         raise ValueError("a target of chat messages needs contexts of chat messages (an empty student_context apart)")

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ class Fields(NamedTuple):
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    forms: tuple[tuple[str, ...], ...] = ()  # other sets of fields that do as well as the required ones
     records: str = "records"  # what the records are
     field: str = "field"  # what a missing field is a missing one of: the flag that names it, say
     flag: str = "--train_file"  # that named the file
@@ -188,13 +190,15 @@ _READERS: dict[str, Callable[[Path, Fields], Iterator[Record]]] = {
 
 
 def _require_fields(name: str, present: Collection[str], fields: Fields) -> list[str]:
-    """Return those of the fields that are present; raise ValueError if a required one is not."""
-    for field in fields.required:
-        if field not in present:
-            there = ", ".join(present) or "none at all"
-            meant = next(filter(None, (_meant(other, fields) for other in present)), "")
-            raise ValueError(f"{name}: no {fields.field} {field!r}; there is: {there}{meant}")
-    return [field for field in (*fields.required, *fields.optional) if field in present]
+    """Return those of the fields that are present; raise ValueError if required ones are not."""
+    if not any(set(form) <= set(present) for form in (fields.required, *fields.forms)):
+        missing = next(field for field in fields.required if field not in present)
+        there = ", ".join(present) or "none at all"
+        meant = "".join(_meant(other, fields) for other in present)
+        forms = f" (also read: {'; '.join(map(', '.join, fields.forms))})" if fields.forms else ""
+        raise ValueError(f"{name}: no {fields.field} {missing!r}; there is: {there}{meant}{forms}")
+    wanted = (*fields.required, *fields.optional, *chain(*fields.forms))
+    return [field for field in wanted if field in present]
 
 
 def _meant(field: str, fields: Fields) -> str:

@@ -77,10 +77,12 @@ def _load(
     start = bos_prefix(tokenizer, disc.add_bos)
     others = describe_other_files(find_files(train_file, flag).others) if train_file else []
     if disc.method == "cd" and not whole:
-        records = ExampleDataset(load_records(train_file, dataset_name, tokenizer, start, flag))
+        records = ExampleDataset(
+            load_records(train_file, dataset_name, tokenizer, start, flag, disc.teacher_system_prompt)
+        )
         check_lengths(records, context)
         return records, describe_records(records) + others
-    meant = {} if whole else dict.fromkeys(("teacher_context", "target"), "--method cd")
+    meant = {} if whole else dict.fromkeys(("teacher_context", "privileged_context", "messages"), "--method cd")
     documents = load_documents(train_file, dataset_name, disc.text_column, flag, meant)
     split = disc.method == "disc" and not whole
     teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)

@@ -102,6 +102,7 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
         (["--method", "cd", "--num_splits", "3"], "--num_splits is for --method disc; got it with --method cd"),
         (["--method", "cd", "--teacher_template", "{{ prefix }}"], "--teacher_template is for --method disc; got"),
         (["--method", "cd", "--text_column", "body"], "--text_column is for --method disc, ft, ft_kl, talr; got"),
+        (["--teacher_system_prompt", "x"], "--teacher_system_prompt is for --method cd; got it with --method disc"),
         (["--method", "ft", "--temperature", "1"], "--temperature is for --method disc, cd; got it with --method ft,"),
         (["--method", "ft_kl", "--ce_weight", "1"], "--ce_weight is for --method disc, cd; got"),
         (["--method", "talr", "--suffix_tokens", "9"], "--suffix_tokens is for --method disc; got"),

@@ -6,19 +6,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from disc_train.config import parse_arguments
 from disc_train.data.context_length import ContextLength, check_lengths
 from disc_train.data.contexts import load_records
 from disc_train.data.dataset import ExampleDataset
+from disc_train.data.training_data import load_training_data
+from tests.train.files import write_jsonl
+from tests.train.world import COMMON
 
 
 @pytest.fixture
 def load(tmp_path, chat_tokenizer):
-    """load(records, max_tokens): the examples of a .jsonl file of these records."""
+    """load(records, max_tokens, tokenizer, **options): the examples of a .jsonl file of these records."""
 
-    def run(*records, max_tokens=None, tokenizer=chat_tokenizer):
+    def run(*records, max_tokens=None, tokenizer=chat_tokenizer, **options):
         path = tmp_path / "records.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        examples = load_records(str(path), None, tokenizer)
+        examples = load_records(str(path), None, tokenizer, **options)
         check_lengths(ExampleDataset(examples), max_tokens and ContextLength(max_tokens, "model"))
         return examples
 
@@ -63,6 +67,80 @@ def test_records(record, expected, load, chat_tokenizer):
     (example,) = load(record)
     assert _texts(example, chat_tokenizer) == expected
     assert example.name.endswith("records.jsonl:1")
+
+
+CHAT = [_user("A"), _assistant("a"), _user("B")]
+CHAT_TEXT = "<user>A</>\n<assistant>a</>\n<user>{}</>\n<assistant>"
+SYSTEM = {"role": "system", "content": "Y"}
+
+
+@pytest.mark.parametrize(
+    ("record", "system", "expected"),
+    [
+        ({"prompt": "P", "privileged_context": "H", "completion": " x"}, None, ("P\n\nH", "P", " x")),
+        (
+            {"prompt": CHAT, "privileged_context": "H", "completion": [_assistant("x")]},
+            None,
+            (CHAT_TEXT.format("B\n\nH"), CHAT_TEXT.format("B"), "x</>\n"),
+        ),
+        (
+            {"prompt": CHAT, "privileged_context": [_user("H"), _assistant("I")], "completion": [_assistant("x")]},
+            None,
+            (CHAT_TEXT.format("B\n\nH\nI"), CHAT_TEXT.format("B"), "x</>\n"),
+        ),
+        (
+            {"messages": [*CHAT, _assistant("x")], "teacher_prompt": "H B"},
+            None,
+            (CHAT_TEXT.format("H B"), CHAT_TEXT.format("B"), "x</>\n"),
+        ),
+        (
+            {"messages": [*CHAT, _assistant("x")]},
+            "S",
+            ("<system>S</>\n" + CHAT_TEXT.format("B"), CHAT_TEXT.format("B"), "x</>\n"),
+        ),
+        (
+            {"messages": [SYSTEM, *CHAT, _assistant("x")], "teacher_prompt": "H"},
+            "S",
+            ("<system>S</>\n" + CHAT_TEXT.format("H"), "<system>Y</>\n" + CHAT_TEXT.format("B"), "x</>\n"),
+        ),
+    ],
+)
+def test_records_in_the_forms_of_other_libraries(record, system, expected, load, chat_tokenizer):
+    (example,) = load(record | {"id": 1}, teacher_system_prompt=system)
+    assert _texts(example, chat_tokenizer) == expected
+
+
+def test_the_flag_of_the_teachers_system_prompt(tmp_path, chat_tokenizer):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **COMMON}))
+    path = write_jsonl(tmp_path / "records.jsonl", {"messages": [*CHAT, _assistant("x")]})
+    flags = {"model_name_or_path": tmp_path, "train_file": path, "output_dir": tmp_path, "use_cpu": "true"}
+    flags |= {"method": "cd", "teacher_system_prompt": "S"}
+    data = load_training_data(*parse_arguments([f"--{flag}={value}" for flag, value in flags.items()]), chat_tokenizer)
+    assert chat_tokenizer.decode(data.own[0].teacher_trunk).startswith("<system>S</>")
+
+
+@pytest.mark.parametrize(
+    ("record", "system", "message"),
+    [
+        ({"prompt": "P", "privileged_context": None, "completion": "x"}, None, "expected a privileged_context that is"),
+        (
+            {"prompt": [*CHAT, _assistant("b")], "privileged_context": "H", "completion": "x"},
+            None,
+            "expected a prompt that ends with the user's message, got the assistant's",
+        ),
+        ({"messages": CHAT}, "S", "end with the assistant's, got .'user', 'assistant', 'user'."),
+        ({"messages": [_assistant("x")]}, "S", "a user's among them"),
+        ({"messages": []}, "S", "a user's among them"),
+        ({"messages": None}, "S", "'messages' must be a string or a list of messages"),
+        ({"messages": [*CHAT, _assistant("")]}, "S", "expected a target that is not empty"),
+        ({"messages": [*CHAT, _assistant("x")]}, None, "expected a teacher_prompt or --teacher_system_prompt beside"),
+        ({"messages": [*CHAT, _assistant("x")], "teacher_prompt": 5}, None, "'teacher_prompt' must be a string"),
+        ({"teacher_context": "T", "target": "x"}, "S", "--teacher_system_prompt is for records with messages, got"),
+    ],
+)
+def test_what_is_wrong_in_these_forms_is_named(record, system, message, load):
+    with pytest.raises(ValueError, match=r"records\.jsonl:1: .*" + message):
+        load(record, teacher_system_prompt=system)
 
 
 def test_equal_contexts_are_tokenised_once(load):
