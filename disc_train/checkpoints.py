@@ -230,3 +230,8 @@ class CheckpointingTrainer(Trainer):
             load_adapters(self.student, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of weights that a checkpoint lacks, but not of those that are tied to others and so never saved."""
+        missing = [name for name in load_result.missing_keys if name not in self.student.all_tied_weights_keys]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))

@@ -1,6 +1,7 @@
 """Define the settings of `disc-train`: what is trained on what, and transformers' own for the loop."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -27,6 +28,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
     "teacher_system_prompt": ("cd",),
+    "signal_examples": AT_TEMPERATURE,
 }
 # Replay by KL has documents and a teacher of its own, whatever the method.
 FLAGS_OF_REPLAY_BY_KL = (
@@ -163,6 +165,9 @@ class DiscArguments:
         " run's own batches.",
         "auto",
     )
+    signal_examples: int = flag(
+        "disc and cd: on how many examples the signal is measured, before the training and after it; 0: on none.", 100
+    )
     dry_run: bool = flag("Print the summary of what would run, and stop.", False)
 
     def __post_init__(self) -> None:
@@ -177,6 +182,7 @@ class DiscArguments:
         check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
         check_flag(self, "replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
         check_flag(self, "num_splits", self.num_splits >= 1, "at least 1")
+        check_flag(self, "signal_examples", self.signal_examples >= 0, "0 (no signal is measured) or more")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)
         limit = self.max_document_tokens
@@ -261,6 +267,8 @@ class LoopArguments(TrainingArguments):
             self.use_cpu = True  # else accelerate would take each process for a run of its own
         if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+        if self.disable_tqdm is None and not sys.stderr.isatty():
+            self.disable_tqdm = True  # the logs are printed as plain lines
         super().__post_init__()
         check_launch(self)
 

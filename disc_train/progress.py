@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -21,12 +22,15 @@ def hide_bars_off_terminals() -> None:
 
 
 def show_progress(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
-    """Yield batches, and show on stderr how many of their items are done.
+    """Yield batches, and show on stderr, in the first of several processes, how many of their items are done.
 
     Args:
         total: the number of items in all batches.
         what: the items and what happens to them, as in "choices scored".
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        yield from batches
+        return
     if sys.stderr.isatty():
         with tqdm(total=total, desc=what, delay=DELAY, leave=False) as bar:
             for batch in batches:

@@ -25,7 +25,7 @@ LOOP_APPLIED = (
 )
 DISC_RESTORED = ("lora_rank", "lora_alpha", "freeze_head")
 # How the same is computed; and files, of which the content is compared.
-NOT_COMPARED = ("dry_run", "attention", "train_file", "dataset_name", "replay_file")
+NOT_COMPARED = ("dry_run", "signal_examples", "attention", "train_file", "dataset_name", "replay_file")
 
 
 def settings_to_compare(disc: DiscArguments, loop: LoopArguments, dataset: ExampleDataset) -> dict[str, Any]:

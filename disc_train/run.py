@@ -65,10 +65,10 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
             print_section("Nothing is left to train", ("saved", f"after all {steps:,} steps, in {loop.output_dir}"))
         return
     trainer = make_trainer(disc, loop, inputs)
-    examples = take_evenly(inputs.data.own)
+    examples = take_evenly(inputs.data.own, disc.signal_examples)
 
     def signal_now() -> Signal | None:
-        if disc.method not in AT_TEMPERATURE:
+        if disc.method not in AT_TEMPERATURE or not examples:
             return None
         return measure_signal(trainer.student, trainer.teacher, examples, temperature=disc.temperature)
 

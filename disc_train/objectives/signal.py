@@ -5,7 +5,7 @@ the teacher's log-probability of the target itself is compared with the student'
 with the teacher's after another example's. Only what its own context makes likelier than both is content to learn.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean, median
 from typing import NamedTuple
@@ -17,11 +17,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from disc_train.data.dataset import ExampleDataset
-from disc_train.data.example import Branch, Example
+from disc_train.data.example import Branch, Context, Example
 from disc_train.objectives.cross_entropy import linear_cross_entropy
-from disc_train.objectives.predictions import ModelPredictions, divergence, predict, predict_as_teacher
-from disc_train.packing.collator import collator
+from disc_train.objectives.predictions import (
+    ModelPredictions,
+    Predictions,
+    divergence,
+    predict_as_student,
+    predict_as_teacher,
+)
+from disc_train.packing.collator import PackedBatch, collator
+from disc_train.progress import show_progress
 
+MAX_BATCH = 16  # examples
+MAX_BATCH_TOKENS = 16_384  # of both models, if every target were read in a sequence of its own
 MIN_GAIN = 0.02  # nats a token: half a nat over a target of 25 tokens, less than one choice between two
 
 
@@ -87,7 +96,7 @@ class Signal(NamedTuple):
         return None
 
 
-def take_evenly(dataset: ExampleDataset, count: int = 100) -> list[Example]:
+def take_evenly(dataset: ExampleDataset, count: int) -> list[Example]:
     """Take up to `count` examples at equal distances, as they are in the current epoch."""
     count = min(count, len(dataset))
     return [dataset[i * len(dataset) // count] for i in range(count)]
@@ -101,7 +110,7 @@ def measure_signal(
     *,
     temperature: float,
 ) -> Signal:
-    """Measure the signal of some examples, one at a time, forward only.
+    """Measure the signal of some examples, forward only, and show how far it is.
 
     Args:
         student, teacher: prepared by `disc_train.models.causal_lm.use_attention`, on one device; the student's mode
@@ -110,58 +119,93 @@ def measure_signal(
     training = student.training
     student.eval()
     collate = collator(student, teacher or student)
-    longest = max(_teacher_length(branch) for example in examples for branch in example.branches)
-    signal = Signal([], [], [])
-    for number, example in enumerate(examples):
-        batch = send_to_device(collate([example]), student.device)
-        weight, targets = batch["row_weight"], batch["targets"]
-        predictions = predict(student, teacher, batch)
-        assert predictions.teacher is not None
-        signal.divergence.append(float(divergence(predictions, temperature, reduction="none") @ weight))
+    collate_for_student = collator(student, teacher or student, compare_all=False)
+    others = _with_other_contexts(examples)
+    found: dict[int, tuple[float, float, float | None]] = {}
+    for numbers in show_progress(_batches(examples), len(examples), "examples whose signal is measured"):
+        own, swapped = [examples[number] for number in numbers], [others[number] for number in numbers]
+        batch = send_to_device(collate_for_student(own), student.device)
+        # The teacher reads all contexts in one batch: what is another's context here is often an own one there.
+        both = send_to_device(collate([*own, *(each for each in swapped if each)]), student.device)
+        of_teacher, of_student = predict_as_teacher(student, teacher, both), predict_as_student(student, batch)
+        compared = replace(of_teacher, index=of_teacher.index[: len(of_student.index)])
+        predictions = Predictions(of_student, compared, batch["targets"], batch["row_weight"], batch["lengths"])
 
-        log_probability = _log_probability(predictions.teacher, targets) @ weight
-        of_student = _log_probability(predictions.student, targets) @ weight
-        signal.gain_over_student.append(float(log_probability - of_student))
-
-        other = _example_with_another_context(examples, number)
-        if other is not None:
-            batch = send_to_device(collate([_swap_teacher_context(example, other, longest)]), student.device)
-            behind_other = _log_probability(predict_as_teacher(student, teacher, batch), targets) @ weight
-            signal.gain_over_other_context.append(float(log_probability - behind_other))
+        divergences = _example_means(divergence(predictions, temperature, reduction="none"), batch)
+        log_student, log_teacher = _log_probabilities(of_student, batch), _log_probabilities(of_teacher, both)
+        log_other = iter(log_teacher[len(own) :])
+        for number, kl, by_student, by_teacher, other in zip(
+            numbers, divergences, log_student, log_teacher[: len(own)], swapped, strict=True
+        ):
+            found[number] = kl, by_teacher - by_student, by_teacher - next(log_other) if other else None
     student.train(training)
-    return signal
+    kls, over_student, over_other = zip(*(found[number] for number in range(len(examples))), strict=True)
+    return Signal(list(kls), list(over_student), [gain for gain in over_other if gain is not None])
 
 
-def _log_probability(predictions: ModelPredictions, targets: Tensor) -> Tensor:
-    """Compute log p(target) at T = 1 in nats: [M]."""
+def _batches(examples: Sequence[Example]) -> Iterator[list[int]]:
+    """Yield the numbers of all examples in batches, each beside the one whose context it is compared with."""
+    half = (len(examples) + 1) // 2
+    batch: list[int] = []
+    tokens = 0
+    for number in sorted(range(len(examples)), key=lambda number: number % half):
+        of_this = sum(
+            2 * _length(branch, branch.teacher) + _length(branch, branch.student)
+            for branch in examples[number].branches
+        )
+        if batch and (len(batch) == MAX_BATCH or tokens + of_this > MAX_BATCH_TOKENS):
+            yield batch
+            batch, tokens = [], 0
+        batch.append(number)
+        tokens += of_this
+    yield batch
+
+
+def _length(branch: Branch, context: Context) -> int:
+    """Count the tokens of a branch's target and the context that is read before it."""
+    return context.attach + len(context.lead) + len(branch.target)
+
+
+def _log_probabilities(predictions: ModelPredictions, batch: PackedBatch) -> list[float]:
+    """Compute the mean log p(target) at T = 1, in nats, of each example."""
     index = torch.from_numpy(predictions.index)
-    return -linear_cross_entropy(predictions.hidden, predictions.head, targets, index=index, reduction="none")
+    losses = linear_cross_entropy(predictions.hidden, predictions.head, batch["targets"], index=index, reduction="none")
+    return _example_means(-losses, batch)
 
 
-def _example_with_another_context(examples: Sequence[Example], number: int) -> Example | None:
-    """Find an example with another context, far off, as neighbours may be on the same matter; None if there is none."""
-    for step in range(len(examples)):
-        other = examples[(number + len(examples) // 2 + step) % len(examples)]
-        if not np.array_equal(other.teacher_trunk, examples[number].teacher_trunk):
-            return other
-    return None
+def _example_means(values: Tensor, batch: PackedBatch) -> list[float]:
+    """Compute the mean over targets of the means over tokens of `values` [M], for each example."""
+    return torch.stack([part.sum() for part in (values * batch["row_weight"]).split(batch["lengths"])]).tolist()
 
 
-def _teacher_length(branch: Branch) -> int:
-    """Count the tokens of a branch's context and target."""
-    return branch.teacher.attach + len(branch.teacher.lead) + len(branch.target)
+def _with_other_contexts(examples: Sequence[Example]) -> list[Example | None]:
+    """Put each example's targets after another's contexts, far off, as neighbours may be on the same matter.
+
+    None where there is no example with another context.
+    """
+    trunks = [example.teacher_trunk.tobytes() for example in examples]
+    if len(set(trunks)) == 1:
+        return [None] * len(examples)
+    longest = max(_length(branch, branch.teacher) for example in examples for branch in example.branches)
+
+    def swapped(number: int) -> Example | None:
+        for step in range(len(examples)):
+            other = (number + len(examples) // 2 + step) % len(examples)
+            if trunks[other] != trunks[number]:
+                branches = [_swap_context(branch, examples[other], longest) for branch in examples[number].branches]
+                # Behind an empty context a target's first token is not predicted.
+                if all(new.first == old.first for new, old in zip(branches, examples[number].branches, strict=True)):
+                    return replace(examples[number], teacher_trunk=examples[other].teacher_trunk, branches=branches)
+        return None
+
+    return [swapped(number) for number in range(len(examples))]
 
 
-def _swap_teacher_context(example: Example, other: Example, longest: int) -> Example:
-    """Put an example's targets after the teacher's contexts of another, each after the one nearest in length.
+def _swap_context(branch: Branch, other: Example, longest: int) -> Branch:
+    """Put a target after the one of another example's contexts that is nearest in length.
 
     A context is cut where it would make more than `longest` tokens with the target: the teacher may not read more.
     """
-
-    def swap(branch: Branch) -> Branch:
-        contexts = [candidate.teacher for candidate in other.branches]
-        nearest = min(contexts, key=lambda context: abs(context.attach - branch.teacher.attach))
-        room = max(0, longest - len(nearest.lead) - len(branch.target))
-        return branch._replace(teacher=nearest._replace(attach=min(nearest.attach, room)))
-
-    return replace(example, teacher_trunk=other.teacher_trunk, branches=[swap(branch) for branch in example.branches])
+    nearest = min((each.teacher for each in other.branches), key=lambda each: abs(each.attach - branch.teacher.attach))
+    room = max(0, longest - len(nearest.lead) - len(branch.target))
+    return branch._replace(teacher=nearest._replace(attach=min(nearest.attach, room)))

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.dataset import ExampleDataset
 
-PER_PROCESS_SETTINGS = {"local_rank"}
+PER_PROCESS_SETTINGS = {"local_rank", "disable_tqdm"}  # the latter: where stderr goes
 
 
 class CommonError(ValueError):

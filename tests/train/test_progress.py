@@ -33,6 +33,15 @@ def test_plain_lines_come_at_doubling_times(clock, capsys):
     assert capsys.readouterr().err.splitlines() == [f"texts read: {line}" for line in lines]
 
 
+def test_one_of_several_processes_shows_it(clock, monkeypatch, capsys):
+    clock += [0.0, 3.0, 3.0, 3.0]
+    monkeypatch.setattr(progress.dist, "is_initialized", lambda: True)
+    for rank, lines in ((1, 0), (0, 1)):
+        monkeypatch.setattr(progress.dist, "get_rank", lambda rank=rank: rank)
+        assert list(show_progress(BATCHES, 6, "texts read")) == BATCHES
+        assert ("texts read" in capsys.readouterr().err) == bool(lines)
+
+
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(progress, "DELAY", 0.0)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

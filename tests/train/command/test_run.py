@@ -1,6 +1,7 @@
 """What a run prints and saves."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
+from disc_train import progress
 from disc_train.cli import main
 from disc_train.models import attention
 from tests.train.runs import weights
@@ -134,6 +136,33 @@ def test_models_are_prepared_once(disc_train, capsys, monkeypatch):
     assert disc_train("--max_steps", 1) == 0
     assert len(prepared) == len({id(model) for model in prepared}) == 2
     assert "attention     sdpa (flex trains on CUDA only)\n" in capsys.readouterr().out
+
+
+def test_piped_output_is_plain_lines(disc_train, capsys, caplog, monkeypatch, model_folder):
+    """Also of a run that goes on with a model whose head is its embeddings, and so not saved."""
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    logger = logging.getLogger("transformers")  # its own handler has kept the stream that was there at import
+    logger.addHandler(caplog.handler)
+    make_model("qwen2").save_pretrained(model_folder)
+    capsys.readouterr()
+    try:
+        for steps in (1, 2):
+            flags = ("--save_steps", 1, "--max_steps", steps, "--resume_from_checkpoint", "true")
+            assert disc_train(*flags, "--signal_examples", 3) == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    out, err = capsys.readouterr()
+    assert "examples whose signal is measured: 3 of 3 in " in err
+    assert "(3 measured)" in out
+    assert "'loss': " in out
+    assert not re.search(r"\r|Loading weights", out + err)
+    assert "lm_head" not in caplog.text
+
+
+def test_the_signal_is_skipped_on_request(disc_train, capsys, monkeypatch):
+    monkeypatch.setattr("disc_train.run.measure_signal", None)
+    assert disc_train("--dry_run", "--signal_examples", 0) == 0
+    assert "signal" not in capsys.readouterr().out
 
 
 def test_a_dry_run_stops_after_the_summary(disc_train, capsys, tmp_path):

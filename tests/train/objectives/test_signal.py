@@ -16,6 +16,7 @@ from disc_train.data.documents import Document
 from disc_train.data.example import Branch, Context, Example
 from disc_train.data.splits import sentence_spans, tokenize_document
 from disc_train.models.causal_lm import use_attention
+from disc_train.objectives import signal as signal_module
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from tests.train.world import make_model, perturbed
 
@@ -59,7 +60,7 @@ def test_the_signal_of_every_document_is_that_of_a_loop(make_dataset):
 def test_documents_are_taken_evenly(make_dataset):
     dataset = make_dataset()
     assert [example.name for example in take_evenly(dataset, 3)] == ["doc0", "doc2", "doc4"]
-    assert len(take_evenly(dataset)) == 7
+    assert len(take_evenly(dataset, 100)) == 7
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,38 @@ def test_records_are_compared_with_another_records_context():
         assert signal.gain_over_other_context[number] == pytest.approx(float((own - after).mean()), abs=1e-5)
 
 
+@torch.no_grad()
+def test_in_batches_the_signal_is_that_of_examples_alone(make_dataset, monkeypatch):
+    teacher, student, dataset = make_model().eval(), perturbed(make_model()), make_dataset(7)
+    for model in (teacher, student):
+        use_attention(model, "auto")
+    examples = take_evenly(dataset, 7)
+    together = measure_signal(student, teacher, examples, temperature=2.0)
+    monkeypatch.setattr(signal_module, "MAX_BATCH_TOKENS", 4000)
+    batches = list(signal_module._batches(examples))
+    assert sorted(number for batch in batches for number in batch) == list(range(7))
+    assert 1 < max(map(len, batches)) < 7
+    for bound in ("MAX_BATCH", "MAX_BATCH_TOKENS"):
+        monkeypatch.setattr(signal_module, bound, 1)
+        assert max(map(len, signal_module._batches(examples))) == 1
+        for alone, batched in zip(measure_signal(student, teacher, examples, temperature=2.0), together, strict=True):
+            assert alone == pytest.approx(batched, abs=1e-5)
+
+
+def test_a_target_is_not_put_after_a_context_that_leaves_out_its_first_token():
+    """Behind an empty context nothing predicts it, so the two could not be compared."""
+    model, teacher = make_model(), make_model()
+    header = np.array([7, 8], dtype=np.int32)
+    records = [
+        Example(str(i), np.arange(n), header, [Branch(np.arange(5, 8), Context(n), Context(2))])
+        for i, n in enumerate((3, 0, 4))
+    ]
+    for prepared in (model, teacher):
+        use_attention(prepared, "auto")
+    signal = measure_signal(model, teacher, records, temperature=2.0)
+    assert (len(signal.gain_over_student), len(signal.gain_over_other_context)) == (3, 2)
+
+
 def test_another_context_is_cut_to_what_the_teacher_can_read():
     """Learned positions end where the longest record does."""
     config = GPT2Config(vocab_size=300, n_positions=52, n_embd=32, n_layer=1, n_head=4)
@@ -160,7 +193,7 @@ def tiny_signal():
         dataset = DocumentDataset(documents)
         for model in (student, teacher):
             use_attention(model, "auto")
-        return measure_signal(student, teacher, take_evenly(dataset), temperature=2.0)
+        return measure_signal(student, teacher, take_evenly(dataset, 100), temperature=2.0)
 
     return measure
 
