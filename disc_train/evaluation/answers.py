@@ -5,11 +5,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.data.sequence_start import start_sequence
-from disc_train.evaluation.probes import Probe
+from disc_train.evaluation.probes import Probe, encode_probes
 from disc_train.generation.batches import MAX_BATCH_TOKENS
 from disc_train.generation.decoding import continue_prompts
-from disc_train.models.causal_lm import check_vocabulary
 
 
 def greedy_answers(
@@ -27,16 +25,10 @@ def greedy_answers(
         prefix: what every sequence starts with, see `disc_train.data.sequence_start.bos_prefix`.
 
     Raises:
-        ValueError: a prompt without tokens, or with a token that is none of the model's.
+        ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
         FloatingPointError: logits that are NaN.
     """
-    prompts = []
-    for number, probe in enumerate(probes):
-        ids = tokenizer.encode(probe.context + probe.prompt, add_special_tokens=False)
-        if not ids:
-            raise ValueError(f"probes[{number}]: expected tokens in the prompt, got {probe}")
-        prompts.append(start_sequence(prefix, ids))
-        check_vocabulary(model, max(prompts[-1]))
+    prompts = [prompt.tolist() for prompt, _ in encode_probes(model, tokenizer, probes, prefix)]
     answers = [""] * len(probes)
     for index, text, _ in continue_prompts(model, tokenizer, prompts, max_new_tokens, batch_size, max_batch_tokens):
         answers[index] = text

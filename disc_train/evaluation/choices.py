@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.data.chat import encode
-from disc_train.data.example import Context, Ids
-from disc_train.data.sequence_start import start_sequence
-from disc_train.evaluation.probes import Probe
+from disc_train.data.example import Context
+from disc_train.evaluation.probes import Probe, encode_probes
 from disc_train.evaluation.texts import check_numbers
 from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length
-from disc_train.models.causal_lm import check_vocabulary, head_of, hidden_states
+from disc_train.models.causal_lm import head_of, hidden_states
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.packing.branch_inputs import make_branch_inputs
 from disc_train.packing.rows import arrange, row_rule
@@ -59,16 +57,9 @@ def choice_scores(
         ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
         FloatingPointError: a score that is NaN.
     """
-    branches: list[list[tuple[Ids, Context, Ids]]] = []
-    for number, probe in enumerate(probes):
-        plain = encode(tokenizer, probe.context + probe.prompt)
-        choices = [encode(tokenizer, text) for text in probe.choices]
-        if not all(map(len, (plain, *choices))):
-            raise ValueError(f"probes[{number}]: expected tokens in the prompt and in every choice, got {probe}")
-        prompt = np.array(start_sequence(prefix, plain.tolist()), dtype=plain.dtype)
-        check_vocabulary(model, max(int(ids.max()) for ids in (prompt, *choices)))
-        branches.append([(prompt, Context(len(prompt)), choice) for choice in choices])
-    lengths = [len(of_one[0][0]) + sum(len(choice) for *_, choice in of_one) for of_one in branches]
+    encoded = encode_probes(model, tokenizer, probes, prefix)
+    branches = [[(prompt, Context(len(prompt)), choice) for choice in choices] for prompt, choices in encoded]
+    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]
 
     head, rule = head_of(model), row_rule(model)
     scores: list[list[float]] = [[]] * len(probes)

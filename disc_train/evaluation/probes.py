@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_train.data.chat import Message, chat_text, check_messages, reply_text
+from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
+from disc_train.data.example import Ids
 from disc_train.data.records import Fields, check_text, read_records
+from disc_train.data.sequence_start import start_context
+from disc_train.models.causal_lm import check_vocabulary
 
 FIELDS = Fields(
     required=(),  # each is looked for here, so that one probe without an answer does not hide the others
@@ -48,6 +51,24 @@ class Question:
     text: str  # what is asked, without a context or the model's chat template
     closed_book: Probe
     in_context: Probe | None  # behind its context, if it has one
+
+
+def encode_probes(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe], prefix: Sequence[int]
+) -> list[tuple[Ids, list[Ids]]]:
+    """Encode what comes before each probe's choices, after the `prefix` of every sequence, and the choices.
+
+    Raises:
+        ValueError: naming a probe in which one of them has no tokens, or a token that is none of the model's.
+    """
+    encoded = []
+    for number, probe in enumerate(probes):
+        prompt, *choices = (encode(tokenizer, text) for text in (probe.context + probe.prompt, *probe.choices))
+        if not all(map(len, (prompt, *choices))):
+            raise ValueError(f"probes[{number}]: expected tokens in the prompt and in every choice, got {probe}")
+        encoded.append((start_context(prefix, prompt), choices))
+        check_vocabulary(model, max(int(ids.max()) for ids in (encoded[-1][0], *choices)))
+    return encoded
 
 
 def read_questions(

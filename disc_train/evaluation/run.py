@@ -15,7 +15,7 @@ from disc_train.data.sequence_start import bos_prefix, start_sequence
 from disc_train.evaluation.answers import contains_answer, greedy_answers, is_answer, right_answer
 from disc_train.evaluation.choices import choice_scores, likeliest
 from disc_train.evaluation.config import EvalArguments
-from disc_train.evaluation.probes import Probe, Question, read_documents, read_questions
+from disc_train.evaluation.probes import Probe, Question, encode_probes, read_documents, read_questions
 from disc_train.evaluation.report import check_nothing_is_there, write_comparison, write_report
 from disc_train.evaluation.results import CLOSED_BOOK, IN_CONTEXT, Evaluation, ProbeOutcome, TextOutcome
 from disc_train.evaluation.tasks import run_tasks
@@ -125,10 +125,8 @@ def _too_long(
     limit = length_of(model.config, "model")
     if limit is None:
         return None
-    prompt, *choices = (
-        tokenizer.encode(text, add_special_tokens=False) for text in (probe.context + probe.prompt, *probe.choices)
-    )
-    tokens = len(start_sequence(prefix, prompt)) + max(max_new_tokens, *map(len, choices))
+    ((prompt, choices),) = encode_probes(model, tokenizer, [probe], prefix)
+    tokens = len(prompt) + max(max_new_tokens, *map(len, choices))
     if tokens <= limit.tokens:
         return None
     return f"{tokens} tokens with what follows the prompt, the model reads {limit.tokens}{limit.note}"
