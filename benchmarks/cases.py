@@ -28,6 +28,7 @@ class Case:
     valid_percent: int = 100  # of the tokens, those that are compared
     shared: int = 1  # student rows that are compared with one teacher row
     summarised: bool = False  # the teacher is a summary that was made before
+    divergence: float | None = None  # nats a row from a teacher with the same head; None: a model of its own
     rank: int = 0  # cases of a lower rank are measured first
     rehearsal: bool = False  # on the CPU, everybody's Triton kernels by its interpreter, one round
 
@@ -76,15 +77,24 @@ class Case:
         if self.shared > 1:  # one branch after the other, each over all teacher rows
             teacher_index = torch.arange(self.rows) % (self.rows // self.shared)
         scale = 2 / self.hidden**0.5
-        return Inputs(
-            self,
-            normal(self.tokens, self.hidden).requires_grad_(),
-            normal(self.vocab, self.hidden, scale=scale).requires_grad_(not self.frozen_head),
-            normal(self.tokens // self.shared, self.hidden),
-            normal(self.vocab, self.hidden, scale=scale),
-            student_index,
-            teacher_index,
-        )
+        student, weight = normal(self.tokens, self.hidden), normal(self.vocab, self.hidden, scale=scale)
+        teacher = normal(self.tokens // self.shared, self.hidden)
+        if self.divergence is None:
+            teacher_weight = normal(self.vocab, self.hidden, scale=scale)
+        else:
+            teacher, teacher_weight = moved(student, weight, teacher, self.divergence), weight.clone()
+        weight.requires_grad_(not self.frozen_head)
+        return Inputs(self, student.requires_grad_(), weight, teacher, teacher_weight, student_index, teacher_index)
+
+
+def moved(hidden: Tensor, weight: Tensor, direction: Tensor, divergence: float) -> Tensor:
+    """Return hidden states `[M, D]` moved along a direction until KL(moved || hidden) is `divergence` in the mean."""
+    log_q = (hidden.float() @ weight.float().T).log_softmax(-1)
+    step = divergence**0.5
+    for _ in range(8):  # the divergence grows with the square of a small step, so this converges at once
+        log_p = ((hidden + step * direction).float() @ weight.float().T).log_softmax(-1)
+        step *= (divergence / (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()) ** 0.5
+    return (hidden + step * direction).to(hidden.dtype)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,11 @@ def variants(case: Case, systems: tuple[str, ...], changes: Changes) -> tuple[Ca
 
 def tokens(*counts: int) -> Changes:
     return {f"n{count}": {"tokens": count} for count in counts}
+
+
+def divergences(dtype: torch.dtype, systems: tuple[str, ...]) -> tuple[Case, ...]:
+    case = Case(f"kl-{str(dtype).removeprefix('torch.')}", 256, 256, 32000, dtype, rank=1)
+    return variants(case, systems, {f"{kl:g}": {"divergence": kl} for kl in (1.0, 0.1, 0.01, 0.001)})
 
 
 FROZEN: Changes = {"frozen": {"frozen_head": True}}
@@ -154,4 +169,10 @@ GPU_CASES = (
     *variants(QWEN_HALF_B, UNCOMPILED, tokens(512, 2048, 32768, 65536)),
     Case("gemma-bf16", 4096, 2304, 262144, torch.bfloat16, UNCOMPILED, rank=2),
     Case("qwen2.5-0.5b-fp32", 2048, 896, 151936, torch.float32, rank=2),
+)
+
+# How accurate everyone is the closer the student comes to its teacher.
+PRECISION_SYSTEMS = ("ours", "ours_one_head", "eager", *CHUNKED_PEERS, "eager_compiled")
+PRECISION_CASES = tuple(
+    case for dtype in (torch.float32, torch.bfloat16) for case in divergences(dtype, PRECISION_SYSTEMS)
 )

@@ -73,6 +73,11 @@ def ours(x: Inputs) -> Call:
     return lambda: fused_suffix_kl(*tensors, **indices, impl=_impl(x))
 
 
+def ours_one_head(x: Inputs) -> Call:
+    """The teacher's head is the student's, as where adapters are trained: logits are subtracted before they round."""
+    return lambda: fused_suffix_kl(x.student, x.student_weight, x.teacher, x.student_weight, impl=_impl(x))
+
+
 def ours_expected_embedding(x: Inputs) -> Call:
     from disc_kernels import expected_embedding_kl, teacher_summary
 

@@ -46,6 +46,7 @@ def measure(benchmark: Any, problem: Problem, system: Callable[[Inputs], Callabl
     errors: dict[str, float] = {}
     if not is_limit:
         errors = problem.errors(Outcome(result, x.student.grad, x.student_weight.grad))
+        problem.hold_to_bounds(errors)
         if system.__name__.startswith("ours"):
             problem.hold_to_plain_torch(errors)
     x.student.grad = x.student_weight.grad = None  # what is held now does not count in the peak
