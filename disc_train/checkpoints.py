@@ -158,8 +158,9 @@ class CheckpointingTrainer(Trainer):
     def restore(self, checkpoint: str) -> None:
         """Load a checkpoint's weights and state without training on, when all its steps are done."""
         free_gathered_parameters(self.student)
-        self._load_from_checkpoint(checkpoint)
         self.state = load_state(checkpoint)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint in a folder `unfinished`, and give it its name once it is complete."""
@@ -171,6 +172,10 @@ class CheckpointingTrainer(Trainer):
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(unfinished / name):
+                self.state.best_model_checkpoint = str(folder / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / name / TRAINER_STATE_NAME))
             if self.run_settings is not None and self.args.should_save:
                 save_settings(self.run_settings, unfinished / name)
         finally:
@@ -181,7 +186,9 @@ class CheckpointingTrainer(Trainer):
             if self.is_local_process_zero() and unfinished.exists():
                 move_into_place(unfinished / name, folder / name)
         if self.args.should_save:
-            rotate_checkpoints(str(folder), self.args.save_total_limit, use_mtime=True)
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
@@ -223,6 +230,11 @@ class CheckpointingTrainer(Trainer):
                 " intact"
             )
         super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint's weights; the Trainer would not look for adapters in a transformers model."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint's weights; the Trainer would not look for adapters in a transformers model."""

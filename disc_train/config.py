@@ -63,6 +63,14 @@ class DiscArguments:
         default=None, metadata={"help": f"Documents, or records for cd: {FILES_HELP}.", "action": "extend"}
     )
     dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
+    eval_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "As --train_file, but not trained on: its loss, cross-entropy and KL from the teacher are measured"
+            " when --eval_strategy says, always on the same splits.",
+            "action": "extend",
+        },
+    )
     text_column: str = flag("The column that holds a document's text.", "text")
     method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = flag(
         "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
@@ -248,8 +256,8 @@ class LoopArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
-        if self.eval_strategy != "no" or self.do_eval:
-            raise ValueError("--eval_strategy, --do_eval: expected neither, disc-train has no evaluation set")
+        if self.do_eval and self.eval_strategy == "no":
+            raise ValueError("--do_eval: expected --eval_strategy steps or epoch with it, got no")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 "--train_sampling_strategy: expected random or sequential (documents of any lengths are packed with"
@@ -277,4 +285,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:
     """Read `[CONFIG.yaml] [--flag value ...]`, see `disc_train.flags.parse_flags`."""
     description = "Teach a language model the content of documents."
     disc, loop = parse_flags("disc-train", description, argv, DiscArguments, LoopArguments)
+    if (disc.eval_file is None) != (loop.eval_strategy == "no"):
+        given, other = ("eval_strategy", "eval_file") if disc.eval_file is None else ("eval_file", "eval_strategy")
+        raise ValueError(f"--{given} needs --{other}, got it without")
     return disc, loop

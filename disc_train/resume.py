@@ -23,9 +23,9 @@ LOOP_APPLIED = (
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("max_grad_norm", "bf16", "fp16"),
 )
-DISC_RESTORED = ("lora_rank", "lora_alpha", "freeze_head")
+DISC_RESTORED = ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_head")
 # How the same is computed; and files, of which the content is compared.
-NOT_COMPARED = ("dry_run", "signal_examples", "attention", "train_file", "dataset_name", "replay_file")
+NOT_COMPARED = ("dry_run", "signal_examples", "attention", "train_file", "dataset_name", "replay_file", "eval_file")
 
 
 def settings_to_compare(disc: DiscArguments, loop: LoopArguments, dataset: ExampleDataset) -> dict[str, Any]:

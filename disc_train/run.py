@@ -19,7 +19,7 @@ from disc_train.models.teacher import load_teacher
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from disc_train.packing.collator import collator
-from disc_train.parallel.agreement import same_on_all_processes, settings_of
+from disc_train.parallel.agreement import describe_data, same_on_all_processes, settings_of
 from disc_train.parallel.termination import Terminated
 from disc_train.resume import changed_settings, settings_to_compare
 from disc_train.summary import (
@@ -109,6 +109,8 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
         check_teacher_tokenizer(disc, tokenizer, data.tokens)
         if loop.world_size > 1:
             must_agree |= settings_of(disc, loop)
+            if data.held_out is not None:
+                must_agree["evaluation data"] = describe_data(data.held_out)
             must_agree |= {"training data": settings["training data"], "step of the checkpoint": resumed_step}
     return Inputs(tokenizer, data, settings, checkpoint, changed, resumed_step, steps)
 
@@ -131,6 +133,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         teacher,
         loop,
         dataset,
+        eval_dataset=inputs.data.held_out,
         method=disc.method,
         temperature=disc.temperature,
         ce_weight=disc.ce_weight,

@@ -3,16 +3,18 @@
 A step's loss is averaged over all its examples, however they are spread; models may be divided over processes.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import speed_metrics
 
 from disc_train.checkpoints import CheckpointingTrainer
 from disc_train.data.context_length import check_lengths, length_of, smaller
@@ -21,11 +23,13 @@ from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
+from disc_train.objectives.held_out import held_out_sums
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 from disc_train.parallel.launch import check_launch
 from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
 from disc_train.parallel.termination import StopOnSignal, collate_in_own_process_group
+from disc_train.progress import show_progress
 
 
 class DiscTrainer(CheckpointingTrainer):
@@ -57,7 +61,8 @@ class DiscTrainer(CheckpointingTrainer):
         kl_weight: ft_kl: of the KL from the teacher.
         divergence, beta: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
-        options: more of `transformers.Trainer`'s; the tokenizer, as `processing_class`, is saved with the model.
+        options: more of `transformers.Trainer`'s: `eval_dataset`, examples of the same kind; the tokenizer, as
+            `processing_class`, is saved with the model.
 
     Attributes:
         attention: what `disc_train.models.attention.prepare_attention` gave the models.
@@ -99,8 +104,11 @@ class DiscTrainer(CheckpointingTrainer):
                 f"expected one GPU a process, got {args.n_gpu}: start one process a GPU with torchrun or accelerate"
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
+        held_out: ExampleDataset | None = options.get("eval_dataset")
         lengths = [length_of(each.config, role) for role, each in (("model", model), ("teacher", teacher)) if each]
-        check_lengths(train_dataset, smaller(*lengths))
+        for dataset in (train_dataset, held_out):
+            if dataset is not None:
+                check_lengths(dataset, smaller(*lengths))
         self._padded_dataset = PaddedDataset(train_dataset)
         super().__init__(model, args, train_dataset=self._padded_dataset, **options)
         if args.fsdp and not self.is_fsdp_enabled:
@@ -219,10 +227,43 @@ class DiscTrainer(CheckpointingTrainer):
             )
         return loss
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the examples of `eval_dataset` on all processes together, and log their means.
+
+        Returns:
+            eval_loss, eval_cross_entropy and, where the method has a teacher, eval_kl, as
+            `disc_train.objectives.held_out` has them; and how fast that was.
+        """
+        held_out: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        student, args = self.student, self.args
+        started, training, each = time.time(), student.training, args.eval_batch_size * args.world_size
+        batches: Any = [range(i, i + each, args.world_size) for i in range(0, len(held_out), each)]
+        if self.is_world_process_zero() and not args.disable_tqdm:
+            batches = show_progress(batches, sum(map(len, batches)), f"{self.noun}s evaluated")
+        # Where a process has no more examples it reads one that does not count: divided models are gathered in step.
+        examples = PaddedDataset(held_out)
+        student.eval()
+        sums = []
+        for batch in batches:
+            mine: Any = [examples[i + args.process_index] for i in batch]
+            inputs = send_to_device(self.data_collator(mine), args.device)
+            with self.accelerator.autocast():
+                sums.append(held_out_sums(self.method, student, self.teacher, inputs, self.settings))
+        student.train(training)
+        free_gathered_parameters(student)
+        totals = self.accelerator.reduce({name: torch.stack([sum_[name] for sum_ in sums]).sum() for name in sums[0]})
+        metrics = {f"{metric_key_prefix}_{name}": float(total) / len(held_out) for name, total in totals.items()}
+        metrics |= speed_metrics(metric_key_prefix, started, num_samples=len(held_out))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log what the Trainer does, and how well the batches were packed since the last time."""
         since = self.packing - self._logged_packing
-        if since.tokens:
+        if "loss" in logs and since.tokens:
             logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
             self._logged_packing = self.packing
         super().log(logs, *args, **kwargs)

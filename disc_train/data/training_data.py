@@ -25,6 +25,7 @@ from disc_train.summary import (
     describe_whole_documents,
 )
 
+HELD_OUT_SEED = 0  # whatever the run's, so that evaluations of all runs have the same splits
 Lines = list[tuple[str, str]]  # (label, text), for the summary
 
 
@@ -33,6 +34,7 @@ class TrainingData(NamedTuple):
 
     dataset: ExampleDataset  # all that is trained on
     own: ExampleDataset  # of it, what is not replayed
+    held_out: ExampleDataset | None  # what is evaluated
     description: Lines
     tokens: list[int]  # every one that a model reads or predicts, in order
 
@@ -46,6 +48,7 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
     """
     context = context_length(disc.model_name_or_path, disc.teacher_name_or_path)
     own, description = _load(disc, loop, tokenizer, context, disc.train_file, disc.dataset_name)
+    held_out = None
     start = bos_prefix(tokenizer, disc.add_bos)
     description.append(("sequences", describe_start(tokenizer, disc.add_bos, start)))
     dataset, sets = own, [own]
@@ -58,9 +61,13 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
         sets.append(replay)
         description.append(("replay", describe_replay(dataset, ", ".join(disc.replay_file))))
         description += [(label, f"replayed: {text}") for label, text in of_replay]
+    if disc.eval_file:
+        held_out, of_held_out = _load(disc, loop, tokenizer, context, disc.eval_file, None, flag="--eval_file")
+        sets.append(held_out)
+        description += [(label, f"evaluated: {text}") for label, text in of_held_out]
     if context and context.note:
         description.append(("context", f"{context.tokens:,} tokens{context.note}"))
-    return TrainingData(dataset, own, description, distinct_tokens(*sets))
+    return TrainingData(dataset, own, held_out, description, distinct_tokens(*sets))
 
 
 def _load(
@@ -105,7 +112,7 @@ def _load(
         split_strategy=disc.split_strategy,
         num_splits=disc.num_splits,
         suffix_tokens=disc.suffix_tokens,
-        seed=loop.seed,
+        seed=HELD_OUT_SEED if flag == "--eval_file" else loop.seed,
     )
     return dataset, describe_documents(read, parts, dataset) + others
 
