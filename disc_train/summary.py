@@ -11,13 +11,14 @@ import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
 from disc_train.config import DiscArguments
-from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset, sample_batches
+from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
 from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.packing.collator import PackedBatch, PackingStats
+from disc_train.packing.drawing import sample_batches
 
 MAX_LOST = 0.05  # of the tokens, before a warning
 

@@ -25,6 +25,7 @@ from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.objectives.held_out import held_out_sums
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
+from disc_train.packing.drawing import are_shared, group_contexts
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 from disc_train.parallel.launch import check_launch
 from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
@@ -149,12 +150,18 @@ class DiscTrainer(CheckpointingTrainer):
         return [name for name, _ in model.named_parameters()]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        """Sample as the Trainer does; several processes take equally many examples, and none twice."""
+        """Sample as the Trainer does, and records that share a context together.
+
+        Several processes take equally many examples, and none twice.
+        """
         sampler, args = super()._get_train_sampler(train_dataset), self.args
-        if args.world_size == 1 or args.dataloader_drop_last or not isinstance(sampler, RandomSampler):
+        at_once = args.train_batch_size * args.world_size
+        multiple = 1 if args.world_size == 1 or args.dataloader_drop_last else at_once
+        shared = are_shared(group_contexts(self._padded_dataset.dataset.contexts()))
+        if not isinstance(sampler, RandomSampler) or not (shared or multiple > 1):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed
-        return PaddedSampler(self._padded_dataset, args.train_batch_size * args.world_size, seed)
+        return PaddedSampler(self._padded_dataset, multiple, seed, at_once * args.gradient_accumulation_steps)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[PackedBatch], num_batches: int, device: torch.device

@@ -49,6 +49,10 @@ class ExampleDataset(Dataset[Example]):
         """Give the examples of this epoch from now on."""
         self._epoch.fill_(epoch)
 
+    def contexts(self) -> list[Ids]:
+        """Return what the teacher reads before each example's targets; nothing where no two examples share it."""
+        return [example.teacher_trunk for example in self.examples]
+
     def longest(self) -> tuple[int, str]:
         """Find the longest sequence that a model may read in any epoch: its tokens, and its example's name."""
         return max((example.longest, example.name) for example in self.examples)
@@ -142,6 +146,9 @@ class DocumentDataset(ExampleDataset):
     def longest(self) -> tuple[int, str]:
         return max((self.templates.longest + len(each.input_ids) - 1, each.name) for each in self.documents)
 
+    def contexts(self) -> list[Ids]:
+        return [NO_IDS] * len(self)
+
     def splits(self, index: int) -> list[Split]:
         """Draw a document's splits for the current epoch, at least one."""
         document = self.documents[index]
@@ -201,6 +208,10 @@ class ReplayDataset(ExampleDataset):
     def longest(self) -> tuple[int, str]:
         return max(self.dataset.longest(), self.replay.longest())
 
+    def contexts(self) -> list[Ids]:
+        replayed = self.replay.contexts()
+        return self.dataset.contexts() + [replayed[index] for index in self._draw()]
+
     def _draw(self) -> list[int]:
         epoch = self.epoch
         if self._drawn[0] != epoch:
@@ -209,10 +220,3 @@ class ReplayDataset(ExampleDataset):
             rng = random.Random(f"{self.seed}/{epoch}/replay")
             self._drawn = epoch, [*everything] * rounds + rng.sample(everything, rest)
         return self._drawn[1]
-
-
-def sample_batches(dataset: ExampleDataset, batch_size: int, examples: int = 256) -> list[list[Example]]:
-    """Draw batches of about so many examples at random, at least one batch: the same at every call."""
-    count = batch_size * max(1, examples // batch_size)
-    drawn = random.Random(0).sample(range(len(dataset)), min(len(dataset), count))
-    return [[dataset[i] for i in drawn[first : first + batch_size]] for first in range(0, len(drawn), batch_size)]

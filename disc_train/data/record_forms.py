@@ -1,7 +1,7 @@
 """Read records in the forms of other libraries as contexts and a target.
 
-- TRL's self-distillation (SDFT): `prompt`, `privileged_context`, `completion`. The student reads the prompt, the teacher
-  also an empty line and the privileged context, in the last message if the prompt is a list of them.
+- TRL's self-distillation (SDFT): `prompt`, `privileged_context`, `completion`. The student reads the prompt; the
+  teacher also an empty line and the privileged context, in the last message if the prompt is a list of them.
 - `messages` that end with the assistant's, which is the target. The student reads those before. For the teacher,
   ms-swift's `teacher_prompt` takes the place of the last user message, and a system prompt that of any other.
 """

@@ -7,10 +7,11 @@ from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
 from disc_kernels.shared_prefix import attention_implementation, can_share, choose_attention, flex_saving
-from disc_train.data.dataset import ExampleDataset, sample_batches
+from disc_train.data.dataset import ExampleDataset
 from disc_train.data.example import Example
 from disc_train.models.causal_lm import use_attention
 from disc_train.packing.collator import PackedBatch, pack
+from disc_train.packing.drawing import sample_batches
 from disc_train.packing.rows import ONE_ROW, dense_rows
 
 

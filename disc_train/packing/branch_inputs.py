@@ -59,7 +59,7 @@ def _share_first_tokens(inputs: Sequence[BranchInput]) -> list[BranchInput]:
     trees = Counter(trunks)
     alone = {i: branch.tokens() for i, branch in enumerate(inputs) if trees[trunks[i]] == 1}
     order = sorted(alone, key=lambda i: alone[i].tolist())
-    common = [_count_common(alone[one], alone[next_]) for one, next_ in itertools.pairwise(order)]
+    common = [count_common(alone[one], alone[next_]) for one, next_ in itertools.pairwise(order)]
     shared = list(inputs)
     for first, last, length in _groups(common):
         for i in order[first : last + 1]:
@@ -67,7 +67,7 @@ def _share_first_tokens(inputs: Sequence[BranchInput]) -> list[BranchInput]:
     return shared
 
 
-def _count_common(one: Ids, other: Ids) -> int:
+def count_common(one: Ids, other: Ids) -> int:
     """Count the first tokens that are equal."""
     length = min(len(one), len(other))
     different = np.flatnonzero(one[:length] != other[:length])

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from disc_train.data.dataset import ExampleDataset
 from disc_train.data.example import Example
+from disc_train.packing.drawing import draw_together, group_contexts
 
 
 class PaddedDataset(Dataset[Example]):
@@ -36,15 +37,19 @@ class PaddedDataset(Dataset[Example]):
 class PaddedSampler(Sampler[int]):
     """Give an epoch's examples in the order that one process takes them in, then indices beyond their end.
 
+    Those whose contexts begin alike are drawn together, see `disc_train.packing.drawing`.
+
     Args:
         multiple: the number of indices is a multiple of it: the examples of all processes' batches together.
         seed: of the order, with the epoch.
+        step: examples a step, among which those that share a context are put together.
     """
 
-    def __init__(self, dataset: PaddedDataset, multiple: int, seed: int) -> None:
+    def __init__(self, dataset: PaddedDataset, multiple: int, seed: int, step: int = 1) -> None:
         self.dataset = dataset
         self.multiple = multiple
         self.seed = seed
+        self.step = step
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple) * self.multiple
@@ -52,5 +57,6 @@ class PaddedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # As accelerate shuffles for one process.
         generator = torch.Generator().manual_seed(self.seed + self.dataset.dataset.epoch)
-        yield from torch.randperm(len(self.dataset), generator=generator).tolist()
+        drawn = torch.randperm(len(self.dataset), generator=generator).tolist()
+        yield from draw_together(drawn, group_contexts(self.dataset.dataset.contexts()), self.step)
         yield from range(len(self.dataset), len(self))

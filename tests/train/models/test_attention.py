@@ -6,11 +6,12 @@ import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM, PreTrainedModel, TrainingArguments
 
 from disc_kernels.shared_prefix import attention_implementation
-from disc_train.data.dataset import DocumentDataset, sample_batches
+from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
 from disc_train.data.templates import Templates
 from disc_train.models import attention
 from disc_train.models.attention import Attention, flex_savings, prepare_attention
+from disc_train.packing.drawing import sample_batches
 from disc_train.summary import describe_attention
 from disc_train.trainer import DiscTrainer
 from tests.train.world import make_model
