@@ -22,7 +22,7 @@ class Files(NamedTuple):
     others: list[Path]
 
 
-def find_files(sources: str | Sequence[str], flag: str) -> Files:
+def find_files(sources: str | Path | Sequence[str | Path], flag: str) -> Files:
     """List the files that are named, that lie below a folder, or that match a pattern such as "news/**/*.txt".
 
     Each is listed once; those of a folder or a pattern in sorted order, a folder's without hidden ones.
@@ -31,7 +31,7 @@ def find_files(sources: str | Sequence[str], flag: str) -> Files:
         ValueError: naming the flag: nothing there, or nothing of a supported kind.
     """
     files = Files([], [])
-    for source in [sources] if isinstance(sources, str) else sources:
+    for source in [sources] if isinstance(sources, (str, Path)) else sources:
         path = Path(source)
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
@@ -39,10 +39,10 @@ def find_files(sources: str | Sequence[str], flag: str) -> Files:
         elif path.exists():
             found, problem = [path], f"unsupported suffix {path.suffix!r}"
         else:
-            found = sorted(filter(Path.is_file, map(Path, glob.glob(source, recursive=True))))
+            found = sorted(filter(Path.is_file, map(Path, glob.glob(str(source), recursive=True))))
             problem = "no supported file matches"
             if not found:
-                raise ValueError(f"{flag}: {source!r} does not exist")
+                raise ValueError(f"{flag}: {str(source)!r} does not exist")
         read = [file for file in found if kind_of(file) in KINDS]
         if not read:
             kinds = f"{', '.join(KINDS)}, all but {', '.join(BINARY)} gzipped (.gz) too"

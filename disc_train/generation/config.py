@@ -49,8 +49,13 @@ class GenerateArguments(InferenceArguments):
         default=None, metadata={"help": f"Documents: {FILES_HELP}.", "action": "extend"}
     )
     dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
-    mode: Literal["rephrase", "cd"] = flag(
-        "rephrase: paraphrases, for --method ft. cd: continuations, for --method cd.", "rephrase"
+    mode: Literal["rephrase", "cd", "answers"] = flag(
+        "rephrase: paraphrases, for --method ft. cd: continuations, for --method cd. answers: the targets of records"
+        " that --method cd reads but for those, or that have a question, and maybe a context.",
+        "rephrase",
+    )
+    teacher_system_prompt: str | None = flag(
+        "answers: the system prompt that messages and questions are answered behind."
     )
     prompt_template: str | None = flag(
         "What the model reads: Jinja, or a .jinja file, that writes {{ document }}; {{ chat(user, system=None) }} is"
@@ -61,6 +66,11 @@ class GenerateArguments(InferenceArguments):
     top_p: float = flag("Draw from the likeliest tokens that have this much probability together.", 0.95)
     seed: int = flag("The seed of what is drawn.", 42)
 
+    @property
+    def noun(self) -> str:
+        """Return what a text is generated from, as records and messages call it."""
+        return "question" if self.mode == "answers" else "document"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("model_name_or_path", "output_file"):
@@ -69,6 +79,10 @@ class GenerateArguments(InferenceArguments):
             check_flag(self, name, getattr(self, name) >= 1, "at least 1")
         check_flag(self, "temperature", 0 < self.temperature < float("inf"), "a positive, finite number")
         check_flag(self, "top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
+        if self.mode == "answers":
+            check_flag(self, "prompt_template", self.prompt_template is None, "none with --mode answers")
+        else:
+            check_flag(self, "teacher_system_prompt", self.teacher_system_prompt is None, "--mode answers with it")
         check_flag(self, "output_file", str(self.output_file).endswith(".jsonl"), "a .jsonl file")
         if (self.train_file is None) == (self.dataset_name is None):
             got = "neither" if self.train_file is None else "both"

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from disc_train.data.context_length import length_of
-from disc_train.data.documents import load_documents
 from disc_train.generation.config import GenerateArguments
 from disc_train.generation.decoding import continue_prompts
-from disc_train.generation.texts import TextToGenerate, count_done, list_texts
+from disc_train.generation.sources import Source, read_sources
+from disc_train.generation.texts import count_done, list_texts
 from disc_train.loading import load_for_inference, load_tokenizer
 from disc_train.models.causal_lm import check_vocabulary
 from disc_train.summary import print_section
@@ -26,10 +26,10 @@ def run(arguments: GenerateArguments) -> None:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     name, path = str(arguments.model_name_or_path), Path(str(arguments.output_file))
-    documents = load_documents(arguments.train_file, arguments.dataset_name, arguments.text_column)
     tokenizer = load_tokenizer(name)
+    sources = read_sources(arguments, tokenizer)
     model = load_for_inference(name, arguments.dtype, arguments.use_cpu, arguments.attention)
-    texts, left_out = list_texts(arguments, documents, tokenizer, length_of(model.config, "model"))
+    texts, left_out = list_texts(arguments, sources, tokenizer, length_of(model.config, "model"))
     check_vocabulary(model, max(max(text.prompt) for text in texts))
     path.parent.mkdir(parents=True, exist_ok=True)
     done = count_done(path, [text.id for text in texts])
@@ -53,17 +53,20 @@ def run(arguments: GenerateArguments) -> None:
             empty += not generated.strip()
             cut += not ended
             if generated.strip():
-                record = _record(arguments.mode, texts[index], generated.strip(), ended)
+                record = {"id": texts[index].id, arguments.noun: texts[index].source.name, "ended": ended}
+                record |= _fields(arguments.mode, texts[index].source, generated)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: all {len(texts):,} texts are empty: the model ends at once; try another prompt")
+    method = "ft" if arguments.mode == "rephrase" else "cd --temperature 1"
     found = f"{len(texts) - done:,} texts written" + (f", {done:,} were there" if done else "")
     print_section(
         "What came of it",
         ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {empty:,} empty, left out"),
-        ("documents", f"{len(documents):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
+        (f"{arguments.noun}s", f"{len(sources):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
         ("saved", str(path)),
+        ("next", f"disc-train --method {method} --train_file {path}, the other flags as for any run"),
     )
 
 
@@ -83,8 +86,11 @@ class _Sample(LogitsProcessor):
         return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
 
 
-def _record(mode: str, text: TextToGenerate, generated: str, ended: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {"id": text.id, "document": text.document.name, "ended": ended}
+def _fields(mode: str, source: Source, generated: str) -> dict[str, Any]:
+    """Return what a record holds for `disc-train`; an answer is a message where the contexts are messages."""
     if mode == "rephrase":
-        return record | {"text": generated}
-    return record | {"teacher_context": f"{text.document.text}\n\n", "student_context": "", "target": generated}
+        return {"text": generated.strip()}
+    if mode == "answers" and all(isinstance(context, list) for context in source.contexts.values() if context):
+        return {**source.contexts, "target": [{"role": "assistant", "content": generated.strip()}]}
+    # What an answer begins with goes on from its context: a space, say.
+    return {**source.contexts, "target": generated.rstrip() if mode == "answers" else generated.strip()}

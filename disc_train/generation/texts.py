@@ -10,69 +10,53 @@ from transformers import PreTrainedTokenizerBase
 
 from disc_train.data.chat import encode
 from disc_train.data.context_length import ContextLength
-from disc_train.data.documents import Document
 from disc_train.data.sequence_start import bos_prefix, start_sequence
-from disc_train.data.templates import render
 from disc_train.generation.config import GenerateArguments
-
-# For models with a chat template; then for others, where Jinja drops one newline at the end.
-CHAT_TEMPLATES = {
-    "rephrase": '{{ chat("Write the following text again in other words. Keep every fact and add none. Answer with the'
-    ' text alone.\\n\\n" ~ document) }}',
-    "cd": '{{ chat("Here is a text:\\n\\n" ~ document ~ "\\n\\nGo on from it, or write what follows from it, in a few'
-    ' sentences that say what they are about. Answer with these alone.") }}',
-}
-PLAIN_TEMPLATES = {
-    "rephrase": "{{ document }}\n\nThe same in other words:\n\n\n",
-    "cd": "{{ document }}\n\n\n",
-}
+from disc_train.generation.sources import Source
 
 
 class TextToGenerate(NamedTuple):
-    id: str  # the document, the text's number, and a digest of all that decides what is generated
-    document: Document
+    id: str  # the source, the text's number, and a digest of all that decides what is generated
+    source: Source
     prompt: list[int]
     seed: int
 
 
 def list_texts(
     arguments: GenerateArguments,
-    documents: Sequence[Document],
+    sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
     limit: ContextLength | None,
 ) -> tuple[list[TextToGenerate], list[str]]:
-    """List all texts to generate in the order of the file, and the documents that are left out with the reason.
+    """List all texts to generate in the order of the file, and the sources that are left out with the reason.
 
     Raises:
-        ValueError: a template that does not write the document, or no document is left.
+        ValueError: no source is left.
     """
-    defaults = CHAT_TEMPLATES if tokenizer.chat_template else PLAIN_TEMPLATES
-    template = arguments.prompt_template or defaults[arguments.mode]
     prefix = bos_prefix(tokenizer, arguments.add_bos)
     texts: list[TextToGenerate] = []
     left_out: list[str] = []
-    for index, document in enumerate(documents):
-        if not document.text.strip():
-            left_out.append(f"{document.name} (empty)")
+    for index, source in enumerate(sources):
+        if not source.prompt.strip():
+            left_out.append(f"{source.name} (empty)")
             continue
-        written = render("--prompt_template", template, tokenizer, document=document.text)
-        if document.text.strip() not in written:
-            raise ValueError("--prompt_template: expected a template that writes {{ document }}, unchanged")
-        plain = encode(tokenizer, written).tolist()
+        plain = encode(tokenizer, source.prompt).tolist()
         prompt = start_sequence(prefix, plain)
         tokens = len(prompt) + arguments.max_new_tokens
         if limit is not None and tokens > limit.tokens:
-            left_out.append(f"{document.name} ({tokens:,} tokens with its text, the model reads {limit.tokens:,})")
+            left_out.append(f"{source.name} ({tokens:,} tokens with its text, the model reads {limit.tokens:,})")
             continue
         # What starts the prompt comes last, and may be nothing: then files of earlier versions can be gone on with.
-        how = (arguments.temperature, arguments.top_p, *prompt[: len(prompt) - len(plain)])
+        how: list[Any] = [arguments.temperature, arguments.top_p, *prompt[: len(prompt) - len(plain)]]
+        if arguments.mode == "answers":
+            how.append(source.contexts)  # a document's prompt has all of it
         for number in range(arguments.num_generations):
             drawn = arguments.seed, index, number
-            decided = (*drawn, arguments.model_name_or_path, arguments.mode, written, arguments.max_new_tokens)
-            id = f"{document.name}#{number}-{_digest(*decided, *how)[:12]}"
-            texts.append(TextToGenerate(id, document, prompt, int(_digest(*drawn)[:15], 16)))
+            decided = (*drawn, arguments.model_name_or_path, arguments.mode, source.prompt, arguments.max_new_tokens)
+            id = f"{source.name}#{number}-{_digest(*decided, *how)[:12]}"
+            texts.append(TextToGenerate(id, source, prompt, int(_digest(*drawn)[:15], 16)))
     if not texts:
-        raise ValueError(f"none of {len(documents):,} documents can be used: {'; '.join(left_out)}")
+        raise ValueError(f"none of {len(sources):,} {arguments.noun}s can be used: {'; '.join(left_out)}")
     return sorted(texts, key=lambda text: -len(text.prompt)), left_out
 
 
