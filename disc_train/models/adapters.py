@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -101,9 +102,9 @@ def describe_unadapted(model: PreTrainedModel) -> str:
         if parameter.ndim > 1 and not {"base_layer", "lora_A", "lora_B"} & set(name.split("."))
         if id(parameter) not in embeddings
     ]
-    parameters = model.peft_config["default"].to_dict()["target_parameters"]
+    config: Any = model.peft_config["default"]
     return (f"; not adapted: {', '.join(sorted(_last_parts(names)))}" if names else "") + (
-        "; no dropout: peft has none beside experts" if parameters else ""
+        "; no dropout: peft has none beside experts" if config.target_parameters else ""
     )
 
 
