@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train.config import LoopArguments
 from disc_train.models.adapters import has_adapters, load_adapters
+from disc_train.models.saving import convert, copy_processor, write_dtype
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
 from disc_train.resume import save_settings
 
@@ -149,6 +150,7 @@ class CheckpointingTrainer(Trainer):
 
     run_settings: dict[str, Any] | None = None  # that checkpoints keep, see `disc_train.resume`
     _saving = False  # a checkpoint is being written
+    save_dtype: torch.dtype | None = None  # of the model itself, when it is saved; checkpoints are exact
 
     @property
     def student(self) -> PreTrainedModel:
@@ -235,6 +237,17 @@ class CheckpointingTrainer(Trainer):
         """Load the best checkpoint's weights; the Trainer would not look for adapters in a transformers model."""
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save as the Trainer does, but the model itself in its dtype and with the files of its processor."""
+        folder, dtype = output_dir or str(self.args.output_dir), None if self._saving else self.save_dtype
+        if dtype is not None and self.args.should_save:
+            state_dict = convert(self.student, state_dict, dtype)
+        super()._save(folder, state_dict)
+        if self.args.should_save and not self._saving:
+            copy_processor(self.student, folder)
+            if dtype is not None:
+                write_dtype(folder, dtype)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint's weights; the Trainer would not look for adapters in a transformers model."""

@@ -59,6 +59,11 @@ class DiscArguments:
         " --bf16, which keeps float32 weights.",
         "float32",
     )
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "Of the trained model when it is saved; a run's checkpoints are exact. auto: as its files were, and float32 for"
+        " adapters.",
+        "auto",
+    )
     train_file: list[str] | None = field(
         default=None, metadata={"help": f"Documents, or records for cd: {FILES_HELP}.", "action": "extend"}
     )

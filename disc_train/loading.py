@@ -57,6 +57,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(name)
 
 
+def refuse_adapter(name_or_path: str | None, flag: str) -> None:
+    """Raise ValueError if what must be a model is the folder of an adapter."""
+    if name_or_path is not None and (base := _base_of_adapter(name_or_path)):
+        raise ValueError(
+            f"{flag}: expected a model, got {name_or_path}, an adapter for {base}: put it into that model first, by"
+            " peft's merge_and_unload, and save the whole"
+        )
+
+
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
     """Raise ValueError if a reference's tokenizer, where it comes with one, reads a text as other tokens."""
     try:

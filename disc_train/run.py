@@ -6,12 +6,13 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.training_data import Lines, TrainingData, load_training_data
+from disc_train.loading import refuse_adapter
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
 from disc_train.models.frozen_head import freeze_head
@@ -98,6 +99,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
 def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
     """Find the checkpoint, read the data, and check both, before the models, which may take minutes to load."""
     with same_on_all_processes(loop) as must_agree:
+        for name in ("model_name_or_path", "teacher_name_or_path"):
+            refuse_adapter(getattr(disc, name), f"--{name}")
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
         with explain_load_errors(disc.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
@@ -144,6 +147,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         processing_class=inputs.tokenizer,
         callbacks=[_LogLastStep()],
     )
+    trainer.save_dtype = find_save_dtype(disc)
     trainer.run_settings = inputs.settings
     return trainer
 
@@ -155,6 +159,14 @@ def load_student(disc: DiscArguments) -> PreTrainedModel:
         alpha = disc.lora_alpha or 2 * disc.lora_rank
         add_lora(student, disc.lora_rank, alpha, disc.lora_dropout, disc.lora_target_modules)
     return freeze_head(student) if disc.freeze_head else student
+
+
+def find_save_dtype(disc: DiscArguments) -> torch.dtype | None:
+    """Find the dtype that the trained model is saved in; None: the one that it was trained in."""
+    if disc.save_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, disc.save_dtype)
+        return dtype
+    return None if disc.lora_rank else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
 
 
 def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments) -> PreTrainedModel | None:
@@ -228,4 +240,5 @@ def _describe_outcome(disc: DiscArguments, trainer: DiscTrainer, before: Signal 
         share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
         lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
     what = "adapters" if has_adapters(trainer.student) else "model"
-    return [*lines, ("saved", f"{what} and tokenizer in {trainer.args.output_dir}")]
+    dtype = f" in {trainer.save_dtype}".replace("torch.", "") if trainer.save_dtype else ""
+    return [*lines, ("saved", f"{what}{dtype} and tokenizer in {trainer.args.output_dir}")]

@@ -21,6 +21,7 @@ from disc_train.data.context_length import check_lengths, length_of, smaller
 from disc_train.data.dataset import ExampleDataset
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
+from disc_train.models.parts import freeze_unread
 from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.objectives.held_out import held_out_sums
@@ -122,6 +123,7 @@ class DiscTrainer(CheckpointingTrainer):
         self.add_callback(self.termination)
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
+        freeze_unread(model)
         self.teacher = None if teacher is None else freeze(teacher)
         for prepared, trained in ((model, True), (self.teacher, False)):
             if prepared is not None:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
+from disc_train.models.parts import decoder_of
+
 # Layers of these take the weights of some linear layers without calling them, so that adapters would change nothing.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
@@ -78,8 +80,7 @@ def _choose_targets(model: PreTrainedModel, wanted: Sequence[str] | None) -> tup
 
 def _adaptable(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Name the linear layers that read text, but the head, and the parameters [experts, ., .] of routed experts."""
-    head, decoder = model.get_output_embeddings(), model.get_decoder()
-    inside = set(decoder.modules())
+    head, inside = model.get_output_embeddings(), set(decoder_of(model).modules())
     layers, experts = [], []
     for name, module in model.named_modules():
         if module not in inside or module is head:

@@ -1,5 +1,6 @@
 """Take from a causal language model what the loss needs: hidden states of a packed sequence, and the output head."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
+from disc_train.models.parts import decoder_of
 from disc_train.parallel.sharding import run_as_forward
 
 
@@ -35,6 +37,13 @@ def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
             return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"the weights cannot be read, a file is damaged: {error}") from error
+        except ValueError as error:  # it lists the names of all configs
+            if (config := re.search(r"'transformers\.\S+\.(\w+)'> for this kind of AutoModel", str(error))) is None:
+                raise
+            raise ValueError(
+                f"transformers has no causal language model for a {config[1]}, which is of models that read more than"
+                " text or predict no next token; name a text model"
+            ) from None
 
 
 @contextmanager
@@ -114,7 +123,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefi
     """
 
     def decode() -> Tensor:
-        hidden = model.get_decoder()(**_inputs(model, input_ids, layout)).last_hidden_state
+        hidden = decoder_of(model)(**_inputs(model, input_ids, layout)).last_hidden_state
         return run_as_forward(model.get_output_embeddings(), lambda hidden: hidden, hidden)
 
     return run_as_forward(model, decode)
@@ -212,6 +221,12 @@ def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(model, input_ids, alone)
     head = head_of(model)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ValueError(
+            f"{type(model).__name__}: expected an output head that takes hidden states of {hidden.shape[-1]} entries,"
+            f" got one that takes {head.weight.shape[1]}: there are layers between the two that the loss would leave"
+            " out, so models of this family cannot be trained or read"
+        )
 
     # Values that are not finite pass: the first training step reports those, with its documents. The bounds leave room
     # for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real faults are further off.

@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout
 from disc_train.models import causal_lm
-from disc_train.models.causal_lm import hidden_states, use_attention
+from disc_train.models.causal_lm import hidden_states, load_model, use_attention
 from tests.shared_prefix.models import GROUPED
 
 TOKENS = torch.arange(16)[None]
@@ -126,3 +126,28 @@ def test_several_rows_need_dense_masks():
     model.set_attn_implementation(causal_lm.attention_implementation(model.config, "flex"))
     with pytest.raises(ValueError, match=f"rows: expected 1 with attention '{FLEX}', got 2"):
         hidden_states(model, TOKENS.view(2, 8), SharedPrefixLayout.from_trees([(8, []), (8, [])]))
+
+
+def test_models_with_layers_between_hidden_states_and_head_are_refused_in_one_sentence():
+    """ModernBERT calls its head its decoder, RemBERT's head takes fewer entries than the decoder gives."""
+    modernbert = make_model(transformers.ModernBertDecoderConfig)
+    with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM: expected logits equal to its head's output"):
+        use_attention(modernbert, "auto")
+    rembert = make_model(transformers.RemBertConfig, is_decoder=True, input_embedding_size=16, output_embedding_size=24)
+    with pytest.raises(
+        ValueError, match=r"RemBertForCausalLM: expected an output head that takes .* of 32 entries, got"
+    ):
+        use_attention(rembert, "auto")
+
+
+def test_llama_4_which_does_not_say_what_its_decoder_is_runs():
+    options = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8}
+    model = make_model(transformers.Llama4TextConfig, **options)
+    assert use_attention(model, "auto") == "sdpa"
+
+
+def test_models_that_read_more_than_text_are_refused_in_one_sentence(tmp_path):
+    transformers.Mistral3Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="transformers has no causal language model for a Mistral3Config") as failure:
+        load_model(str(tmp_path), torch.float32)
+    assert len(str(failure.value)) < 400

@@ -1,0 +1,29 @@
+"""Find the parts of a causal language model: what reads text, and the output head."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a model that reads text and gives the hidden states that its head takes.
+
+    Raises:
+        ValueError: the model has none, or does not say which it is.
+    """
+    decoder: nn.Module | None = model.get_decoder()
+    if decoder in (model, model.get_output_embeddings()):  # Llama 4, ModernBERT: they find no better, or the head
+        decoder = getattr(model, "model", None)
+    if decoder is None:
+        raise ValueError(
+            f"{type(model).__name__}: expected a model whose get_decoder() gives the layers below its head, got none:"
+            " the loss needs their hidden states, so models of this family cannot be trained or read"
+        )
+    return decoder
+
+
+def freeze_unread(model: PreTrainedModel) -> None:
+    """Freeze what text does not reach, such as a vision tower: it would get no gradient, for which DDP would wait."""
+    read = {*decoder_of(model).parameters(), *model.get_output_embeddings().parameters()}
+    for parameter in model.parameters():
+        if parameter not in read:
+            parameter.requires_grad_(False)
