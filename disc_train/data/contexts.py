@@ -8,6 +8,7 @@ libraries are read as they are, see `record_forms.py`.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ FIELDS = Fields(
 
 
 def load_records(
-    train_file: str | Sequence[str] | None,
+    train_file: str | Path | Sequence[str] | None,
     dataset_name: str | None,
     tokenizer: PreTrainedTokenizerBase,
     start: Sequence[int] = (),

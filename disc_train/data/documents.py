@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 
 from disc_train.data.records import Fields, check_text, read_records
@@ -20,7 +21,7 @@ class Document:
 
 
 def load_documents(
-    train_file: str | Sequence[str] | None,
+    train_file: str | Path | Sequence[str] | None,
     dataset_name: str | None,
     text_column: str = "text",
     flag: str = "--train_file",
@@ -44,6 +45,6 @@ def load_documents(
         text = record[text_column]
         documents.append(Document(name, "" if text is None else check_text(f"{flag}: {name}", text_column, text)))
     if not any(document.text.strip() for document in documents):
-        source = train_file if isinstance(train_file, str) or not train_file else ", ".join(train_file)
-        raise ValueError(f"{flag}: {source or dataset_name}: no text in any of its {len(documents)} documents")
+        sources = dataset_name or (", ".join(train_file) if isinstance(train_file, list) else train_file)
+        raise ValueError(f"{flag}: {sources}: no text in any of its {len(documents)} documents")
     return documents

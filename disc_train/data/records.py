@@ -30,7 +30,9 @@ class Fields(NamedTuple):
 Record = tuple[str, dict[str, Any]]
 
 
-def read_records(train_file: str | Sequence[str] | None, dataset_name: str | None, fields: Fields) -> list[Record]:
+def read_records(
+    train_file: str | Path | Sequence[str] | None, dataset_name: str | None, fields: Fields
+) -> list[Record]:
     """Read every record of files, or of the train split of a Hub dataset, as (name, fields).
 
     `.jsonl` has one record a line; `.json` the same, or a list of records. A `.txt`, `.md` or `.rst` file is one
@@ -50,12 +52,12 @@ def read_records(train_file: str | Sequence[str] | None, dataset_name: str | Non
             f"give either {fields.flag} or --dataset_name, got {fields.flag} {train_file!r} and --dataset_name"
             f" {dataset_name!r}"
         )
-    if not train_file:
-        assert dataset_name
-        return list(_read_dataset(dataset_name, fields))
-    files = find_files(train_file, fields.flag).read
+    if dataset_name:
+        return [_record(name, record, fields) for name, record in _read_dataset(dataset_name, fields)]
+    assert train_file
+    paths = find_files(train_file, fields.flag).read
     try:
-        return [record for path in files for record in _read(path, fields)]
+        return [_record(name, record, fields) for path in paths for name, record in _read(path, fields)]
     except ValueError as error:
         raise ValueError(f"{fields.flag}: {error}") from error
 
@@ -71,29 +73,29 @@ def check_text(name: str, field: str, text: Any) -> str:
     return text
 
 
-def _read(path: Path, fields: Fields) -> list[Record]:
+def _read(path: Path, fields: Fields) -> list[tuple[str, Any]]:
     records = list(_READERS[kind_of(path)](path, fields))
     if not records:
         raise ValueError(f"{path}: no {fields.records} in this file")
     return records
 
 
-def _read_text(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_text(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     if len(fields.required) != 1:
         names = ", ".join(fields.required or fields.optional)
-        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {names}{_meant('text', fields)}")
+        meant = _suggest(["text"], fields)
+        raise ValueError(f"{path}: a text cannot hold {fields.records} with the fields {names}{meant}")
     yield str(path), {fields.required[0]: decode(path)}
 
 
-def _read_jsonl(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_jsonl(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     # Not splitlines(): JSON strings may hold U+2028 and its like as they are.
     for number, line in enumerate(decode(path).split("\n"), start=1):
         if line.strip():
-            name = f"{path}:{number}"
-            yield _record(name, _parse_json(line, name), fields)
+            yield f"{path}:{number}", _parse_json(line, f"{path}:{number}")
 
 
-def _read_json(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_json(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     text = decode(path)
     try:
         records = _parse_json(text, str(path)) if text.strip() else []
@@ -102,12 +104,10 @@ def _read_json(path: Path, fields: Fields) -> Iterator[Record]:
             raise
         yield from _read_jsonl(path, fields)
         return
-    if isinstance(records, dict):
-        records = [records]
-    if not isinstance(records, list):
+    if not isinstance(records, list | dict):
         raise ValueError(f"{path}: expected a list of records, or one record a line, got {type(records).__name__}")
-    for number, record in enumerate(records, start=1):
-        yield _record(f"{path}:{number}", record, fields)
+    for number, record in enumerate(records if isinstance(records, list) else [records], start=1):
+        yield f"{path}:{number}", record
 
 
 def _parse_json(text: str, name: str) -> Any:
@@ -120,30 +120,26 @@ def _parse_json(text: str, name: str) -> Any:
         raise ValueError(f"{name}: JSON that Python cannot read: {error}") from None
 
 
-def _read_csv(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     text = decode(path)
     # The limit, 128 KiB by default, belongs to the process: raised to what this file can need, then put back.
     previous_limit = csv.field_size_limit(len(text) + 1)
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        if reader.fieldnames is None:  # an empty file
-            return
-        _require_fields(str(path), reader.fieldnames, fields)
         for number, record in enumerate(reader, start=1):
-            name = f"{path}:{number}"
+            expected = f"the header's {len(reader.fieldnames or ())}"
             if None in record:  # where DictReader puts what is beyond the header
-                count = len(reader.fieldnames)
-                raise ValueError(f"{name}: more fields than the header's {count}; a text with commas needs quotes")
-            if any(record[field] is None for field in fields.required):
-                raise ValueError(f"{name}: fewer fields than the header's {len(reader.fieldnames)}")
-            yield _record(name, record, fields)
+                raise ValueError(f"{path}:{number}: more fields than {expected}; a text with commas needs quotes")
+            if any(record.get(field, "") is None for field in fields.required):
+                raise ValueError(f"{path}:{number}: fewer fields than {expected}")
+            yield f"{path}:{number}", record
     except csv.Error as error:
         raise ValueError(f"{path}: malformed CSV after line {reader.line_num}: {error}") from None
     finally:
         csv.field_size_limit(previous_limit)
 
 
-def _read_parquet(path: Path, fields: Fields) -> Iterator[Record]:
+def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -162,7 +158,7 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[Record]:
         yield f"{path}:{number}", dict(zip(columns, values, strict=True))
 
 
-def _read_dataset(dataset_name: str, fields: Fields) -> Iterator[Record]:
+def _read_dataset(dataset_name: str, fields: Fields) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -178,7 +174,7 @@ def _read_dataset(dataset_name: str, fields: Fields) -> Iterator[Record]:
         yield f"{name}:{number}", record
 
 
-_READERS: dict[str, Callable[[Path, Fields], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path, Fields], Iterator[tuple[str, Any]]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
@@ -193,16 +189,16 @@ def _require_fields(name: str, present: Collection[str], fields: Fields) -> list
     """Return those of the fields that are present; raise ValueError if required ones are not."""
     if not any(set(form) <= set(present) for form in (fields.required, *fields.forms)):
         missing = next(field for field in fields.required if field not in present)
-        there = ", ".join(present) or "none at all"
-        meant = "".join(_meant(other, fields) for other in present)
+        there = (", ".join(present) or "none at all") + _suggest(present, fields)
         forms = f" (also read: {'; '.join(map(', '.join, fields.forms))})" if fields.forms else ""
-        raise ValueError(f"{name}: no {fields.field} {missing!r}; there is: {there}{meant}{forms}")
+        raise ValueError(f"{name}: no {fields.field} {missing!r}; there is: {there}{forms}")
     wanted = (*fields.required, *fields.optional, *chain(*fields.forms))
     return [field for field in wanted if field in present]
 
 
-def _meant(field: str, fields: Fields) -> str:
-    return f"; did you mean {fields.meant[field]}?" if field in fields.meant else ""
+def _suggest(present: Collection[str], fields: Fields) -> str:
+    meant = {fields.meant[field] for field in present if field in fields.meant}
+    return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
 
 def _record(name: str, record: Any, fields: Fields) -> Record:

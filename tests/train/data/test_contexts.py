@@ -155,13 +155,17 @@ def test_other_files(suffix, tmp_path, chat_tokenizer):
     if suffix == ".json":
         path.write_text(json.dumps([record]))
     elif suffix == ".csv":
-        path.write_text("target,teacher_context,other\nx y,T,z\n")
+        path.write_text("prompt,other,privileged_context,completion\n,z,T,x y\n")
     else:
         record |= {"teacher_context": [_user("T")], "target": [_assistant("x y")], "student_context": None}
         pq.write_table(pa.Table.from_pylist([record]), path)
     (example,) = load_records(str(path), None, chat_tokenizer)
     assert example.name == f"{path}:1"
-    context, target = ("<user>T</>\n<assistant>", "x y</>\n") if suffix == ".parquet" else ("T", "x y")
+    context, target = {
+        ".json": ("T", "x y"),
+        ".csv": ("\n\nT", "x y"),
+        ".parquet": ("<user>T</>\n<assistant>", "x y</>\n"),
+    }[suffix]
     assert _texts(example, chat_tokenizer) == (context, "", target)
 
 

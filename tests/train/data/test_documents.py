@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,7 +57,7 @@ def test_text_column(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".rst"])
 def test_a_text_file_is_one_document(tmp_path, suffix):
     file = write(tmp_path / f"a{suffix}", TEXTS[0])
-    assert load_documents(file, None) == [Document(file, TEXTS[0])]
+    assert load_documents(file, None) == load_documents(Path(file), None) == [Document(file, TEXTS[0])]
 
 
 def test_a_folder_is_read_in_sorted_order(tmp_path):
