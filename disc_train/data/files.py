@@ -22,11 +22,7 @@ class Files(NamedTuple):
     others: list[Path]
 
 
-<<<<<<< HEAD
 def find_files(sources: str | Path | Sequence[str | Path], flag: str) -> Files:
-=======
-def find_files(sources: str | Path | Sequence[str], flag: str) -> Files:
->>>>>>> 0843d27 (Records: one place checks fields, readers only read; paths are taken as paths)
     """List the files that are named, that lie below a folder, or that match a pattern such as "news/**/*.txt".
 
     Each is listed once; those of a folder or a pattern in sorted order, a folder's without hidden ones.
@@ -35,11 +31,7 @@ def find_files(sources: str | Path | Sequence[str], flag: str) -> Files:
         ValueError: naming the flag: nothing there, or nothing of a supported kind.
     """
     files = Files([], [])
-<<<<<<< HEAD
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
-=======
-    for source in [str(sources)] if isinstance(sources, str | Path) else sources:
->>>>>>> 0843d27 (Records: one place checks fields, readers only read; paths are taken as paths)
         path = Path(source)
         if path.is_dir():
             found = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
