@@ -1,4 +1,4 @@
-"""Run the commands `disc-train`, `disc-eval` and `disc-generate`.
+"""Run the commands `disc-train`, `disc-cache`, `disc-eval` and `disc-generate`.
 
 Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wrong, 130 if it was interrupted, 143 if it
 was terminated. Of several processes that end with the same error, one reports it.
@@ -13,6 +13,11 @@ from functools import partial
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `disc-train [CONFIG.yaml] [--flag value ...]`. Errors a user can mend are one line on stderr."""
     return _run("disc-train", _train, argv)
+
+
+def cache(argv: Sequence[str] | None = None) -> int:
+    """Run `disc-cache [CONFIG.yaml] [--flag value ...]`, with the flags of `disc-train --teacher cache`."""
+    return _run("disc-cache", _cache, argv)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +38,13 @@ def _train(argv: Sequence[str]) -> Callable[[], None]:
     from disc_train.run import run
 
     return partial(run, *parse_arguments(argv))
+
+
+def _cache(argv: Sequence[str]) -> Callable[[], None]:
+    from disc_train.config import parse_arguments
+    from disc_train.run import fill_cache
+
+    return partial(fill_cache, *parse_arguments(argv, "disc-cache"))
 
 
 def _evaluate(argv: Sequence[str]) -> Callable[[], None]:

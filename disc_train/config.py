@@ -25,7 +25,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("teacher_template", "student_template"), ("disc",)),
     **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
     **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
-    **dict.fromkeys(("teacher", "teacher_name_or_path"), WITH_TEACHER),
+    **dict.fromkeys(("teacher", "teacher_name_or_path", "teacher_cache"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
     "teacher_system_prompt": ("cd",),
     "signal_examples": AT_TEMPERATURE,
@@ -33,7 +33,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
 # Replay by KL has documents and a teacher of its own, whatever the method.
 FLAGS_OF_REPLAY_BY_KL = (
     *("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"),
-    *("teacher", "teacher_name_or_path"),
+    *("teacher", "teacher_name_or_path", "teacher_cache"),
 )
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
@@ -41,6 +41,7 @@ FLAG_NEEDED_BY = {
     "lora_target_modules": "lora_rank",
     "replay_share": "replay_file",
     "replay_objective": "replay_file",
+    "teacher_cache_dtype": "teacher_cache",
 }
 
 
@@ -85,11 +86,14 @@ class DiscArguments:
         " (prompt, privileged_context, completion) and ms-swift (messages, teacher_prompt).",
         "disc",
     )
-    teacher: Literal["auto", "copy", "adapter"] = flag(
+    teacher: Literal["auto", "copy", "adapter", "cache"] = flag(
         "copy: a frozen second model in memory. adapter: the model itself with its adapters switched off, for"
-        " --lora_rank. auto: adapter where it can be, else copy.",
+        " --lora_rank. auto: adapter where it can be, else copy. cache: what it says of every token, read from"
+        " --teacher_cache; what is missing there is computed before the training, or ahead by disc-cache.",
         "auto",
     )
+    teacher_cache: str | None = flag("--teacher cache: the folder of what the teacher says of these documents.")
+    teacher_cache_dtype: Literal["bfloat16", "float32"] = flag("--teacher cache: how it is stored.", "bfloat16")
     temperature: float = flag("disc and cd: of both models' distributions; 1 is usual for cd.", 2.0)
     ce_weight: float = flag(
         "disc and cd: of the cross-entropy on the same tokens, which also teaches what is said once.", 0.0
@@ -221,6 +225,11 @@ class DiscArguments:
                 raise ValueError(f"--{name} needs --{needed}, got it without")
         if "beta" in given and self.divergence != "jsd":
             raise ValueError(f"--beta is for --divergence jsd, got it with {self.divergence}")
+        if (self.teacher == "cache") != (self.teacher_cache is not None):
+            raise ValueError(
+                "--teacher cache and --teacher_cache DIR go together, got"
+                f" --teacher {self.teacher} and --teacher_cache {self.teacher_cache}"
+            )
         if self.teacher == "adapter" and "lora_rank" not in given:
             raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
         if self.teacher == "adapter" and "teacher_name_or_path" in given:
@@ -286,10 +295,10 @@ class LoopArguments(TrainingArguments):
         check_launch(self)
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[DiscArguments, LoopArguments]:
+def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[DiscArguments, LoopArguments]:
     """Read `[CONFIG.yaml] [--flag value ...]`, see `disc_train.flags.parse_flags`."""
     description = "Teach a language model the content of documents."
-    disc, loop = parse_flags("disc-train", description, argv, DiscArguments, LoopArguments)
+    disc, loop = parse_flags(command, description, argv, DiscArguments, LoopArguments)
     if (disc.eval_file is None) != (loop.eval_strategy == "no"):
         given, other = ("eval_strategy", "eval_file") if disc.eval_file is None else ("eval_file", "eval_strategy")
         raise ValueError(f"--{given} needs --{other}, got it without")

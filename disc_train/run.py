@@ -16,7 +16,6 @@ from disc_train.loading import refuse_adapter
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
 from disc_train.models.frozen_head import freeze_head
-from disc_train.models.teacher import load_teacher
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from disc_train.packing.collator import collator
@@ -34,6 +33,8 @@ from disc_train.summary import (
     describe_teacher,
     print_section,
 )
+from disc_train.teacher_cache.teacher import CachedTeacher, Teacher, read_by
+from disc_train.teachers import load_cached_teacher, load_teacher_for, teacher_cache
 from disc_train.trainer import DiscTrainer
 
 
@@ -69,9 +70,11 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     examples = take_evenly(inputs.data.own, disc.signal_examples)
 
     def signal_now() -> Signal | None:
-        if disc.method not in AT_TEMPERATURE or not examples:
+        # A cache does not have what the teacher says of other contexts, nor a summary what it says of a token.
+        cached = isinstance(trainer.teacher, CachedTeacher)
+        if disc.method not in AT_TEMPERATURE or not examples or cached:
             return None
-        return measure_signal(trainer.student, trainer.teacher, examples, temperature=disc.temperature)
+        return measure_signal(trainer.student, live(trainer.teacher), examples, temperature=disc.temperature)
 
     before = signal_now()
     if main_process:
@@ -94,6 +97,22 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     after = signal_now()
     if main_process:
         print_section("What came of it", *_describe_outcome(disc, trainer, before, after))
+
+
+def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
+    """Do what `disc-cache` does: read with the teacher all that a run with these arguments will look up.
+
+    Raises as `run` does.
+    """
+    if disc.teacher_cache is None:
+        raise ValueError("--teacher_cache: expected the folder to fill, got none")
+    disc.dry_run = True  # no checkpoint is looked for, and nothing is written to --output_dir
+    inputs = load_inputs(disc, loop)
+    student = load_student(disc)
+    check_vocabulary(student, inputs.data.tokens[-1])
+    teacher = load_cached_teacher(disc, loop, inputs.tokenizer, inputs.data, student)
+    if loop.process_index == 0:
+        print_section("The teacher's cache is complete", ("cache", teacher.note))
 
 
 def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
@@ -124,11 +143,14 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
     with same_on_all_processes(loop):
         set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
         student = load_student(disc)
-        with_teacher = disc.method in WITH_TEACHER or dataset.replays_by_kl
-        teacher = load_teacher_for(disc, student, loop) if with_teacher else None
-        for model in (student, teacher):
-            if model is not None:
-                check_vocabulary(model, inputs.data.tokens[-1])
+        check_vocabulary(student, inputs.data.tokens[-1])
+    teacher: Teacher = None
+    if disc.method in WITH_TEACHER or dataset.replays_by_kl:
+        if disc.teacher == "cache" and not disc.dry_run:
+            teacher = load_cached_teacher(disc, loop, inputs.tokenizer, inputs.data, student)
+        else:
+            with same_on_all_processes(loop):
+                teacher = load_teacher_for(disc, student, loop, inputs.data.tokens[-1])
     if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
         loop.output_dir, loop.push_to_hub = os.curdir, False
     trainer = DiscTrainer(
@@ -169,13 +191,6 @@ def find_save_dtype(disc: DiscArguments) -> torch.dtype | None:
     return None if disc.lora_rank else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
 
 
-def load_teacher_for(disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments) -> PreTrainedModel | None:
-    """Load the teacher; None: the student without its adapters, which needs no second model in memory."""
-    if has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None:
-        return None
-    return load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
-
-
 def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
     """Raise ValueError if the data's tokens are others to the teacher's tokenizer, where it comes with one."""
     if disc.teacher_name_or_path is None:
@@ -205,18 +220,24 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
     """Describe the data, the models and the steps."""
     dataset, student, teacher = inputs.data.dataset, trainer.student, trainer.teacher
     compared = disc.method in WITH_TEACHER
-    collate = collator(student, teacher or student, compared)
+    collate = collator(student, read_by(teacher, student), compared)
+    cache = []
+    cached = isinstance(teacher, CachedTeacher) and disc.method in AT_TEMPERATURE
+    if disc.teacher == "cache" and disc.dry_run:  # the teacher is in memory, so that the signal can be measured
+        cache = [("cache", teacher_cache(disc, trainer.args, inputs.tokenizer, inputs.data, student).describe())]
     return [
         *inputs.data.description,
         ("method", f"{disc.method}: {describe_method(disc)}"),
         describe_packing(dataset, trainer.args.train_batch_size, collate),
         ("student", describe_model(student)),
         ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-        ("head", describe_head(student, compared or dataset.replays_by_kl)),
+        *cache,
+        ("head", describe_head(student, teacher, compared or dataset.replays_by_kl, disc.divergence)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *(signal.describe(dataset.noun) if signal else []),
+        *([("signal", "not measured: it needs the teacher itself; --dry_run measures it")] if cached else []),
     ]
 
 

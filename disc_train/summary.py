@@ -16,9 +16,11 @@ from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
+from disc_train.models.causal_lm import head_of
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.packing.collator import PackedBatch, PackingStats
 from disc_train.packing.drawing import sample_batches
+from disc_train.teacher_cache.teacher import CachedTeacher, Teacher
 
 MAX_LOST = 0.05  # of the tokens, before a warning
 
@@ -239,21 +241,34 @@ def describe_model(model: PreTrainedModel) -> str:
     return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}" + (describe_unadapted(model) if adapted else "")
 
 
-def describe_teacher(student: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> str:
+def describe_teacher(student: PreTrainedModel, teacher: Teacher, needed: bool) -> str:
     """Say what the student is compared with."""
     if not needed:
         return "none: nothing is compared with one"
+    if isinstance(teacher, CachedTeacher):
+        return f"not in memory{'' if teacher.head is None else ', but for its head'}; {teacher.note}"
     return "the student without its adapters" if teacher is None else describe_model(teacher)
 
 
-def describe_head(student: PreTrainedModel, compared: bool) -> str:
+def describe_head(student: PreTrainedModel, teacher: Teacher, compared: bool, divergence: str = "forward_kl") -> str:
     """Say whether the output head is trained, and how often the comparison with a teacher multiplies with a head."""
     if not head_is_frozen(student):
-        return "trained" + ("; the KL takes 4 products with a head a step" if compared else "")
+        return "trained" + ("; the comparison takes 4 products with a head a step" if compared else "")
     what = "frozen" + (", and so are the embeddings, which are tied to it" if head_is_tied(student) else "")
     if not compared:
         return what
-    return f"{what}; the KL takes 3 products with a head a step (a live teacher's summary would be a 4th)"
+    cached = isinstance(teacher, CachedTeacher)
+    if isinstance(teacher, CachedTeacher) and teacher.head is None:
+        return f"{what}; the KL takes 2 products with it a step, from cached summaries of the teacher"
+    if divergence != "forward_kl":
+        why = "summaries are for the forward KL"
+    elif head_of(student).transform.softcap is not None:
+        why = "summaries are for students without a soft cap on their logits"
+    elif cached:
+        why = "the cache has hidden states, not summaries"
+    else:
+        why = "a live teacher's summary would be a 4th"
+    return f"{what}; the comparison takes 3 products with a head a step ({why})"
 
 
 def describe_attention(attention: Mapping[str, Attention]) -> str:

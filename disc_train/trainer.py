@@ -32,6 +32,7 @@ from disc_train.parallel.launch import check_launch
 from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
 from disc_train.parallel.termination import StopOnSignal, collate_in_own_process_group
 from disc_train.progress import show_progress
+from disc_train.teacher_cache.teacher import CachedTeacher, Teacher, live, read_by
 
 
 class DiscTrainer(CheckpointingTrainer):
@@ -53,7 +54,7 @@ class DiscTrainer(CheckpointingTrainer):
         teacher: another model object, usually with the same weights; it is frozen and moved to the student's device,
             or divided over the processes as the student is (FSDP2).
             None where method and data need none (ft, talr), or `model` has adapters (`disc_train.models.adapters`):
-            the teacher is then `model` with them switched off.
+            the teacher is then `model` with them switched off. Or what `disc_train.teacher_cache` holds of one.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
             training either way, and the filter waits for the device at every micro-batch.
         train_dataset: the examples.
@@ -83,7 +84,7 @@ class DiscTrainer(CheckpointingTrainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teacher: Teacher,
         args: TrainingArguments,
         train_dataset: ExampleDataset,
         *,
@@ -107,7 +108,8 @@ class DiscTrainer(CheckpointingTrainer):
                 " launch, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
         held_out: ExampleDataset | None = options.get("eval_dataset")
-        lengths = [length_of(each.config, role) for role, each in (("model", model), ("teacher", teacher)) if each]
+        models = ("model", model), ("teacher", live(teacher))
+        lengths = [length_of(each.config, role) for role, each in models if each]
         for dataset in (train_dataset, held_out):
             if dataset is not None:
                 check_lengths(dataset, smaller(*lengths))
@@ -124,20 +126,23 @@ class DiscTrainer(CheckpointingTrainer):
         # The loss is divided by the examples of the whole step here; the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         freeze_unread(model)
-        self.teacher = None if teacher is None else freeze(teacher)
-        for prepared, trained in ((model, True), (self.teacher, False)):
-            if prepared is not None:
-                self._move_to_device(prepared, trained)
+        self._move_to_device(model, trained=True)
+        self.teacher: Teacher = None
+        if isinstance(teacher, CachedTeacher):
+            self.teacher = teacher.to(args.device)
+        elif teacher is not None:
+            self.teacher = freeze(teacher)
+            self._move_to_device(teacher, trained=False)
         self.method = method
         self.settings = methods.Settings(temperature, ce_weight, kl_weight, divergence, beta)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.packing = self._logged_packing = PackingStats()
-        self.attention = prepare_attention(model, self.teacher, attention, train_dataset, args.train_batch_size)
+        self.attention = prepare_attention(model, live(teacher), attention, train_dataset, args.train_batch_size)
         # Processes put a divided teacher together in step, so it reads at every one whatever is replayed there.
-        compared |= self.is_fsdp_enabled and train_dataset.replays_by_kl
+        compared |= self.is_fsdp_enabled and train_dataset.replays_by_kl and not isinstance(teacher, CachedTeacher)
         self.data_collator = partial(
-            collate_in_own_process_group, collator(model, self.teacher or model, compare_all=compared)
+            collate_in_own_process_group, collator(model, read_by(self.teacher, model), compare_all=compared)
         )
 
     def _move_to_device(self, model: PreTrainedModel, trained: bool) -> None:
@@ -284,7 +289,7 @@ class DiscTrainer(CheckpointingTrainer):
             return super().train(*args, **kwargs)
 
 
-def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None, needed: bool) -> None:
+def _check_teacher(model: PreTrainedModel, teacher: Teacher, needed: bool) -> None:
     if teacher is model:
         raise ValueError("teacher: expected a model object of its own, got the one that is trained")
     if needed and teacher is None and not has_adapters(model):

@@ -18,8 +18,9 @@ KNOWS_TRANSFORMERS = {"disc_kernels.hf", "disc_kernels.integrations", "disc_kern
 ROOMS = [
     *(f"disc_kernels.{room}" for room in ("host", "autocast", "linear_kl", "frozen_head", "shared_prefix")),
     *(f"disc_kernels.{room}" for room in ("hf", "integrations")),
-    *(f"disc_train.{room}" for room in ("flags", "data", "packing", "models", "objectives", "config", "summary")),
-    *(f"disc_train.{room}" for room in ("generation", "evaluation", "resume", "checkpoints", "trainer", "run", "cli")),
+    *(f"disc_train.{room}" for room in ("flags", "data", "packing", "models", "teacher_cache", "objectives")),
+    *(f"disc_train.{room}" for room in ("config", "summary", "teachers", "generation", "evaluation")),
+    *(f"disc_train.{room}" for room in ("resume", "checkpoints", "trainer", "run", "cli")),
 ]
 # What puts a training set together from a run's settings, and what names a model whose tokenizer cannot be read.
 LOOKS_UP = {"disc_train.data.training_data", "disc_train.data.context_length"}

@@ -10,9 +10,13 @@ from disc_train.models.causal_lm import load_model
 
 
 def load_teacher(name_or_path: str, student: PreTrainedModel, args: TrainingArguments) -> PreTrainedModel:
-    """Load a teacher in 16 bit where training is in mixed precision, else in the student's dtype, and freeze it."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else student.dtype
-    return freeze(load_model(name_or_path, dtype))
+    """Load a teacher, and freeze it."""
+    return freeze(load_model(name_or_path, teacher_dtype(student, args)))
+
+
+def teacher_dtype(student: PreTrainedModel, args: TrainingArguments) -> torch.dtype:
+    """Return the dtype of a teacher: 16 bit where training is in mixed precision, else the student's."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else student.dtype
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:

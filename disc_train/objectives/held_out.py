@@ -7,11 +7,12 @@ from transformers import PreTrainedModel
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER, Settings
 from disc_train.objectives.predictions import cross_entropy, divergence, predict
 from disc_train.packing.collator import PackedBatch
+from disc_train.teacher_cache.teacher import Teacher
 
 
 @torch.no_grad()
 def held_out_sums(
-    method: str, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch, settings: Settings
+    method: str, student: PreTrainedModel, teacher: Teacher, batch: PackedBatch, settings: Settings
 ) -> dict[str, Tensor]:
     """Sum what is measured over a batch's examples, in nats a token but for the loss.
 

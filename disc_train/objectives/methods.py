@@ -20,6 +20,7 @@ from disc_train.objectives.predictions import (
     sequence_means,
 )
 from disc_train.packing.collator import PackedBatch
+from disc_train.teacher_cache.teacher import Teacher
 
 MIN_TALR_WEIGHT = 0.01
 
@@ -91,7 +92,7 @@ WITH_TEACHER = ("disc", "cd", "ft_kl")
 
 
 def batch_loss(
-    method: str, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch, settings: Settings
+    method: str, student: PreTrainedModel, teacher: Teacher, batch: PackedBatch, settings: Settings
 ) -> Tensor:
     """Sum the losses of a batch's examples: the method's, or the KL from the teacher where they are replayed.
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from disc_kernels import fused_suffix_kl
+from disc_kernels import TeacherSummary, expected_embedding_kl, fused_suffix_kl
 from disc_train.models.causal_lm import Head, common_vocabulary, head_of, hidden_states
 from disc_train.models.teacher import teacher_or_base_model
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.packing.collator import PackedBatch
+from disc_train.teacher_cache.teacher import CachedTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class ModelPredictions:
 
 
 @dataclass(frozen=True)
+class SummarisedPredictions:
+    """Hold what a teacher predicts, summarised for a frozen head at one temperature."""
+
+    summary: TeacherSummary  # of U rows
+    index: np.ndarray  # [M] int64, of those rows
+    temperature: float
+    vocab_size: int | None
+
+
+@dataclass(frozen=True)
 class Predictions:
     """Hold what both models predict for the M target tokens of a batch's examples, one example after another.
 
@@ -33,7 +44,7 @@ class Predictions:
     """
 
     student: ModelPredictions
-    teacher: ModelPredictions | None  # where there is one to compare with
+    teacher: ModelPredictions | SummarisedPredictions | None  # where there is one to compare with
     targets: Tensor  # [M] int64
     weight: Tensor  # [M] float32
     lengths: list[int]  # how many of the M belong to each example
@@ -47,7 +58,7 @@ class Predictions:
                 middle = len(values) - count
                 return values[middle:] if chosen else values[:middle]
 
-            def cut_model(model: ModelPredictions) -> ModelPredictions:
+            def cut_model(model: Any) -> Any:
                 return replace(model, index=cut(model.index, count))
 
             return Predictions(
@@ -61,15 +72,20 @@ class Predictions:
         return part(False), part(True)
 
 
-def predict(student: PreTrainedModel, teacher: PreTrainedModel | None, batch: PackedBatch) -> Predictions:
+def predict(student: PreTrainedModel, teacher: Teacher, batch: PackedBatch) -> Predictions:
     """Run both models on a batch.
 
     Args:
         student, teacher: causal language models on the batch's device, prepared by
             `disc_train.models.causal_lm.use_attention`; no teacher: the student with its adapters switched off.
+            A cached teacher reads nothing: its rows are in the batch.
     """
     # The teacher first: its adapters are the student's, which a backward pass runs again where it checkpoints.
-    of_teacher = None if batch["teacher_input_ids"] is None else predict_as_teacher(student, teacher, batch)
+    of_teacher: ModelPredictions | SummarisedPredictions | None = None
+    if isinstance(teacher, CachedTeacher):
+        of_teacher = _predictions_of_cached(teacher, batch)
+    elif batch["teacher_input_ids"] is not None:
+        of_teacher = predict_as_teacher(student, teacher, batch)
     of_student = predict_as_student(student, batch)
     return Predictions(of_student, of_teacher, batch["targets"], batch["row_weight"], batch["lengths"])
 
@@ -87,6 +103,19 @@ def predict_as_teacher(
         assert batch["teacher_input_ids"] is not None and batch["teacher_layout"] is not None
         hidden = hidden_states(model, batch["teacher_input_ids"], batch["teacher_layout"])
     return ModelPredictions(hidden, head_of(model), batch["teacher_index"])
+
+
+def _predictions_of_cached(
+    teacher: CachedTeacher, batch: PackedBatch
+) -> ModelPredictions | SummarisedPredictions | None:
+    rows, index = batch["teacher_rows"], batch["teacher_index"]
+    if rows is None:
+        return None
+    if teacher.head is not None:
+        return ModelPredictions(rows["hidden"].to(teacher.head.weight.dtype), teacher.head, index)
+    summary = TeacherSummary(rows["embedding"].float(), rows["entropy"], rows["bias"])
+    assert teacher.temperature is not None
+    return SummarisedPredictions(summary, index, teacher.temperature, teacher.vocab_size)
 
 
 def predict_as_student(student: PreTrainedModel, batch: PackedBatch) -> ModelPredictions:
@@ -119,9 +148,15 @@ def divergence(
 
     Args:
         kind, beta: as `divergence` and `beta` of `disc_kernels.fused_suffix_kl`; forward_kl is KL(teacher || student).
+
+    Raises:
+        ValueError: the teacher was summarised at another temperature, or the summaries do not serve: for another
+            divergence, or a head with a soft cap or that is trained.
     """
     student, teacher = predictions.student, predictions.teacher
     assert teacher is not None
+    if isinstance(teacher, SummarisedPredictions):
+        return _divergence_of_summary(predictions, teacher, temperature, reduction, kind)
     return fused_suffix_kl(  # type: ignore[return-value]
         student.hidden,
         student.head.weight,
@@ -139,6 +174,29 @@ def divergence(
         student_transform=student.head.transform,
         teacher_transform=teacher.head.transform,
         vocab_size=common_vocabulary(student.head, teacher.head),
+    )
+
+
+def _divergence_of_summary(
+    predictions: Predictions, teacher: SummarisedPredictions, temperature: float, reduction: str, kind: str
+) -> Tensor:
+    student = predictions.student
+    if teacher.temperature != temperature:
+        raise ValueError(f"temperature: expected {teacher.temperature}, the cached summaries', got {temperature}")
+    if kind != "forward_kl":
+        raise ValueError(f"divergence: expected forward_kl, which the cached summaries are for, got {kind}")
+    if student.head.transform.softcap is not None:
+        raise ValueError(f"softcap: expected none, which summaries cannot have, got {student.head.transform.softcap}")
+    return expected_embedding_kl(  # type: ignore[return-value]
+        *(student.hidden, student.head.weight, teacher.summary),
+        student_index=torch.from_numpy(student.index),
+        summary_index=torch.from_numpy(teacher.index),
+        row_weight=predictions.weight,
+        temperature=temperature,
+        reduction=reduction,
+        student_bias=student.head.bias,
+        student_scale=student.head.transform.scale,
+        vocab_size=teacher.vocab_size,
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from disc_kernels import SharedPrefixLayout
 from disc_train.data.example import Branch, Example
-from disc_train.packing.branch_inputs import make_branch_inputs
+from disc_train.packing.branch_inputs import BranchInput, make_branch_inputs
 from disc_train.packing.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
 
 
@@ -42,6 +42,10 @@ class PackingStats:
         return self.unshared_tokens / self.tokens
 
 
+# Reads what a teacher said of branches, once and for all: rows, each once, and which of them each predicted token has.
+ReadRows = Callable[[Sequence[tuple[Example, Branch]]], tuple[dict[str, Tensor], np.ndarray]]
+
+
 class PackedBatch(TypedDict):
     """Hold a batch, as a plain mapping that data loaders and trainers can move; `input_ids` is the student's.
 
@@ -52,8 +56,9 @@ class PackedBatch(TypedDict):
 
     input_ids: Tensor  # [rows_s, L_s] int64
     layout: SharedPrefixLayout  # rows_s * L_s tokens
-    teacher_input_ids: Tensor | None  # [rows_t, L_t] int64; None: the teacher has nothing to read
+    teacher_input_ids: Tensor | None  # [rows_t, L_t] int64; None: the teacher has nothing to read, or its rows are here
     teacher_layout: SharedPrefixLayout | None  # rows_t * L_t tokens
+    teacher_rows: dict[str, Tensor] | None  # [U, ...] each, what a cache of `disc_train.teacher_cache` holds
     student_index: np.ndarray  # [M] int64; no tensor, so that it stays on the CPU, where the loss can see which repeat
     teacher_index: np.ndarray  # [M] int64, or fewer
     targets: Tensor  # [M] int64
@@ -66,7 +71,11 @@ class PackedBatch(TypedDict):
 
 
 def pack(
-    examples: Sequence[Example], *, student: RowRule = ONE_ROW, teacher: RowRule = ONE_ROW, compare_all: bool = True
+    examples: Sequence[Example],
+    *,
+    student: RowRule = ONE_ROW,
+    teacher: RowRule | ReadRows = ONE_ROW,
+    compare_all: bool = True,
 ) -> PackedBatch:
     """Lay out a batch of examples for a teacher and a student whose rows are made by the rules given.
 
@@ -79,15 +88,23 @@ def pack(
     pairs = [(example, branch) for example in examples for branch in example.branches]
     compared = [(example, branch) for example, branch in pairs if compare_all or example.replayed]
     student_inputs = make_branch_inputs([(e.student_trunk, b.student, b.target) for e, b in pairs], student.share)
-    teacher_inputs = make_branch_inputs([(e.teacher_trunk, b.teacher, b.target) for e, b in compared], teacher.share)
     student_rows = arrange(student_inputs, student)
-    teacher_rows = arrange(teacher_inputs, teacher) if compared else None
+    teacher_inputs: list[BranchInput] = []
+    teacher_rows, cached, teacher_index = None, None, np.zeros(0, dtype=np.int64)
 
     def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
         # A row predicts the next token, and the last token read predicts the target's last.
         ends = [position[-branch.rows :] for position, (_, branch) in zip(rows.positions, pairs, strict=True)]
         return np.concatenate(ends)
 
+    if not isinstance(teacher, RowRule):
+        if compared:
+            cached, teacher_index = teacher(compared)
+    elif compared:
+        of_teacher = [(example.teacher_trunk, branch.teacher, branch.target) for example, branch in compared]
+        teacher_inputs = make_branch_inputs(of_teacher, teacher.share)
+        teacher_rows = arrange(teacher_inputs, teacher)
+        teacher_index = index(teacher_rows, compared)
     weights = [
         np.full(branch.rows, example.counted / (branch.rows * len(example.branches))) for example, branch in pairs
     ]
@@ -97,8 +114,9 @@ def pack(
         layout=student_rows.layout,
         teacher_input_ids=teacher_rows.input_ids if teacher_rows else None,
         teacher_layout=teacher_rows.layout if teacher_rows else None,
+        teacher_rows=cached,
         student_index=index(student_rows, pairs),
-        teacher_index=index(teacher_rows, compared) if teacher_rows else np.zeros(0, dtype=np.int64),
+        teacher_index=teacher_index,
         targets=torch.from_numpy(np.concatenate([branch.target[branch.first :] for _, branch in pairs])).long(),
         row_weight=torch.from_numpy(np.concatenate(weights)).float(),
         lengths=[sum(branch.rows for branch in example.branches) for example in examples],
@@ -114,7 +132,12 @@ def pack(
 
 
 def collator(
-    student: PreTrainedModel, teacher: PreTrainedModel, compare_all: bool = True
+    student: PreTrainedModel, teacher: PreTrainedModel | ReadRows, compare_all: bool = True
 ) -> Callable[[Sequence[Example]], PackedBatch]:
-    """Make a collator for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one."""
-    return partial(pack, student=row_rule(student), teacher=row_rule(teacher), compare_all=compare_all)
+    """Make a collator for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one.
+
+    Args:
+        teacher: or what reads the rows that it once gave.
+    """
+    rule_or_rows = row_rule(teacher) if isinstance(teacher, PreTrainedModel) else teacher
+    return partial(pack, student=row_rule(student), teacher=rule_or_rows, compare_all=compare_all)

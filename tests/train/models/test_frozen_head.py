@@ -41,12 +41,13 @@ def test_the_loss_and_all_other_gradients_are_those_of_a_trained_head(method, ar
 def test_what_is_frozen():
     model = make_model("llama")
     assert not head_is_frozen(model)
-    assert describe_head(model, compared=True).startswith("trained; the KL takes 4 products")
-    assert describe_head(model, compared=False) == "trained"
+    assert describe_head(model, None, compared=True).startswith("trained; the comparison takes 4 products")
+    assert describe_head(model, None, compared=False) == "trained"
     assert head_is_frozen(add_lora(make_model("llama"), rank=2, alpha=4, dropout=0.0))
     tied = freeze_head(make_model("qwen2"))
     assert head_is_frozen(tied) and not tied.get_input_embeddings().weight.requires_grad
-    assert "tied" in describe_head(tied, compared=True) and "3 products" in describe_head(tied, compared=True)
+    text = describe_head(tied, None, compared=True)
+    assert "tied" in text and "3 products" in text
 
 
 def test_an_adapter_on_the_head_trains_it():
@@ -59,7 +60,7 @@ def test_an_adapter_on_the_head_trains_it():
 
 def test_the_command_leaves_the_head_alone(disc_train_once, model_folder, tmp_path, capsys):
     assert disc_train_once("--freeze_head") == 0
-    assert "head          frozen; the KL takes 3 products" in capsys.readouterr().out
+    assert "head          frozen; the comparison takes 3 products" in capsys.readouterr().out
     from transformers import AutoModelForCausalLM
 
     before, after = (AutoModelForCausalLM.from_pretrained(f) for f in (model_folder, tmp_path / "out"))

@@ -1,0 +1,196 @@
+"""Open a run's teacher cache: check that it is the run's, fill what is missing, and hold what training needs of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from disc_kernels import LogitTransform
+from disc_train.data.dataset import DocumentDataset, ExampleDataset
+from disc_train.models.causal_lm import Head, common_vocabulary, head_of
+from disc_train.models.frozen_head import head_is_frozen
+from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
+from disc_train.teacher_cache.identity import check_identity, head_checksum, tokenizer_checksum, weights_checksum
+from disc_train.teacher_cache.readings import Reading, digest, merge, readings, texts
+from disc_train.teacher_cache.store import (
+    HEAD,
+    Store,
+    explain_damage,
+    read_description,
+    write_description,
+    write_tensors,
+    writer,
+)
+from disc_train.teacher_cache.teacher import CachedTeacher, move_head
+
+HIDDEN, SUMMARIES = "hidden states", "summaries"
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Hold what a run says of its cache.
+
+    Args:
+        folder: where it is, or is to be.
+        teacher_name_or_path: the teacher's weights.
+        dtype: the teacher's.
+        stored: the dtype of hidden states and summaries on disk.
+        temperature: of the run's divergence.
+        autocast: of the training.
+        forward_kl: it is the divergence, so that summaries serve.
+        start: the token ids that every sequence starts with.
+        epochs: how many the run takes, for templates with a footer.
+    """
+
+    folder: str
+    teacher_name_or_path: str
+    dtype: torch.dtype
+    stored: torch.dtype
+    temperature: float
+    autocast: torch.dtype | None
+    forward_kl: bool
+    start: list[int]
+    epochs: int
+
+
+class TeacherCache:
+    """Compare a run with what is in a cache's folder, and make it the run's teacher.
+
+    Args:
+        read: the data sets that the teacher reads, see `disc_train.teacher_cache.readings.sources`.
+        student: as it is before it is trained.
+        identity: another process's, which has computed the checksums.
+
+    Raises:
+        ValueError: naming the first field in which the cache is not this run's, or a damaged file.
+    """
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        read: list[ExampleDataset],
+        tokenizer: PreTrainedTokenizerBase,
+        student: PreTrainedModel,
+        identity: dict[str, Any] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.readings = merge(reading for source in read for reading in readings(source, settings.epochs))
+        self._description = read_description(settings.folder)
+        self._student_head = head_of(student)
+        no_cap = self._student_head.transform.softcap is None
+        self._summarises = head_is_frozen(student) and no_cap and settings.forward_kl
+        # Hidden states serve any head, a frozen one too.
+        self._summarises &= self._description is None or self._description.get("rows") != HIDDEN
+        self.identity = identity or self._identify(read, tokenizer)
+        self._store = Store(settings.folder)
+        if self._description is not None:
+            check_identity(settings.folder, self._description, self.identity, self.missing)
+
+    def _identify(self, read: list[ExampleDataset], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        settings, head = self.settings, self._student_head
+        templates = [
+            [source.templates.teacher_header.tolist(), source.templates.teacher_footer.tolist()]
+            for source in read
+            if isinstance(source, DocumentDataset) and source.templates.longest > source.templates.start
+        ]
+        identity: dict[str, Any] = {
+            "rows": SUMMARIES if self._summarises else HIDDEN,
+            "teacher": weights_checksum(settings.teacher_name_or_path),
+            "dtype": _name(settings.dtype),
+            "tokenizer": tokenizer_checksum(tokenizer),
+            "start": settings.start,
+            "template": templates,
+            "documents": digest(reading for source in read for reading in texts(source)),
+            "stored": _name(settings.stored),
+        }
+        if self._summarises:
+            identity |= {
+                "temperature": settings.temperature,
+                "student_head": head_checksum(head),
+                "autocast": settings.autocast and _name(settings.autocast),
+            }
+        return identity
+
+    @property
+    def missing(self) -> list[Reading]:
+        """List the sequences that are to be read before the cache can be used."""
+        return [reading for reading in self.readings if not self._store.has(reading)]
+
+    def describe(self) -> str:
+        """Say what the cache holds once it is filled, and how much of that is missing."""
+        tokens = sum(reading.rows for reading in self.readings)
+        what = f"{self.identity['rows']} of {tokens:,} tokens in {self.identity['stored']}, in {self.settings.folder}"
+        missing = len(self.missing)
+        return what + (f"; {missing:,} of {len(self.readings):,} sequences are missing" if missing else "")
+
+    def fill(self, teacher: PreTrainedModel, batch_size: int) -> None:
+        """Run a teacher over what is missing, and write it.
+
+        Args:
+            teacher: on the device it runs on, prepared by `disc_train.models.causal_lm.use_attention`.
+            batch_size: sequences at once.
+
+        Raises:
+            ValueError: another process is filling the cache.
+            OSError: it cannot be written.
+        """
+        settings, student_head, teacher_head = self.settings, self._student_head, head_of(teacher)
+        frozen = None
+        if self._summarises:
+            vocab_size = common_vocabulary(student_head, teacher_head)
+            head = move_head(student_head, teacher.device)
+            frozen = FrozenHead(head, settings.temperature, vocab_size, settings.autocast)
+        width = (student_head if frozen else teacher_head).weight.shape[1]
+        with writer(settings.folder) as store:
+            if read_description(settings.folder) is None:
+                self._begin(teacher_head, Path(settings.folder))
+            fill(
+                store,
+                self.readings,
+                lambda some: rows_of(teacher, some, frozen, settings.stored),
+                batch_size,
+                row_bytes(width, frozen, settings.stored),
+            )
+        self._store.refresh()
+
+    def _begin(self, teacher_head: Head, folder: Path) -> None:
+        """Write what the cache is of, and with hidden states the teacher's head."""
+        self._description = {**self.identity, "vocab_size": common_vocabulary(self._student_head, teacher_head)}
+        if not self._summarises:
+            tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
+            on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+            write_tensors(folder / HEAD, on_host, {})
+            scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
+            self._description |= {"scale": scale, "softcap": softcap, "head": head_checksum(teacher_head)}
+        write_description(folder, self._description)
+
+    def teacher(self) -> CachedTeacher:
+        """Hold what training needs of the teacher, which has been cached.
+
+        Raises:
+            ValueError: the file of its head is damaged.
+        """
+        description, folder = self._description, Path(self.settings.folder)
+        assert description is not None and not self.missing
+        head = None
+        if not self._summarises:
+            with explain_damage(folder / HEAD):
+                tensors = load_file(folder / HEAD)
+                transform = LogitTransform(description["scale"], description["softcap"])
+                head = Head(tensors["weight"], tensors.get("bias"), transform)
+                if head_checksum(head) != description["head"]:
+                    raise ValueError("it does not have the checksum that it was written with")
+        return CachedTeacher(
+            store=self._store,
+            head=head,
+            temperature=self.settings.temperature if head is None else None,
+            vocab_size=description["vocab_size"],
+            note=self.describe(),
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,110 @@
+"""Say which token sequences a teacher reads for a training set, whatever is drawn of it.
+
+A teacher reads a document's prefix and suffix, which is the document whatever the split. So one reading of it serves
+all split strategies, unless a template puts a footer between the two: then each split drawn is a reading of its own.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
+from disc_train.data.example import Branch, Ids
+
+KEY_BYTES = 16
+
+
+class Reading(NamedTuple):
+    """Name a token sequence, and the first token whose row, the prediction of the next one, is wanted.
+
+    The last token is only ever predicted, so there are `len(tokens) - 1 - first` rows.
+    """
+
+    name: str  # of the example, for messages
+    tokens: Ids
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.tokens) - 1 - self.first
+
+    @property
+    def key(self) -> bytes:
+        return key_of(self.tokens)
+
+
+def key_of(tokens: Ids) -> bytes:
+    """Return what a cache finds a token sequence by, `KEY_BYTES` bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(tokens, dtype=np.int32).tobytes(), digest_size=KEY_BYTES).digest()
+
+
+def reading_of(name: str, trunk: Ids, branch: Branch) -> tuple[Reading, int]:
+    """Return the reading that a branch of a teacher's trunk belongs to, and the token that its target ends before."""
+    text = np.concatenate([branch.teacher.lead, branch.target])
+    end = branch.teacher.attach + len(text)
+    first = end - 1 - branch.rows
+    if np.array_equal(text, trunk[branch.teacher.attach : end]):  # the branch goes on as its trunk does
+        return Reading(name, trunk, first), end
+    return Reading(name, np.concatenate([trunk[: branch.teacher.attach], text]), first), end
+
+
+def sources(dataset: ExampleDataset, compare_all: bool = True) -> list[ExampleDataset]:
+    """List the data sets that a teacher reads examples of.
+
+    Args:
+        compare_all: it reads every example; else only those that are replayed by KL.
+    """
+    if not isinstance(dataset, ReplayDataset):
+        return [dataset] if compare_all else []
+    own = [dataset.dataset] if compare_all else []
+    return own + ([dataset.replay] if compare_all or dataset.replays_by_kl else [])
+
+
+def texts(dataset: ExampleDataset) -> Iterator[Reading]:
+    """Yield all that a teacher may read of a data set without a template's footer: documents and records as a whole."""
+    if isinstance(dataset, DocumentDataset):
+        header = dataset.templates.teacher_header
+        for document in (*dataset.documents, *dataset.too_short):  # too short for this split strategy
+            if len(document.input_ids) >= MIN_TOKENS:
+                tokens = np.concatenate([header, document.input_ids])
+                yield Reading(document.name, tokens, first=max(0, len(header) - 1))
+        return
+    for number in range(len(dataset)):
+        example = dataset[number]
+        for branch in example.branches:
+            yield reading_of(example.name, example.teacher_trunk, branch)[0]
+
+
+def readings(dataset: ExampleDataset, epochs: int) -> list[Reading]:
+    """List what a teacher reads of a data set in some epochs, each sequence once, always in the same order."""
+    if isinstance(dataset, DocumentDataset) and len(dataset.templates.teacher_footer):
+        return merge(_drawn(dataset, epochs))
+    return merge(texts(dataset))
+
+
+def merge(several: Iterable[Reading]) -> list[Reading]:
+    """Leave out repeated sequences, and keep of each all rows that are wanted."""
+    distinct: dict[bytes, Reading] = {}
+    for reading in several:
+        key = reading.key
+        if key not in distinct or reading.first < distinct[key].first:
+            distinct[key] = reading
+    return list(distinct.values())
+
+
+def _drawn(dataset: DocumentDataset, epochs: int) -> Iterator[Reading]:
+    current = dataset.epoch
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        for number in range(len(dataset)):
+            example = dataset[number]
+            for branch in example.branches:
+                yield reading_of(example.name, example.teacher_trunk, branch)[0]
+    dataset.set_epoch(current)
+
+
+def digest(several: Iterable[Reading]) -> str:
+    """Compute a checksum of sequences, whatever their order."""
+    return hashlib.blake2b(b"".join(sorted({reading.key for reading in several})), digest_size=KEY_BYTES).hexdigest()

@@ -1,0 +1,264 @@
+"""Keep the rows of readings in a folder of safetensors files, memory-mapped, each complete or absent.
+
+A shard holds whole readings: `key` [n, 16], `first` [n] and `count` [n] say which and how many rows each has, `crc` [n]
+is the checksum of those, and every other tensor has one row for each row of a reading, one reading after another.
+`cache.json` says what the rows are of, see `identity.py`. The fill order and the size of a shard are fixed, so what was
+interrupted and is continued has the same bytes.
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from disc_train.teacher_cache.readings import KEY_BYTES, Reading
+
+DESCRIPTION, LOCK, HEAD, UNFINISHED = "cache.json", "lock", "head.safetensors", ".unfinished"
+INDEX = ("key", "first", "count", "crc")
+FORMAT = 1
+SHARD_BYTES = 256 << 20  # what an interruption may cost, and what a writer holds in memory
+
+Rows = dict[str, Tensor]  # [N, ...] each
+
+
+class _Entry(NamedTuple):
+    row: int  # of all rows of all shards
+    first: int
+    rows: int
+    crc: int
+
+
+class Store:
+    """Read the rows of a cache; they stay on disk until they are asked for.
+
+    Args:
+        folder: what a `writer` has filled, or is about to.
+
+    Raises:
+        ValueError: a file is damaged, or of another format.
+    """
+
+    shard_bytes = SHARD_BYTES
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.refresh()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.folder,)  # a data loader's worker maps the files itself
+
+    def refresh(self) -> None:
+        """Find the shards that are there now."""
+        self._entries: dict[bytes, _Entry] = {}
+        self._checked: set[bytes] = set()
+        self._shards: list[Rows] = []
+        self._begins = [0]  # row of each shard's first, and of all that there are
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            self._add(path)
+
+    def _add(self, path: Path) -> None:
+        with explain_damage(path):
+            with safe_open(path, framework="pt") as file:  # maps the file, and reads its header
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                checksum = (file.metadata() or {}).get("index")
+            index = {name: tensors.pop(name) for name in INDEX}
+            if checksum != _index_checksum(index) or not tensors:
+                raise ValueError("its index does not have the checksum that it was written with")
+        begin, counts = self._begins[-1], index["count"].numpy()
+        rows = begin + np.concatenate([[0], counts.cumsum()])
+        keys = index["key"].numpy().tobytes()
+        for number, entry in enumerate(zip(rows.tolist(), *(index[name].tolist() for name in INDEX[1:]), strict=False)):
+            key = keys[number * KEY_BYTES : (number + 1) * KEY_BYTES]
+            if key not in self._entries or entry[1] < self._entries[key].first:
+                self._entries[key] = _Entry(*entry)
+        self._shards.append(tensors)
+        self._begins.append(int(rows[-1]))
+
+    @property
+    def rows(self) -> int:
+        """Count the rows of all shards."""
+        return self._begins[-1]
+
+    def has(self, reading: Reading) -> bool:
+        """Tell whether all rows of a reading that are wanted are there."""
+        entry = self._entries.get(reading.key)
+        return entry is not None and entry.first <= reading.first
+
+    def read(self, wanted: Sequence[tuple[Reading, int]]) -> tuple[Rows, np.ndarray]:
+        """Read rows of some readings, each once.
+
+        Args:
+            wanted: of each reading, the rows from its `first` up to what predicts the token before this one.
+
+        Returns:
+            Rows [U, ...], and which of them each wanted row is, [M] int64, in order.
+
+        Raises:
+            ValueError: rows that are not there, or are not what was written.
+        """
+        numbers = []
+        for reading, end in wanted:
+            key = reading.key
+            entry = self._entries.get(key)
+            if entry is None or entry.first > reading.first:
+                raise ValueError(
+                    f"{reading.name}: expected its {end - 1 - reading.first} rows in the teacher's cache {self.folder},"
+                    " got none: it was filled for other documents, templates or epochs"
+                )
+            if key not in self._checked:
+                self._check(reading.name, entry)
+                self._checked.add(key)
+            start = entry.row + reading.first - entry.first
+            numbers.append(np.arange(start, start + end - 1 - reading.first))
+        distinct, index = np.unique(np.concatenate(numbers), return_inverse=True)
+        parts: list[Rows] = []
+        for shard in np.unique(np.searchsorted(self._begins, distinct, side="right") - 1):
+            begin, end = self._begins[shard], self._begins[shard + 1]
+            rows = torch.from_numpy(distinct[(distinct >= begin) & (distinct < end)] - begin)
+            parts.append({name: tensor[rows] for name, tensor in self._shards[shard].items()})
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, index.reshape(-1)
+
+    def _check(self, name: str, entry: _Entry) -> None:
+        shard = int(np.searchsorted(self._begins, entry.row, side="right")) - 1
+        start = entry.row - self._begins[shard]
+        rows = {key: tensor[start : start + entry.rows] for key, tensor in self._shards[shard].items()}
+        if _checksum(rows) != entry.crc:
+            raise ValueError(
+                f"{self.folder}: the rows of {name} are not what was written, a file is damaged: delete the shard that"
+                f" holds them, number {shard} in order, and what it held is computed again"
+            )
+
+
+@contextmanager
+def writer(folder: str | Path) -> Iterator[Store]:
+    """Hold a folder's lock, and give the store that is in it to be written to.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"--teacher_cache: {folder} is being filled by another process: wait until that has ended, or choose"
+            " another folder"
+        ) from None
+    try:
+        for leftover in folder.glob("*" + UNFINISHED):  # of a process that was stopped
+            leftover.unlink()
+        yield Store(folder)
+    finally:
+        lock.release()
+
+
+def write_shard(store: Store, readings: Sequence[Reading], rows: Rows) -> None:
+    """Add a shard with the rows of some readings, one after another; a writer's.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    counts = [reading.rows for reading in readings]
+    parts = {name: tensor.split(counts) for name, tensor in rows.items()}
+    index = {
+        "key": torch.from_numpy(np.frombuffer(b"".join(reading.key for reading in readings), dtype=np.uint8).copy()),
+        "first": torch.tensor([reading.first for reading in readings]),
+        "count": torch.tensor(counts),
+        "crc": torch.tensor([_checksum({name: part[i] for name, part in parts.items()}) for i in range(len(readings))]),
+    }
+    names = {path.name for path in store.folder.glob("shard-*.safetensors")}
+    number = next(n for n in range(len(names) + 1) if _shard_name(n) not in names)
+    write_tensors(store.folder / _shard_name(number), index | rows, {"index": _index_checksum(index)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that is complete or absent.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        save_file(dict(tensors), unfinished, metadata)
+        _move(unfinished, path)
+    except (SafetensorError, OSError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise OSError(
+            f"--teacher_cache: {path} cannot be written: {error}; what was written before is complete, and the same"
+            " command goes on from there"
+        ) from error
+
+
+def write_description(folder: Path, description: Mapping[str, Any]) -> None:
+    """Say in a cache's folder what its rows are of."""
+    unfinished = folder / (DESCRIPTION + UNFINISHED)
+    unfinished.write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n", encoding="utf-8")
+    _move(unfinished, folder / DESCRIPTION)
+
+
+def read_description(folder: str | Path) -> dict[str, Any] | None:
+    """Read what a cache's rows are of; None where there is no cache yet.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    path = Path(folder, DESCRIPTION)
+    if not path.is_file():
+        ours = (LOCK, HEAD)  # of a process that was stopped before it came to describe them
+        others = [path.name for path in Path(folder).glob("*") if path.name not in ours and path.suffix != UNFINISHED]
+        if others:
+            raise ValueError(
+                f"--teacher_cache: expected a teacher's cache or an empty folder, got {folder} with {min(others)}"
+            )
+        return None
+    with explain_damage(path):
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
+            raise ValueError(f"expected a cache of format {FORMAT}")
+    return description
+
+
+@contextmanager
+def explain_damage(path: Path) -> Iterator[None]:
+    """Say of an error in reading a file which one it was, and what to do."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--teacher_cache: {path} cannot be read, the file is damaged: {error}; delete it, and what it held is"
+            " computed again"
+        ) from error
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05}.safetensors"
+
+
+def _move(unfinished: Path, place: Path) -> None:
+    """Give a file its name once it is on the disk."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    unfinished.rename(place)
+
+
+def _checksum(tensors: Rows) -> int:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, value)
+    return value
+
+
+def _index_checksum(index: Rows) -> str:
+    return f"{_checksum(index):08x}"

@@ -1,0 +1,106 @@
+"""Provide a run's teacher: a model in memory, the student without its adapters, or a cache of what a model said."""
+
+import gc
+import math
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from disc_train.config import DiscArguments, LoopArguments
+from disc_train.data.sequence_start import bos_prefix
+from disc_train.data.training_data import TrainingData
+from disc_train.models.adapters import has_adapters
+from disc_train.models.causal_lm import check_vocabulary, use_attention
+from disc_train.models.teacher import load_teacher, teacher_dtype, teacher_or_base_model
+from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
+from disc_train.parallel.agreement import same_on_all_processes
+from disc_train.summary import count_steps
+from disc_train.teacher_cache.open import CacheSettings, TeacherCache
+from disc_train.teacher_cache.readings import sources
+from disc_train.teacher_cache.teacher import CachedTeacher
+
+
+def load_teacher_for(
+    disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments, largest_token: int
+) -> PreTrainedModel | None:
+    """Load the teacher; None: the student without its adapters, which needs no second model in memory."""
+    if _is_its_own_teacher(disc, student):
+        return None
+    teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
+    check_vocabulary(teacher, largest_token)
+    return teacher
+
+
+def load_cached_teacher(
+    disc: DiscArguments,
+    loop: LoopArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    student: PreTrainedModel,
+) -> CachedTeacher:
+    """Open the run's cache; what is missing the first process has the teacher read, which is then dropped.
+
+    Raises:
+        ValueError, OSError: as `disc_train.teacher_cache.open.TeacherCache`; on all processes alike.
+    """
+    identity: list[dict[str, Any] | None] = [None]
+    with same_on_all_processes(loop):
+        if loop.process_index == 0:
+            cache = teacher_cache(disc, loop, tokenizer, data, student)
+            if cache.missing:
+                _fill(cache, load_teacher_for(disc, student, loop, data.tokens[-1]), disc, loop, student)
+            identity = [cache.identity]
+            gc.collect()  # the teacher's modules refer to each other
+    if loop.world_size > 1:
+        broadcast_object_list(identity)
+    with same_on_all_processes(loop):
+        if loop.process_index > 0:
+            cache = teacher_cache(disc, loop, tokenizer, data, student, identity[0])
+        return cache.teacher()
+
+
+def teacher_cache(
+    disc: DiscArguments,
+    loop: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    student: PreTrainedModel,
+    identity: dict[str, Any] | None = None,
+) -> TeacherCache:
+    """Make the cache that the flags ask for."""
+    steps, steps_an_epoch = count_steps(loop, len(data.dataset))
+    autocast = torch.bfloat16 if loop.bf16 else torch.float16 if loop.fp16 else None
+    settings = CacheSettings(
+        folder=str(disc.teacher_cache),
+        teacher_name_or_path=disc.teacher_name_or_path or disc.model_name_or_path,
+        dtype=student.dtype if _is_its_own_teacher(disc, student) else teacher_dtype(student, loop),
+        stored=getattr(torch, disc.teacher_cache_dtype),
+        temperature=disc.temperature if disc.method in AT_TEMPERATURE else 1.0,
+        autocast=autocast,
+        start=bos_prefix(tokenizer, disc.add_bos),
+        forward_kl=disc.method not in AT_TEMPERATURE or disc.divergence == "forward_kl",
+        epochs=math.ceil(steps / steps_an_epoch),
+    )
+    compare_all = disc.method in WITH_TEACHER
+    read = sources(data.dataset, compare_all) + ([data.held_out] if compare_all and data.held_out else [])
+    return TeacherCache(settings, read, tokenizer, student, identity)
+
+
+def _is_its_own_teacher(disc: DiscArguments, student: PreTrainedModel) -> bool:
+    return has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None
+
+
+def _fill(
+    cache: TeacherCache,
+    teacher: PreTrainedModel | None,
+    disc: DiscArguments,
+    loop: LoopArguments,
+    student: PreTrainedModel,
+) -> None:
+    reader = student if teacher is None else teacher
+    reader.to(loop.device)  # type: ignore[arg-type]
+    use_attention(reader, disc.attention)
+    with teacher_or_base_model(teacher, student) as model:
+        cache.fill(model, loop.train_batch_size)
