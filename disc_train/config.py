@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
@@ -243,7 +244,12 @@ class LoopArguments(TrainingArguments):
     """Extend `transformers.TrainingArguments` by defaults that suit distillation; every flag can be given."""
 
     learning_rate: float = flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
-    logging_steps: float = flag("Log every so many steps; below 1: a share of all steps.", 10)
+    logging_steps: float = flag(
+        "Log every so many steps; below 1: a share of all steps. Beside the loss: packing_efficiency, the share of"
+        " tokens that are not padding, and packing_saving, how many times fewer are read than with a sequence for every"
+        " target.",
+        10,
+    )
     logging_first_step: bool = flag("Log the first step's loss as well.", True)
     dataloader_pin_memory: bool = field(
         default_factory=torch.accelerator.is_available,
@@ -293,6 +299,12 @@ class LoopArguments(TrainingArguments):
             self.disable_tqdm = True  # the logs are printed as plain lines
         super().__post_init__()
         check_launch(self)
+        missing = set(self.report_to or ()) - set(get_available_reporting_integrations())
+        if missing:
+            raise ValueError(
+                f"--report_to: expected none, or loggers that are installed, got {', '.join(sorted(missing))}:"
+                " pip install 'disc-kernels[log]' installs TensorBoard"
+            )
 
 
 def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[DiscArguments, LoopArguments]:

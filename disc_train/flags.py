@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,33 @@ def check_flag(arguments: Any, name: str, holds: bool, expected: str) -> None:
         raise ValueError(f"--{name}: expected {expected}, got {getattr(arguments, name)}")
 
 
+# What other trainers and libraries call the same.
+OTHER_NAMES = {
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "eval_data": "eval_file",
+    "eval_dataset": "eval_file",
+    "kl_coef": "kl_weight",
+    "lora_r": "lora_rank",
+    "lr": "learning_rate",
+    "max_length": "max_document_tokens",
+    "max_seq_length": "max_document_tokens",
+    "model": "model_name_or_path",
+    "model_id": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "output": "output_dir",
+    "r": "lora_rank",
+    "target_modules": "lora_target_modules",
+    "teacher_model_name_or_path": "teacher_name_or_path",
+    "torch_dtype": "student_dtype",
+    "train_data": "train_file",
+    "use_lora": "lora_rank",
+    "use_peft": "lora_rank",
+    "validation_file": "eval_file",
+}
+
+
 class _Parser(HfArgumentParser):
     """Raise errors as exceptions, for the commands to report as they report all others."""
 
@@ -41,27 +69,35 @@ class _Parser(HfArgumentParser):
 def parse_flags(command: str, description: str, argv: Sequence[str], *classes: type) -> tuple[Any, ...]:
     """Read `[CONFIG.yaml] [--flag value ...]` into an instance of each class; flags given win over the file.
 
+    The file may also be given as `--config CONFIG.yaml`, anywhere.
+
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
-        SystemExit: from argparse, after it has printed help.
+        SystemExit: from argparse, after it has printed help or the version.
     """
+    first = _Parser((), add_help=False, allow_abbrev=False)
+    first.add_argument("--config", metavar="CONFIG.yaml", help="Read flags from this file; others win over it.")
+    first.add_argument("--version", action="version", version=f"{command} {_version()}", help="Print it, and stop.")
     parser = _Parser(
         classes,  # type: ignore[arg-type]
         prog=command,
         usage=f"{command} [CONFIG.yaml] [--flag value ...]",
         description=description,
         allow_abbrev=False,
+        parents=[first],
     )
     known = {item.name for arguments in classes for item in fields(arguments) if item.init}
-    given = list(argv)
-    if given and not given[0].startswith("-"):
+    chosen, given = first.parse_known_args(argv)
+    file = chosen.config
+    if file is None and given and not given[0].startswith("-"):
         file, *given = given
+    if file is not None:
         over = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in given if argument[:1] == "-"}
         given = _yaml_flags(Path(file), known, over) + given
     _, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
-    return parser.parse_args_into_dataclasses(given, look_for_args_file=False)
+    return parser.parse_args_into_dataclasses(given, look_for_args_file=False)[: len(classes)]
 
 
 def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
@@ -89,5 +125,14 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
 
 
 def _nearest(name: str, known: set[str]) -> str:
-    matches = difflib.get_close_matches(name.lstrip("-").split("=")[0].replace("-", "_"), known, n=1)
+    plain = name.lstrip("-").split("=")[0].replace("-", "_")
+    other = OTHER_NAMES.get(plain)
+    matches = [other] if other in known else difflib.get_close_matches(plain, known, n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _version() -> str:
+    try:
+        return version("disc-kernels")
+    except PackageNotFoundError:  # run from the source tree
+        return "(not installed)"

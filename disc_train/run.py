@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import whoami
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -28,6 +29,7 @@ from disc_train.summary import (
     describe_head,
     describe_method,
     describe_model,
+    describe_next_steps,
     describe_packing,
     describe_steps,
     describe_teacher,
@@ -120,6 +122,8 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
     with same_on_all_processes(loop) as must_agree:
         for name in ("model_name_or_path", "teacher_name_or_path"):
             refuse_adapter(getattr(disc, name), f"--{name}")
+        if loop.push_to_hub and not disc.dry_run:
+            check_hub_login(loop.hub_token)
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
         with explain_load_errors(disc.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
@@ -191,6 +195,14 @@ def find_save_dtype(disc: DiscArguments) -> torch.dtype | None:
     return None if disc.lora_rank else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
 
 
+def check_hub_login(token: str | None) -> None:
+    """Raise ValueError if the Hub is out of reach, or does not know who asks."""
+    try:
+        whoami(token)
+    except Exception as error:  # which HTTP client it uses, whose errors these are, depends on its version
+        raise ValueError(f"--push_to_hub: expected a login to the Hub (hf auth login), got: {error}") from error
+
+
 def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
     """Raise ValueError if the data's tokens are others to the teacher's tokenizer, where it comes with one."""
     if disc.teacher_name_or_path is None:
@@ -260,6 +272,10 @@ def _describe_outcome(disc: DiscArguments, trainer: DiscTrainer, before: Signal 
         was, is_ = fmean(before.divergence), fmean(after.divergence)
         share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
         lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
-    what = "adapters" if has_adapters(trainer.student) else "model"
+        if was and 1 - is_ / was < 0.01:
+            rate = f"raise --learning_rate, which was {trainer.args.learning_rate:g}, or take more steps"
+            lines.append(("WARNING", f"the student took up hardly anything: {rate}"))
+    adapters = has_adapters(trainer.student)
     dtype = f" in {trainer.save_dtype}".replace("torch.", "") if trainer.save_dtype else ""
-    return [*lines, ("saved", f"{what}{dtype} and tokenizer in {trainer.args.output_dir}")]
+    saved = f"{'adapters' if adapters else 'model'}{dtype} and tokenizer in {trainer.args.output_dir}"
+    return [*lines, ("saved", saved), *describe_next_steps(disc, trainer.args, adapters)]

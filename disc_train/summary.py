@@ -1,6 +1,7 @@
 """Say what will run, in plain words: data, tokens, models, steps."""
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -304,6 +305,26 @@ def describe_steps(
     where = f", in {args.world_size} processes" if args.world_size > 1 else ""
     done = f"; {resumed_step:,} are done, in {checkpoint}" if checkpoint else ""
     return f"{total:,} of up to {per_step:,} {dataset.noun}s{where}; {epoch:,} an epoch{done}"
+
+
+def describe_next_steps(disc: DiscArguments, args: TrainingArguments, adapters: bool) -> list[tuple[str, str]]:
+    """Write the command that evaluates what was trained beside what it was before, and how adapters are loaded."""
+    texts = disc.eval_file or disc.train_file if disc.method != "cd" else None
+    command = [
+        "disc-eval",
+        "--model_name_or_path",
+        args.output_dir,
+        "--reference_name_or_path",
+        disc.model_name_or_path,
+    ]
+    command += ["--texts_file", *(texts or ["TEXTS"]), "--output_dir", f"{args.output_dir}/evaluation"]
+    command += ["--text_column", disc.text_column] if disc.text_column != "text" else []
+    command += ["--use_cpu"] if args.use_cpu else []
+    lines = [("next", f"{shlex.join(map(str, command))}; --probes_file asks what it knows")]
+    if adapters:
+        base = f"AutoModelForCausalLM.from_pretrained({disc.model_name_or_path!r})"
+        lines.append(("in Python", f"PeftModel.from_pretrained({base}, {str(args.output_dir)!r})"))
+    return lines
 
 
 def print_section(title: str, *lines: tuple[str, str]) -> None:

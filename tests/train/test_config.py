@@ -1,5 +1,6 @@
 """Flags and YAML: what is read, what wins, and what is refused in which words."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,15 @@ def test_flags_win_over_the_file(write_yaml):
         [write_yaml("num_splits: 2\nseed: 7\n"), "--num_splits", "3", "--learning-rate", "1e-4"]
     )
     assert (disc.num_splits, loop.seed, loop.learning_rate) == (3, 7, 1e-4)
+    disc, loop = parse_arguments(["--num_splits", "3", "--config", write_yaml("num_splits: 2\nseed: 7\n")])
+    assert (disc.num_splits, loop.seed) == (3, 7)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse_arguments(["--version"])
+    assert ending.value.code == 0
+    assert re.fullmatch(r"disc-train \S.*\n", capsys.readouterr().out)
 
 
 def test_several_files_behind_one_flag_or_several(write_yaml):
@@ -83,9 +93,15 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
     [
         (["--train_sampling_strategy", "group_by_length"], "--train_sampling_strategy: expected random or sequential"),
         (["--lerning_rate", "1"], "--lerning_rate; did you mean learning_rate?"),
+        (["--lr", "1"], "--lr; did you mean learning_rate?"),
+        (["--target_modules=q_proj"], "did you mean lora_target_modules?"),
         (["--num-split=3"], "did you mean num_splits?"),
         (["--zzzzzz"], "unknown argument --zzzzzz$"),
         (["second.yaml"], "unknown argument second.yaml"),
+        (
+            ["--report_to", "nobody"],
+            "--report_to: expected none, or loggers that are installed, got nobody: pip install",
+        ),
         (["--temperature", "0"], "--temperature: expected a positive, finite number, got 0.0"),
         (["--temperature", "nan"], "--temperature"),
         (["--num_splits", "0"], "--num_splits: expected at least 1, got 0"),

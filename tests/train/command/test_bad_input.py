@@ -93,6 +93,14 @@ def test_training_that_breaks_down_is_one_line(fails, model_folder):
     assert "step 1: the loss is nan on the documents" in fails()
 
 
+def test_a_hub_that_is_out_of_reach(fails, monkeypatch):
+    def whoami(token):
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr("disc_train.run.whoami", whoami)
+    assert "--push_to_hub: expected a login to the Hub (hf auth login), got: no such host" in fails("--push_to_hub")
+
+
 def test_wrong_usage_is_code_2(disc_train, capsys):
     assert disc_train("--tempature", 1) == 2
     assert (

@@ -53,6 +53,7 @@ def test_adapters(method, disc_train, records, capsys, tmp_path, model_folder):
     assert f"{trained:,} trained, in adapters, float32" in out
     assert ("teacher       the student without its adapters" in out) == (method != "ft")
     assert "saved         adapters and tokenizer in" in out
+    assert f"in Python     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{model_folder}'), '" in out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 4, 0.1)
     assert not list((tmp_path / "out").glob("**/model.safetensors"))

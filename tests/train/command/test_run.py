@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
 
 from disc_train import progress
-from disc_train.cli import main
+from disc_train.cli import evaluate, main
 from disc_train.models import attention
 from tests.train.runs import weights
 from tests.train.world import make_model
@@ -39,8 +40,11 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
         "loss          0.",
         "nats a token on the same documents",
         str(tmp_path / "out"),
+        f"next          disc-eval --model_name_or_path {tmp_path}/out --reference_name_or_path {model_folder}",
     ):
         assert expected in after
+    command = re.search(r"next +disc-eval (.*?);", after)[1]
+    assert evaluate([*shlex.split(command), "--add_bos", "false"]) == 0
     assert not torch.equal(weights(tmp_path / "out"), weights(model_folder))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("river") == AutoTokenizer.from_pretrained(
         model_folder
