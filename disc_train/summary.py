@@ -124,7 +124,7 @@ def _describe_long(read: Sequence[TokenizedDocument], parts: Sequence[TokenizedD
     if tokens_of_long:
         repeated = sum(len(part.input_ids) for part in parts) - sum(len(document.input_ids) for document in read)
         return (
-            f"{len(tokens_of_long):,} long ones, of {sum(tokens_of_long):,} tokens, divided into"
+            f"{len(tokens_of_long):,} too long, of {sum(tokens_of_long):,} tokens, divided into"
             f" {len(parts) - len(read) + len(tokens_of_long):,} chunks of up to {longest:,}"
             + (f", which repeat {repeated:,}" if repeated else "")
         )
@@ -154,7 +154,7 @@ def describe_other_files(others: Sequence[Path]) -> list[tuple[str, str]]:
     """Describe, in a line (label, text) if there are any, the files of kinds that are not read."""
     if not others:
         return []
-    kinds = Counter(file.suffix or "no suffix" for file in others)
+    kinds = Counter(file.suffix.lower() or "no suffix" for file in others)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5))
     more = f" and {len(kinds) - 5:,} more kinds" if len(kinds) > 5 else ""
     return [("not read", f"{len(others):,} files of other kinds: {counts}{more} (the first: {others[0]})")]

@@ -46,10 +46,14 @@ def load_records(
             teacher_context or target that is empty or white space; messages that the chat template does not take.
     """
     encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
-    return [
-        _example(name, contexts_and_target(name, record, teacher_system_prompt), tokenizer, encode_context, start)
-        for name, record in read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
-    ]
+    records = read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
+    try:
+        return [
+            _example(name, contexts_and_target(name, record, teacher_system_prompt), tokenizer, encode_context, start)
+            for name, record in records
+        ]
+    except ValueError as error:
+        raise ValueError(f"{flag if train_file else '--dataset_name'}: {error}") from error
 
 
 def _example(

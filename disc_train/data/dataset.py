@@ -156,11 +156,8 @@ class DocumentDataset(ExampleDataset):
 
     def _draw(self, document: TokenizedDocument, index: int, epoch: int) -> list[Split]:
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
-        for _ in range(DRAWS):
-            splits = choose_splits(document, self.split_strategy, self.num_splits, self.suffix_tokens, rng)
-            if splits:
-                return splits
-        return []
+        options = self.split_strategy, self.num_splits, self.suffix_tokens
+        return next(filter(None, (choose_splits(document, *options, rng) for _ in range(DRAWS))), [])
 
 
 class ReplayDataset(ExampleDataset):

@@ -1,6 +1,7 @@
 """Make a training set of what the arguments name, with lines for the summary."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -47,22 +48,21 @@ def load_training_data(disc: DiscArguments, loop: LoopArguments, tokenizer: PreT
             holds.
     """
     context = context_length(disc.model_name_or_path, disc.teacher_name_or_path)
-    own, description = _load(disc, loop, tokenizer, context, disc.train_file, disc.dataset_name)
-    held_out = None
     start = bos_prefix(tokenizer, disc.add_bos)
+    load = partial(_load, disc, loop, tokenizer, context, start)
+    own, description = load(disc.train_file, disc.dataset_name)
+    held_out = None
     description.append(("sequences", describe_start(tokenizer, disc.add_bos, start)))
     dataset, sets = own, [own]
     if disc.replay_file:
         by_kl = disc.replay_objective == "kl"
-        replay, of_replay = _load(
-            disc, loop, tokenizer, context, disc.replay_file, None, whole=by_kl, flag="--replay_file"
-        )
+        replay, of_replay = load(disc.replay_file, whole=by_kl, flag="--replay_file")
         dataset = ReplayDataset(own, replay, disc.replay_share, loop.seed, by_kl)
         sets.append(replay)
         description.append(("replay", describe_replay(dataset, ", ".join(disc.replay_file))))
         description += [(label, f"replayed: {text}") for label, text in of_replay]
     if disc.eval_file:
-        held_out, of_held_out = _load(disc, loop, tokenizer, context, disc.eval_file, None, flag="--eval_file")
+        held_out, of_held_out = load(disc.eval_file, flag="--eval_file")
         sets.append(held_out)
         description += [(label, f"evaluated: {text}") for label, text in of_held_out]
     if context and context.note:
@@ -75,13 +75,13 @@ def _load(
     loop: LoopArguments,
     tokenizer: PreTrainedTokenizerBase,
     context: ContextLength | None,
+    start: Sequence[int],
     train_file: Sequence[str] | None,
-    dataset_name: str | None,
+    dataset_name: str | None = None,
     whole: bool = False,
     flag: str = "--train_file",
 ) -> tuple[ExampleDataset, Lines]:
     """Make the examples of one source, for the method or as `whole` documents, and lines for the summary."""
-    start = bos_prefix(tokenizer, disc.add_bos)
     others = describe_other_files(find_files(train_file, flag).others) if train_file else []
     if disc.method == "cd" and not whole:
         records = ExampleDataset(

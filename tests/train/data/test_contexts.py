@@ -139,7 +139,7 @@ def test_the_flag_of_the_teachers_system_prompt(tmp_path, chat_tokenizer):
     ],
 )
 def test_what_is_wrong_in_these_forms_is_named(record, system, message, load):
-    with pytest.raises(ValueError, match=r"records\.jsonl:1: .*" + message):
+    with pytest.raises(ValueError, match=r"^--train_file: .*records\.jsonl:1: .*" + message):
         load(record, teacher_system_prompt=system)
 
 
