@@ -8,6 +8,7 @@ from disc_train.data.dataset import ExampleDataset
 from disc_train.models.causal_lm import explain_load_errors
 
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
+DOGE = " (its keep_window_size: beyond it, which of equal tokens it reads depends on what else a batch holds)"
 
 
 class ContextLength(NamedTuple):
@@ -57,4 +58,6 @@ def length_of(config: Any, reader: str) -> ContextLength | None:
             original = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
             return ContextLength(original, reader, LONGROPE)
     tokens = getattr(config, "max_position_embeddings", None)
-    return None if tokens is None else ContextLength(tokens, reader)
+    if (window := getattr(config, "keep_window_size", None)) and (tokens is None or window < tokens):
+        return ContextLength(window, reader, DOGE)
+    return None if tokens is None or tokens < 0 else ContextLength(tokens, reader)  # XLNet's -1 is no limit

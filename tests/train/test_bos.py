@@ -51,7 +51,7 @@ def loop_loss(student, teacher, bos, samples):
     return torch.stack(documents).mean()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_loss_and_every_gradient_equal_a_loop_that_starts_with_bos(architecture, make_dataset, starting, tmp_path):
     teacher = make_model(architecture, vocab_size=304)
     student = perturbed(teacher)

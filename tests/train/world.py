@@ -6,6 +6,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -43,10 +45,13 @@ GEMMA2 = {
     "attn_logit_softcapping": 2.0,
     "final_logit_softcapping": 3.0,
 }
+# With learned attention sinks, and with experts.
+GPT_OSS = {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
 ARCHITECTURES = {
     "llama": lambda options: LlamaForCausalLM(LlamaConfig(**COMMON | options)),
     "qwen2": lambda options: Qwen2ForCausalLM(Qwen2Config(**COMMON | {"tie_word_embeddings": True} | options)),
     "qwen3": lambda options: Qwen3ForCausalLM(Qwen3Config(**COMMON | {"head_dim": 8} | options)),
+    "gpt_oss": lambda options: GptOssForCausalLM(GptOssConfig(**COMMON | GPT_OSS | options)),
     "gemma2": lambda options: Gemma2ForCausalLM(Gemma2Config(**COMMON | GEMMA2 | options)),
 }
 

@@ -3,9 +3,18 @@
 import copy
 
 import pytest
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, Phi3Config, TrainingArguments
+from transformers import (
+    DogeConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    Phi3Config,
+    TrainingArguments,
+    XLNetConfig,
+)
 
-from disc_train.data.context_length import LONGROPE, ContextLength, context_length
+from disc_train.data.context_length import DOGE, LONGROPE, ContextLength, context_length
 from disc_train.trainer import DiscTrainer
 from tests.train.world import make_model
 
@@ -35,6 +44,8 @@ def save(tmp_path):
         (LlamaConfig(max_position_embeddings=256), ContextLength(256, "model")),
         (GPT2Config(n_positions=128), ContextLength(128, "model")),
         (MambaConfig(), None),
+        (XLNetConfig(), None),  # -1 in its config
+        (DogeConfig(keep_window_size=64), ContextLength(64, "model", DOGE)),
         (
             Phi3Config(
                 hidden_size=32,
