@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -70,11 +70,6 @@ class SummaryProblem:
     head: Projection  # the student's; it has no rows
     temperature: float
 
-    def with_entries(self, entries: int) -> SummaryProblem:
-        """Take the first `entries` entries of the heads."""
-        teacher, head = (replace(model, vocab_size=entries) for model in (self.teacher, self.head))
-        return replace(self, teacher=teacher, head=head)
-
 
 @dataclass(frozen=True)
 class LossProblem:
@@ -91,7 +86,3 @@ class LossProblem:
     def logit_factor(self) -> float:
         """Return the derivative of a logit over T in the head's output."""
         return self.student.transform.scale / self.temperature
-
-    def with_entries(self, entries: int) -> LossProblem:
-        """Take the first `entries` entries of the head."""
-        return replace(self, student=replace(self.student, vocab_size=entries))

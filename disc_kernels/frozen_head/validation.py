@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, SummaryInputs, SummaryProblem, TeacherSummary
 from disc_kernels.linear_kl.inputs import LogitTransform, Projection
+from disc_kernels.linear_kl.reduction import row_factors
 from disc_kernels.linear_kl.validation import (
     REDUCTIONS,
     check_choice,
-    check_count,
     check_index,
     check_number,
     check_projection,
@@ -38,7 +37,8 @@ def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> Summar
     weight = check_tensor("student_weight", x.student_weight)
     no_rows = weight.new_empty(0, weight.shape[-1] if weight.dim() else 0)
     head = check_projection("student", no_rows, weight, x.student_bias, None, None, device, autocast, sharded)
-    vocab_size = check_vocab_size(x.vocab_size, head.weight.shape[0], teacher.weight.shape[0], sharded)
+    heads = {"student_weight": len(head.weight), "teacher_weight": len(teacher.weight)}
+    vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
     wide = torch.promote_types(head.accumulate_dtype, teacher.accumulate_dtype)
     teacher, head = (replace(model, vocab_size=vocab_size, accumulate_dtype=wide) for model in (teacher, head))
     return SummaryProblem(teacher, head, temperature)
@@ -54,7 +54,7 @@ def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
     given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, LogitTransform(_scale(x.student_scale))
     student = check_projection("student", *given, device, x.autocast_dtype, sharded)
     _refuse_trainable_head(student)
-    vocab_size = _vocab_size(x.vocab_size, student, sharded)
+    vocab_size = check_vocab_size(x.vocab_size, {"student_weight": len(student.weight)}, sharded)
     _check_summary(summary, student)
     wide = torch.promote_types(student.accumulate_dtype, summary.embedding.dtype)
     student = replace(student, vocab_size=vocab_size, accumulate_dtype=wide)
@@ -70,35 +70,9 @@ def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
         summary=TeacherSummary(*(part.detach() for part in summary)),
         summary_index=index,
         temperature=temperature,
-        row_factor=_row_factor(row_weight, student.rows, x.reduction, student),
+        row_factor=row_factors(row_weight, student.rows, x.reduction, wide, device).expand(student.rows),
         statistics=x.return_stats,
     )
-
-
-def _vocab_size(vocab_size: Any, student: Projection, sharded: bool) -> int:
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
-    if vocab_size is None or sharded:
-        return student.vocab_size
-    if vocab_size > student.vocab_size:
-        raise ValueError(
-            f"vocab_size: expected at most {student.vocab_size}, the vocabulary rows of student_weight, "
-            f"got {vocab_size}"
-        )
-    return int(vocab_size)
-
-
-def _row_factor(row_weight: Tensor | None, rows: int, reduction: str, student: Projection) -> Tensor:
-    """Return what the reduction multiplies each row with, [M]: 0 where every row is masked, not NaN."""
-    wide, device = student.accumulate_dtype, student.hidden.device
-    if row_weight is None or reduction == "none":
-        factor = torch.ones(rows, dtype=wide, device=device)
-    else:
-        factor = row_weight.to(wide)
-    if reduction != "mean":
-        return factor
-    total = factor.sum()
-    return factor / torch.where(total == 0, torch.inf, total)
 
 
 def _refuse_trainable_head(student: Projection) -> None:

@@ -74,6 +74,7 @@ def flatten(inputs: SuffixKLInputs) -> list[Any]:
 
 
 def unflatten(values: tuple[Any, ...]) -> tuple[SuffixKLInputs, Wanted]:
+    """Return the arguments and the wanted gradients from what the schema lists."""
     inputs, wanted = SuffixKLInputs(*values[:-1]), values[-1]
     transforms = LogitTransform(*inputs.student_transform), LogitTransform(*inputs.teacher_transform)  # type: ignore[misc]
     return replace(inputs, student_transform=transforms[0], teacher_transform=transforms[1]), Wanted(*wanted)
@@ -81,6 +82,7 @@ def unflatten(values: tuple[Any, ...]) -> tuple[SuffixKLInputs, Wanted]:
 
 @torch.library.custom_op("disc_kernels::fused_suffix_kl", mutates_args=(), schema=_SCHEMA)
 def operator(*values: Any) -> tuple[Tensor, ...]:
+    """Compute the loss, the statistics and the sums of gradients that a backward multiplies."""
     inputs, wanted = unflatten(values)
     problem, plan = prepare(inputs)
     if not _in_forward(inputs, wanted):
@@ -88,7 +90,7 @@ def operator(*values: Any) -> tuple[Tensor, ...]:
     result, sums = forward_with_gradients(problem, plan, wanted)
     hidden = inputs.student_hidden
     hidden_sum = None if sums.hidden is None else sums.hidden.view(hidden.shape).to(hidden.dtype)
-    return _outputs(inputs, *result, hidden_sum, sums.weight, sums.bias, sums.mantissa, sums.power)
+    return _outputs(inputs, *result, (hidden_sum, sums.weight, sums.bias, sums.mantissa, sums.power))
 
 
 @operator.register_fake
@@ -105,7 +107,7 @@ def _fake(*values: Any) -> tuple[Tensor, ...]:
     hidden_sum = hidden.new_empty(hidden.shape) if wanted.hidden else None
     weight_sum = torch.empty_like(weight, dtype=problem.accumulate_dtype) if wanted.weight else None
     bias_sum = new(weight.shape[0]) if wanted.bias else None
-    return _outputs(inputs, loss, stats, hidden_sum, weight_sum, bias_sum, mantissa=new(()), power=new(()))
+    return _outputs(inputs, loss, stats, (hidden_sum, weight_sum, bias_sum, new(()), new(())))
 
 
 def _in_forward(inputs: SuffixKLInputs, wanted: Wanted) -> bool:
@@ -114,19 +116,11 @@ def _in_forward(inputs: SuffixKLInputs, wanted: Wanted) -> bool:
 
 
 def _outputs(
-    inputs: SuffixKLInputs,
-    loss: Tensor,
-    stats: SuffixKLStats,
-    hidden_sum: Tensor | None = None,
-    weight_sum: Tensor | None = None,
-    bias_sum: Tensor | None = None,
-    mantissa: Tensor | None = None,
-    power: Tensor | None = None,
+    inputs: SuffixKLInputs, loss: Tensor, stats: SuffixKLStats, sums: tuple[Tensor | None, ...] = (None,) * len(_SUMS)
 ) -> tuple[Tensor, ...]:
     """List what the schema lists; empty tensors for what was not asked for."""
     asked = stats if inputs.return_stats else (None,) * len(stats)
-    optional = (*asked, hidden_sum, weight_sum, bias_sum, mantissa, power)
-    return loss, *(loss.new_empty(0) if x is None else x for x in optional)
+    return loss, *(loss.new_empty(0) if x is None else x for x in (*asked, *sums))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

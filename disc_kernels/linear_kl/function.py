@@ -22,6 +22,7 @@ from disc_kernels.linear_kl.gradients import GradientSums, Wanted
 from disc_kernels.linear_kl.inputs import Problem, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.logits import Logits
 from disc_kernels.linear_kl.ranks.group import VocabGroup, compare_shard_rows
+from disc_kernels.linear_kl.reduction import row_factors
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
 from disc_kernels.linear_kl.teacher_rows import Chunk, choose_teacher_rows
 from disc_kernels.linear_kl.validation import check_inputs
@@ -67,7 +68,7 @@ def forward_with_gradients(
 ) -> tuple[tuple[Tensor, SuffixKLStats], GradientSums]:
     """Compute a scalar loss, and its gradients but for the upstream one."""
     with torch.no_grad():
-        row_scale, largest_weight = _row_scale(_normalised_weight(problem), problem)
+        row_scale, largest_weight = _row_scale(_row_factors(problem))
         gradients = GradientSums(problem, plan, wanted, largest_weight)
         return _finish(problem, _run_chunks(problem, plan, row_scale, gradients)), gradients
 
@@ -120,22 +121,15 @@ def save_tensors(ctx: Any, tensors: tuple[Tensor | None, ...]) -> None:
     """Save the inputs for a backward that has to recompute.
 
     Through autograd, which frees them after the backward and notices when one was changed in place before it. It does
-    not take a teacher's tensors from `torch.inference_mode`, which are inference_tensor as they are.
+    not take a teacher's tensors from `torch.inference_mode`, which are kept as they are.
     """
-    ctx.inference_tensors = tuple(x if x is not None and x.is_inference() else None for x in tensors)
-    ctx.save_for_backward(
-        *(
-            x if inference_tensor is None else None
-            for x, inference_tensor in zip(tensors, ctx.inference_tensors, strict=True)
-        )
-    )
+    ctx.inference_tensors = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference_tensors else x for i, x in enumerate(tensors)))
 
 
 def saved_tensors(ctx: Any) -> list[Tensor | None]:
-    return [
-        x if inference_tensor is None else inference_tensor
-        for x, inference_tensor in zip(ctx.saved_tensors, ctx.inference_tensors, strict=True)
-    ]
+    """Return what `save_tensors` saved."""
+    return [ctx.inference_tensors.get(i, x) for i, x in enumerate(ctx.saved_tensors)]
 
 
 def _run_chunks(
@@ -194,43 +188,20 @@ def _groups(chunks: Sequence[Chunk], group_rows: int, alone: bool) -> Iterator[l
 
 def _finish(problem: Problem, stats: SuffixKLStats) -> tuple[Tensor, SuffixKLStats]:
     """Return the loss and the statistics in the caller's order of rows."""
-    loss = _reduced(problem, stats.divergence)
+    callers_stats = SuffixKLStats(*map(problem.teacher_rows.to_callers_order, stats))
     if problem.reduction == "none":
-        loss = problem.teacher_rows.to_callers_order(loss)
-    return loss, SuffixKLStats(*map(problem.teacher_rows.to_callers_order, stats))
+        return callers_stats.divergence.clone(), callers_stats  # so that they share no memory
+    return (stats.divergence * _row_factors(problem)).sum(), callers_stats
 
 
-def _normalised_weight(problem: Problem) -> Tensor:
-    """Return the weights divided by what the reduction divides by: [M], or [1] where all rows count the same."""
-    wide, device = problem.accumulate_dtype, problem.device
-    if problem.row_weight is None:
-        divisor = max(problem.rows, 1) if problem.reduction == "mean" else 1
-        return torch.full((1,), 1 / divisor, dtype=wide, device=device)
-    weight = problem.row_weight.to(wide)
-    return weight if problem.reduction == "sum" else weight / _total_weight(weight)
+def _row_factors(problem: Problem) -> Tensor:
+    """Return what each row's divergence is multiplied with: [M], or [1] where all rows count the same."""
+    return row_factors(problem.row_weight, problem.rows, problem.reduction, problem.accumulate_dtype, problem.device)
 
 
-def _total_weight(weight: Tensor) -> Tensor:
-    """Return what "mean" divides by: infinite where every row is masked, so that the loss is zero, not NaN."""
-    total = weight.sum()
-    return torch.where(total == 0, torch.inf, total)
-
-
-def _row_scale(weight: Tensor, problem: Problem) -> tuple[Tensor | None, Tensor]:
-    """Split `weight` [M] or [1] into (itself over its largest, the largest), to keep a 16-bit gradient in range."""
-    weight = weight.to(problem.accumulate_dtype)
-    if weight.numel() <= 1:  # M = 0, or all rows alike
-        return None, weight.sum()
-    largest = weight.abs().amax()
-    return weight / torch.where(largest == 0, 1, largest), largest
-
-
-def _reduced(problem: Problem, divergence: Tensor) -> Tensor:
-    if problem.reduction == "none":
-        return divergence.clone()  # the statistics hold the other one
-    weight = problem.row_weight
-    if weight is None:
-        return divergence.sum() / (max(problem.rows, 1) if problem.reduction == "mean" else 1)
-    weight = weight.to(divergence.dtype)
-    loss = (divergence * weight).sum()
-    return loss / _total_weight(weight) if problem.reduction == "mean" else loss
+def _row_scale(factors: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Split `factors` [M] or [1] into (themselves over the largest, the largest): a 16-bit gradient stays in range."""
+    if factors.numel() <= 1:  # M = 0, or all rows alike
+        return None, factors.sum()
+    largest = factors.abs().amax()
+    return factors / torch.where(largest == 0, 1, largest), largest

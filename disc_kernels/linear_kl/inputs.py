@@ -164,11 +164,6 @@ class Problem:
             row_weight=None if weight is None else weight[order],
         )
 
-    def with_entries(self, entries: int) -> Problem:
-        """Compare the first `entries` entries of the heads."""
-        student, teacher = (replace(model, vocab_size=entries) for model in (self.student, self.teacher))
-        return replace(self, student=student, teacher=teacher)
-
     @property
     def one_head(self) -> bool:
         """Return whether z_s - z_t can be computed as (h_s - h_t) W^T, which cancels nothing.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
+from disc_kernels.linear_kl.reduction import row_factors
 
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
@@ -25,7 +26,10 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
         agreement = student_logits.argmax(-1) == teacher_logits.argmax(-1)
         entropies = reference_entropy(log_q), reference_entropy(log_p)
         stats = SuffixKLStats(divergence.detach(), *entropies, agreement.to(log_q.dtype))
-    return _reduce(divergence, problem), stats
+    if problem.reduction == "none":
+        return divergence, stats
+    factors = row_factors(problem.row_weight, problem.rows, problem.reduction, divergence.dtype, problem.device)
+    return (divergence * factors).sum(), stats
 
 
 def reference_logits(model: Projection) -> Tensor:
@@ -66,18 +70,5 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def reference_entropy(log_p: Tensor) -> Tensor:
+    """Compute entropies [M] in nats from log-probabilities [M, V], with 0 log 0 = 0."""
     return -(log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p)).sum(-1)
-
-
-def _reduce(divergence: Tensor, problem: Problem) -> Tensor:
-    if problem.reduction == "none":
-        return divergence
-    if problem.row_weight is None:
-        return divergence.sum() if problem.reduction == "sum" else divergence.sum() / max(problem.rows, 1)
-    weight = problem.row_weight.to(divergence.dtype)
-    loss = (weight * divergence).sum()
-    if problem.reduction == "sum":
-        return loss
-    total = weight.sum()
-    # All rows masked: nothing to learn from, not an undefined loss.
-    return torch.where(total == 0, loss * 0, loss / torch.where(total == 0, 1, total))

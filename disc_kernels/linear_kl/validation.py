@@ -49,7 +49,8 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
     compared = "student_hidden" if student.index is None else "student_index", student.rows
     chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
     check_same_rows(compared, chosen, "student_index and teacher_index")
-    vocab_size = check_vocab_size(x.vocab_size, student.weight.shape[0], teacher.weight.shape[0], sharded)
+    heads = {"student_weight": len(student.weight), "teacher_weight": len(teacher.weight)}
+    vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
@@ -191,26 +192,21 @@ def check_same_rows(compared: tuple[str, int], chosen: tuple[str, int], indices:
         )
 
 
-def check_vocab_size(vocab_size: int | None, student: int, teacher: int, sharded: bool = False) -> int:
-    """Return how many entries of the heads, of so many vocabulary rows, are compared; `sharded` as `check_inputs`."""
+def check_vocab_size(vocab_size: Any, heads: dict[str, int], sharded: bool = False) -> int:
+    """Return how many entries are compared of heads that have so many vocabulary rows; `sharded` as `check_inputs`."""
+    most = min(heads.values())
+    if vocab_size is not None:
+        vocab_size = check_count("vocab_size", vocab_size)
     if sharded:
-        if vocab_size is not None:
-            check_count("vocab_size", vocab_size)
-        return min(student, teacher)
+        return most
+    listed = " and ".join(f"{rows} of {name}" for name, rows in heads.items())
     if vocab_size is None:
-        if student != teacher:
-            raise ValueError(
-                f"vocab_size: expected an int, because student_weight has {student} vocabulary rows and teacher_weight "
-                f"has {teacher}; got None"
-            )
-        return student
-    vocab_size = check_count("vocab_size", vocab_size)
-    if vocab_size > min(student, teacher):
-        raise ValueError(
-            f"vocab_size: expected at most {min(student, teacher)}, the vocabulary rows that student_weight "
-            f"({student}) and teacher_weight ({teacher}) both have, got {vocab_size}"
-        )
-    return vocab_size
+        if len(set(heads.values())) > 1:
+            raise ValueError(f"vocab_size: expected an int, because the vocabulary rows, {listed}, differ; got None")
+        return most
+    if vocab_size > most:
+        raise ValueError(f"vocab_size: expected at most {most} (vocabulary rows: {listed}), got {vocab_size}")
+    return int(vocab_size)
 
 
 def check_row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:

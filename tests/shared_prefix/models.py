@@ -1,9 +1,11 @@
-"""Tiny Hugging Face models, and what tests compare of them."""
+"""Tiny Hugging Face models, what tests compare of them, and what a packed sequence has to equal."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from disc_kernels.shared_prefix import SharedPrefixLayout
 
 VOCABULARY = 61
 # Wide weights, so that attention is far from uniform and a wrong mask shows.
@@ -29,3 +31,22 @@ def measure_gradients(
     logits = run(embeddings)
     grads = torch.autograd.grad(logits, [embeddings, *parameters.values()], upstream)
     return {"logits": logits.detach(), "embeddings": grads[0], **dict(zip(parameters, grads[1:], strict=True))}
+
+
+def run_separately(model: Callable[[Tensor], Tensor], inputs: Tensor, layout: SharedPrefixLayout) -> Tensor:
+    """Run each trunk alone, and each branch behind the first part of the trunk that it sees; differentiable.
+
+    Args:
+        model: a causal model of one sequence: [n, ...] -> [n, ...], a row a token (add the batch dimension inside).
+        inputs: [L, ...], packed as in the layout; token ids, say.
+        layout: L packed tokens.
+
+    Returns:
+        [L, ...]: the outputs in packed order. A trunk token's output comes from the trunk's own run.
+    """
+    packed = []
+    for start, length, tree, attach in layout.segments.tolist():
+        seen = inputs[tree : tree + attach]
+        own = inputs[start : start + length]
+        packed.append(model(torch.cat([seen, own]))[len(seen) :])
+    return torch.cat(packed)

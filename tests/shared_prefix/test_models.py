@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from disc_kernels.shared_prefix import FLEX, SharedPrefixLayout, attention_implementation, attention_mask, dense_mask
-from disc_kernels.shared_prefix.reference import run_separately
 from tests.shared_prefix.layouts import Trees, random_trees
-from tests.shared_prefix.models import GROUPED, TINY, VOCABULARY, measure_gradients
+from tests.shared_prefix.models import GROUPED, TINY, VOCABULARY, measure_gradients, run_separately
 
 TREES = [(13, [(13, 4), (6, 7), (0, 3), (12, 9)]), (0, [(0, 8)]), (7, [])]
 SLIDING = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}

@@ -16,26 +16,19 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Number
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.inputs import LogitTransform, Projection
 from disc_kernels.linear_kl.ranks.dtensor import I, Inputs, local_tensors
 from disc_kernels.linear_kl.ranks.group import VocabGroup, with_all_ranks
+from disc_kernels.linear_kl.validation import check_vocab_size
 from disc_kernels.linear_kl.workspace import Plan
 
-
-class Shard(Protocol):
-    """Describe one rank's part of a checked problem, as if all entries of its heads were compared."""
-
-    def with_entries(self: S, entries: int) -> S:
-        """Compare the first `entries` entries of the heads."""
-
-
-S = TypeVar("S", bound=Shard)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,13 @@ def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None],
     # All ranks must divide the rows alike.
     chunk_rows, group_rows = (min(getattr(rank, name) for rank in gathered) for name in ("chunk_rows", "group_rows"))
     plan = replace(plan, chunk_rows=chunk_rows, group_rows=group_rows)
-    return shard.with_entries(entries[group.group.rank()]), plan
+    return _with_entries(shard, entries[group.group.rank()]), plan
+
+
+def _with_entries(problem: S, entries: int) -> S:
+    """Compare the first `entries` entries of a problem's heads."""
+    heads = {name: value for name, value in vars(problem).items() if isinstance(value, Projection)}
+    return replace(problem, **{name: replace(head, vocab_size=entries) for name, head in heads.items()})
 
 
 def _checked_group(group: Any) -> dist.ProcessGroup:
@@ -143,22 +142,8 @@ def _entries(ranks: Sequence[dict[str, int]], vocab_size: int | None) -> list[in
     `ranks` are each rank's vocabulary rows, by head; what is compared must be divided alike in all heads.
     """
     heads = {name: [rows[name] for rows in ranks] for name in ranks[0]}
+    vocab_size = check_vocab_size(vocab_size, {name: sum(rows) for name, rows in heads.items()})
     first, *others = heads
-    if vocab_size is None:
-        for other in others:
-            if heads[other] != heads[first]:
-                raise ValueError(
-                    f"vocab_size: expected an int, because the shards of {first} have {heads[first]} vocabulary rows "
-                    f"and those of {other} {heads[other]}; got None"
-                )
-        return heads[first]
-    most = min(map(sum, heads.values()))
-    if vocab_size > most:
-        shards = " and of ".join(f"{name} ({rows})" for name, rows in heads.items())
-        raise ValueError(
-            f"vocab_size: expected at most {most}, the vocabulary rows that the shards of {shards} have, "
-            f"got {vocab_size}"
-        )
     compared = {
         name: [min(max(vocab_size - sum(rows[:rank]), 0), rows[rank]) for rank in range(len(ranks))]
         for name, rows in heads.items()

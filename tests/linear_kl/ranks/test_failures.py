@@ -80,7 +80,7 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], str]] = {
     "too much": (
         "fused",
         {"vocab_size": 1001},
-        "ValueError: vocab_size: expected at most 1000, the vocabulary rows that the shards of student_weight ([500, 5",
+        "ValueError: vocab_size: expected at most 1000 (vocabulary rows: 1000 of student_weight",
     ),
     "division": (
         "fused",
@@ -90,7 +90,7 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], str]] = {
     "no vocab_size": (
         "fused",
         {"teacher_weight": (HEAD, torch.randn(501, 24))},
-        "ValueError: vocab_size: expected an int, because the shards of student_weight have [500, 500]",
+        "ValueError: vocab_size: expected an int, because the vocabulary rows, 1000 of student_weight and 1001 of teacher",
     ),
     "summary, temperature": ("summary", {"temperature": (1.0, 2.0)}, f"ValueError: temperature: {SAME}1.0 on rank 0"),
     "summary, bias": (
@@ -113,7 +113,7 @@ DISAGREEING: dict[str, tuple[str, dict[str, Any], str]] = {
     "loss, vocab_size": (
         "loss",
         {"vocab_size": 1001},
-        "ValueError: vocab_size: expected at most 1000, the vocabulary rows that the shards of student_weight ([500, 5",
+        "ValueError: vocab_size: expected at most 1000 (vocabulary rows: 1000 of student_weight",
     ),
     "loss, reference": ("loss", {"impl": "reference"}, "ValueError: impl: expected "),
 }

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from disc_kernels.shared_prefix import VARLEN, SharedPrefixLayout, attention, attention_mask, dense_mask
 from disc_kernels.shared_prefix.backends import varlen
 from disc_kernels.shared_prefix.backends.varlen import VarlenMask, varlen_attention_forward, varlen_mask
-from disc_kernels.shared_prefix.reference import run_separately
 from tests.shared_prefix.layouts import random_trees
-from tests.shared_prefix.models import GROUPED, TINY, measure_gradients
+from tests.shared_prefix.models import GROUPED, TINY, measure_gradients, run_separately
 
 TREES = [(9, [(9, 4), (6, 7), (0, 3), (8, 1)]), (0, [(0, 5)]), (7, [])]
 
