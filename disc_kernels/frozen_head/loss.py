@@ -17,15 +17,15 @@ from torch import Tensor
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.frozen_head.graph_break import outside_graphs
 from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, TeacherSummary
-from disc_kernels.frozen_head.softmax import multiply_weights, normalise, numbers_per_row
+from disc_kernels.frozen_head.softmax import normalise, numbers_per_row, projected_chunks
 from disc_kernels.frozen_head.validation import check_loss_inputs
 from disc_kernels.linear_kl.function import refuse_double_backward, save_tensors, saved_tensors
 from disc_kernels.linear_kl.inputs import SuffixKLStats
-from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype, with_copied_weight
+from disc_kernels.linear_kl.products import multiply_weights, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
-from disc_kernels.linear_kl.reference import reference_entropy, reference_logits
+from disc_kernels.linear_kl.reference import reference_entropy, reference_logits, reference_rows
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
 from disc_kernels.linear_kl.workspace import Plan, divide_workspace, row_stride
 
@@ -75,25 +75,18 @@ def expected_embedding_kl(
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
         student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast); frozen.
         summary: of `teacher_summary`: `TeacherSummary(embedding [S, D_s], entropy [S], bias [S])`, float32 or float64.
-        student_index: `[M]` int64, the student rows that count; None: all, in order. Rows may repeat.
-        summary_index: `[M]` int64, the summary row each of them is compared with; None: all, in order. Rows may repeat.
-        row_weight: `[M]` float, weights of "sum" and "mean"; None: ones. No gradient flows to it.
-        temperature: T > 0. The result is not multiplied by T^2: see `fused_suffix_kl`.
-        reduction: "mean" sum_i w_i d_i / sum_i w_i (0 where the weights sum to 0); "sum" sum_i w_i d_i; "none" the
-            d_i, `[M]`, whatever the weights.
+        student_index, row_weight, temperature, reduction, impl: as for `fused_suffix_kl`.
+        summary_index: `[M]` int64, the summary row each student row is compared with; None: all. Rows may repeat.
         student_bias: `[V_s]`; frozen. An entry of -inf takes the entry out of the student's distribution.
         student_scale: finite factor on the student's logits, not 0.
         vocab_size: the first `vocab_size` entries only.
         vocab_group: as for `fused_suffix_kl`, DTensors too: head and bias are this rank's shard, everything else is the
             same on every rank. Each sends 4 numbers a row and, once, the rows of the hidden gradient before they are
             rounded.
-        max_workspace_bytes: bound on the memory used beyond inputs, outputs, the gradient (where M is more than the
-            rows of `student_hidden` also once at 4 bytes an entry), and its rows `[M, D_s]` that are kept for the
-            backward; None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row
-            needs it.
+        max_workspace_bytes: as for `fused_suffix_kl`, and beyond the gradient's rows, `[M, D_s]`, which are kept for
+            the backward.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached. A summary does not know the teacher's most
             likely entry: `agreement` is NaN. `teacher_entropy` is the summary's.
-        impl: as for `fused_suffix_kl`.
 
     Returns:
         The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where an input is. With M = 0 a zero (an
@@ -220,23 +213,15 @@ def _run_chunks(
     divergence, student_entropy = new(rows), new(rows)
     if plan.copy_weights:
         student = with_copied_weight(student)
-    buffer = new(min(plan.chunk_rows, rows), plan.row_stride)
-    weights_buffer = buffer.view(student.product_dtype)
     pending_sum = PendingSum(plan.group)
     with torch.autocast(student.hidden.device.type, enabled=False):  # its rounding is in the operands already
-        for start in range(0, rows, plan.chunk_rows):
-            chunk = slice(start, min(start + plan.chunk_rows, rows))
-            part = slice(chunk.stop - start), slice(student.vocab_size)
-            hidden = to_product_dtype(take_rows(student, chunk.start, chunk.stop), student)
-            project(student, hidden, plan.tile_rows, buffer[part])
-            weights = None if gradient is None else weights_buffer[part]
-            normalised = normalise(
-                buffer[part], student, problem.temperature, plan, weights, entropy=problem.statistics
-            )
+        for chunk, hidden, logits, memory in projected_chunks(student, plan, student.product_dtype):
+            weights = None if gradient is None else memory
+            normalised = normalise(logits, student, problem.temperature, plan, weights, entropy=problem.statistics)
             hidden_rows = None
             if weights is not None:
                 hidden_rows = new(len(hidden), student.hidden_size)
-                multiply_weights(student, weights, None, plan.tile_rows, hidden_rows)
+                multiply_weights(student, [weights], plan.tile_rows, hidden_rows)
             chosen = chunk if problem.summary_index is None else problem.summary_index[chunk]
             embedding, entropy, bias = (x[chosen] for x in problem.summary)
             expected = (embedding * hidden).sum(-1).add_(bias).mul_(problem.logit_factor)
@@ -273,12 +258,8 @@ def _reference(problem: LossProblem) -> tuple[Tensor, Tensor]:
     student = problem.student
     with torch.autocast(student.hidden.device.type, enabled=False):
         u = reference_logits(student) / problem.temperature
-        hidden = student.hidden.flatten(0, -2)
-        if student.index is not None:
-            hidden = hidden.index_select(0, student.index)
-        hidden = hidden.to(student.operand_dtype).to(u.dtype)
         chosen = slice(None) if problem.summary_index is None else problem.summary_index
         embedding, entropy, bias = (x[chosen].clone() for x in problem.summary)  # autograd saves no inference tensor
-        expected = ((embedding * hidden).sum(-1) + bias) * problem.logit_factor
+        expected = ((embedding * reference_rows(student)).sum(-1) + bias) * problem.logit_factor
         divergence = torch.logsumexp(u, -1) - expected - entropy
         return divergence, reference_entropy(torch.log_softmax(u.detach(), -1))

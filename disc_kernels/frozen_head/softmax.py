@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Projection
-from disc_kernels.linear_kl.products import multiply_into, weight_tiles
+from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype
 from disc_kernels.linear_kl.ranks.group import VocabGroup
 from disc_kernels.linear_kl.workspace import Plan
 
@@ -40,26 +40,13 @@ def normalise(
         entropy and expected bias, `[4, R]`, the first NaN where no entry is possible; and `[R]`, what `weights`
         must be divided by to be probabilities of the whole vocabulary.
     """
-    numbers = torch.zeros(4, len(logits), dtype=logits.dtype, device=logits.device)
-    maximum, log_sum, entropies, bias = numbers
-    total = torch.zeros_like(maximum)
+    filled = torch.zeros(5, len(logits), dtype=logits.dtype, device=logits.device)
     if model.vocab_size > 0:
-        plan.backend.normalise_rows(
-            logits,
-            model,
-            temperature,
-            plan.block_rows,
-            maximum=maximum,
-            log_sum=log_sum,
-            entropy=entropies if entropy else None,
-            weights=weights,
-            remainder=remainder,
-            total=total,
-            other_bias=other_bias,
-            expected_bias=None if other_bias is None else bias,
-        )
+        rows = logits, model, temperature, plan.block_rows
+        plan.backend.normalise_rows(*rows, filled, weights, remainder, entropy=entropy, other_bias=other_bias)
     else:
-        numbers[:2] = -torch.inf
+        filled[:2] = -torch.inf
+    numbers, total, maximum = filled[:4], filled[4], filled[0]
     if plan.group is None:
         maximum.masked_fill_(maximum == -torch.inf, torch.nan)
         return lambda: (numbers, total)
@@ -72,13 +59,18 @@ def normalise(
     return merged
 
 
-def multiply_weights(head: Projection, weights: Tensor, remainder: Tensor | None, tile_rows: int, out: Tensor) -> None:
-    """Write sum_v weights_v W[v] into `out` [R, D], from multiples [R, V] of probabilities."""
-    if head.vocab_size == 0:
-        out.zero_()
-    parts = [weights] if remainder is None else [weights, remainder]
-    accumulate = False
-    for tile, weight in weight_tiles(head, tile_rows):
-        for part in parts:
-            multiply_into(out, part[:, tile], weight, accumulate=accumulate)
-            accumulate = True
+def projected_chunks(
+    model: Projection, plan: Plan, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yield (rows, hidden states [R, D], logits without bias [R, V], the memory of these as [R, V] of `dtype`).
+
+    The memory is the same in every chunk; hidden states are of the dtype that products take.
+    """
+    size = min(plan.chunk_rows, model.rows)
+    buffer = torch.empty(size, plan.row_stride, dtype=model.accumulate_dtype, device=model.weight.device)
+    for start in range(0, model.rows, plan.chunk_rows):
+        stop = min(start + plan.chunk_rows, model.rows)
+        part = slice(stop - start), slice(model.vocab_size)
+        hidden = to_product_dtype(take_rows(model, start, stop), model)
+        project(model, hidden, plan.tile_rows, buffer[part])
+        yield slice(start, stop), hidden, buffer[part], buffer.view(dtype)[part]

@@ -20,10 +20,10 @@ from torch import Tensor
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.frozen_head.graph_break import outside_graphs
 from disc_kernels.frozen_head.inputs import SummaryInputs, SummaryProblem, TeacherSummary
-from disc_kernels.frozen_head.softmax import multiply_weights, normalise, numbers_per_row
+from disc_kernels.frozen_head.softmax import normalise, numbers_per_row, projected_chunks
 from disc_kernels.frozen_head.validation import check_summary_inputs
 from disc_kernels.linear_kl.inputs import LogitTransform, Projection
-from disc_kernels.linear_kl.products import project, take_rows, to_product_dtype, with_copied_weight
+from disc_kernels.linear_kl.products import multiply_weights, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
@@ -72,9 +72,7 @@ def teacher_summary(
             must be given it too.
         vocab_group: as for `fused_suffix_kl`, DTensors too: heads and biases are this rank's shards, the summary is
             that of the whole vocabulary on every rank. Each sends 4 numbers a row, and the rows of the embedding once.
-        max_workspace_bytes: bound on the memory used beyond inputs and outputs; None: 256 MiB on the CPU, 2 GiB on
-            CUDA, more where one row needs it.
-        impl: as for `fused_suffix_kl`.
+        max_workspace_bytes, impl: as for `fused_suffix_kl`.
 
     Returns:
         `TeacherSummary`, float32, or float64 where an input is; no gradient. It takes 2 products of 2 M V D operations
@@ -138,22 +136,16 @@ def _summarise(problem: SummaryProblem, plan: Plan) -> TeacherSummary:
     if plan.copy_weights:
         teacher, head = with_copied_weight(teacher), with_copied_weight(head)
     summary = TeacherSummary(embedding=new(rows, head.hidden_size), entropy=new(rows), bias=new(rows))
-    buffer = new(min(plan.chunk_rows, rows), plan.row_stride)
-    weights_buffer = buffer.view(head.product_dtype)
-    remainder_buffer = torch.empty_like(weights_buffer[:, : plan.row_stride]) if splits(head) else None
+    remainder_rows = min(plan.chunk_rows, rows) if splits(head) else 0
+    remainder_buffer = new(remainder_rows, plan.row_stride, dtype=head.product_dtype)
     pending_sum = PendingSum(plan.group)
     with torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):  # its rounding is in the operands
-        for start in range(0, rows, plan.chunk_rows):
-            chunk = slice(start, min(start + plan.chunk_rows, rows))
-            part = slice(chunk.stop - start), slice(head.vocab_size)
-            hidden = to_product_dtype(take_rows(teacher, chunk.start, chunk.stop), teacher)
-            project(teacher, hidden, plan.tile_rows, buffer[part])
-            weights, remainder = weights_buffer[part], None if remainder_buffer is None else remainder_buffer[part]
-            normalised = normalise(
-                buffer[part], teacher, problem.temperature, plan, weights, remainder, other_bias=head.bias
-            )
+        for chunk, _, logits, weights in projected_chunks(teacher, plan, head.product_dtype):
+            remainder = remainder_buffer[: len(logits), : head.vocab_size] if splits(head) else None
+            normalised = normalise(logits, teacher, problem.temperature, plan, weights, remainder, other_bias=head.bias)
             embedding = summary.embedding[chunk]
-            multiply_weights(head, weights, remainder, plan.tile_rows, embedding)
+            parts = [weights] if remainder is None else [weights, remainder]
+            multiply_weights(head, parts, plan.tile_rows, embedding)
             (_, _, summary.entropy[chunk], summary.bias[chunk]), divisor = normalised()
             pending_sum.start(embedding.div_(divisor.unsqueeze(1)))
         pending_sum.finish()

@@ -1,12 +1,9 @@
 """Register `fused_suffix_kl` as one operator: what `torch.compile` and `torch.export` record of it.
 
 A compiler cannot follow the loop over chunks, which is planned by sizes and values that are not known while it traces.
-So while it does, the public call goes to the operator `disc_kernels::fused_suffix_kl`, which has three parts:
-    - the implementation, which is that of an eager call;
-    - a fake one, which makes every check that needs no values and says shapes and dtypes, of symbolic sizes too, so
-      that another number of rows compiles nothing;
-    - a backward of torch operations, which the compiler fuses. Unlike an eager backward it multiplies the sums of
-      gradients out of place: a graph may run more than once.
+The operator has three parts: the implementation of an eager call; a fake one, which makes every check that needs no
+values and says shapes and dtypes, of symbolic sizes too; and a backward of torch operations, which the compiler fuses.
+It multiplies the sums of gradients out of place, unlike an eager one, because a graph may run more than once.
 """
 
 from __future__ import annotations
@@ -95,6 +92,7 @@ def operator(*values: Any) -> tuple[Tensor, ...]:
 
 @operator.register_fake
 def _fake(*values: Any) -> tuple[Tensor, ...]:
+    """Return empty tensors of the operator's shapes and dtypes, after every check that needs no values."""
     inputs, wanted = unflatten(values)
     problem = check_inputs(inputs)
     choose_implementation(inputs.impl, problem.device, problem.accumulate_dtype)
@@ -124,6 +122,7 @@ def _outputs(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep what the backward multiplies, or computes again from."""
     save_tensors(ctx, (*inputs[:_TENSORS], *output[len(_RESULTS) :]))
     ctx.options = inputs[_TENSORS:]
     ctx.mark_non_differentiable(*output[1:])
@@ -131,6 +130,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the student's tensors, and None for every other argument."""
     refuse_double_backward()
     nothing = (None,) * (len(_FIELDS) + 1 - len(Wanted._fields))
     if upstream is None:

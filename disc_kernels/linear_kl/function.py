@@ -1,11 +1,9 @@
 """Compute the loss chunk by chunk of rows, and wrap that in an autograd function.
 
 A chunk's logits live only while the chunk does: products by torch, rows by a backend, the gradient in place of the
-student's logits, then the two gradient products. Where products take 16-bit operands, the gradient is kept apart for a
-group of chunks, and multiplied once a group. For a scalar loss all of this happens in the forward (4 products of
-2 M V D operations; 3 with a frozen head), because the upstream gradient is one number that can be multiplied in later.
-For `reduction="none"` the upstream gradient of each row is known in the backward only, so that recomputes (6 products);
-so does a second backward through a graph that was retained.
+student's logits, then the two gradient products (once for a group of chunks where they take 16-bit operands). For a
+scalar loss all of this happens in the forward, because the upstream gradient is one number that can be multiplied in
+later. With `reduction="none"`, and in a second backward through a retained graph, the backward computes it again.
 """
 
 from __future__ import annotations

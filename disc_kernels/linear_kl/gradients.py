@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Problem, Projection
-from disc_kernels.linear_kl.products import multiply_into, take_rows, to_product_dtype, weight_tiles
+from disc_kernels.linear_kl.products import multiply_into, multiply_weights, take_rows, to_product_dtype
 from disc_kernels.linear_kl.ranks.group import PendingSum
 from disc_kernels.linear_kl.workspace import Plan
 
@@ -31,13 +31,7 @@ class GradientSums:
     not underflow before the upstream gradient (a loss scaler's) has been multiplied in.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        plan: Plan,
-        wanted: Wanted,
-        largest_weight: Tensor,
-    ):
+    def __init__(self, problem: Problem, plan: Plan, wanted: Wanted, largest_weight: Tensor):
         student, wide = problem.student, problem.accumulate_dtype
         scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
@@ -91,10 +85,8 @@ class GradientSums:
 
     def _hidden_rows(self, student: Projection, gradient: Tensor) -> Tensor:
         """Return the hidden gradient of a group's rows, [R, D], but for the power of two."""
-        new = torch.empty if student.vocab_size > 0 else torch.zeros
-        rows = new(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
-        for tile, (columns, weight) in enumerate(weight_tiles(student, self.tile_rows)):
-            multiply_into(rows, gradient[:, columns], weight, accumulate=tile > 0)
+        rows = torch.empty(len(gradient), student.hidden_size, dtype=self.power.dtype, device=gradient.device)
+        multiply_weights(student, [gradient], self.tile_rows, rows)
         return rows.mul_(self.mantissa)
 
     def finish(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

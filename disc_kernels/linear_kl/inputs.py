@@ -137,16 +137,16 @@ class Problem:
     sharded: bool  # whether the entries are one rank's shard of the vocabulary
 
     def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors that autograd holds until the backward."""
         s, t = self.student, self.teacher
         return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Put in what `tensors()` gave, or None for all of them while autograd holds them."""
 
-        def projection(old: Projection, hidden: Any, weight: Any, bias: Any, index: Any) -> Projection:
-            return replace(old, hidden=hidden, weight=weight, bias=bias, index=index)
-
-        student, teacher = projection(self.student, *tensors[:4]), projection(self.teacher, *tensors[4:8])
+        names = ("hidden", "weight", "bias", "index")
+        student = replace(self.student, **dict(zip(names, tensors[:4], strict=True)))
+        teacher = replace(self.teacher, **dict(zip(names, tensors[4:8], strict=True)))
         return replace(self, student=student, teacher=teacher, row_weight=tensors[8])
 
     def with_teacher_rows(self, teacher_rows: TeacherRows) -> Problem:

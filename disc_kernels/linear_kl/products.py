@@ -8,7 +8,7 @@ no BLAS takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -90,6 +90,17 @@ def take_rows(model: Projection, start: int, stop: int) -> Tensor:
         coordinates.append(rows % size)
         rows = rows // size
     return model.hidden[tuple(reversed(coordinates))]
+
+
+def multiply_weights(model: Projection, weights: Sequence[Tensor], tile_rows: int, out: Tensor) -> None:
+    """Write sum_v w_v W[v] into `out` [R, D], where w is the sum of `weights`, each [R, V]; zeros for an empty head."""
+    if model.vocab_size == 0:
+        out.zero_()
+    accumulate = False
+    for tile, weight in weight_tiles(model, tile_rows):
+        for part in weights:
+            multiply_into(out, part[:, tile], weight, accumulate=accumulate)
+            accumulate = True
 
 
 def project(model: Projection, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:

@@ -32,17 +32,18 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     return (divergence * factors).sum(), stats
 
 
+def reference_rows(model: Projection) -> Tensor:
+    """Return the hidden rows [M, D] as they are multiplied, in the dtype everything accumulates in."""
+    hidden = model.hidden.flatten(0, -2)
+    hidden = hidden if model.index is None else hidden.index_select(0, model.index)
+    return hidden.to(model.operand_dtype).to(model.accumulate_dtype)
+
+
 def reference_logits(model: Projection) -> Tensor:
     """Compute the logits, [M, vocab_size], in the dtype everything accumulates in."""
-    hidden = model.hidden.flatten(0, -2)
-    if model.index is not None:
-        hidden = hidden.index_select(0, model.index)
-
-    def operand(x: Tensor) -> Tensor:
-        return x.to(model.operand_dtype).to(model.accumulate_dtype)
-
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = operand(hidden) @ operand(model.weight[: model.vocab_size]).T
+    with torch.autocast(model.hidden.device.type, enabled=False):
+        weight = model.weight[: model.vocab_size].to(model.operand_dtype).to(model.accumulate_dtype)
+        logits = reference_rows(model) @ weight.T
     if model.bias is not None:
         logits = logits + model.bias[: model.vocab_size].to(logits.dtype)
     scale, cap = model.transform.scale, model.transform.softcap

@@ -72,11 +72,13 @@ def is_traced(x: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_number(name: str, value: Any) -> float:
+    """Return a finite number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -89,6 +91,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_temperature(value: Any) -> float:
+    """Return a positive number as a float."""
     temperature = check_number("temperature", value)
     if temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
@@ -96,6 +99,7 @@ def check_temperature(value: Any) -> float:
 
 
 def check_count(name: str, value: Any) -> int:
+    """Return a whole number of at least 1 as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
@@ -104,10 +108,12 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_workspace(max_workspace_bytes: Any) -> int | None:
+    """Return a number of bytes, or None for the default."""
     return None if max_workspace_bytes is None else check_count("max_workspace_bytes", max_workspace_bytes)
 
 
 def check_transform(name: str, value: Any) -> LogitTransform:
+    """Return the transform of the model `name`; None does nothing."""
     if value is None:
         return LogitTransform()
     if not isinstance(value, LogitTransform):
@@ -127,8 +133,8 @@ def check_projection(
     may_be_empty: bool = False,
 ) -> Projection:
     """Return the hidden states and the head of the model `name`; only a head that `may_be_empty` has no entries."""
-    hidden = _float_tensor(f"{name}_hidden", hidden, device)
-    weight = _float_tensor(f"{name}_weight", weight, device)
+    hidden = check_float_tensor(f"{name}_hidden", hidden, device)
+    weight = check_float_tensor(f"{name}_weight", weight, device)
     if hidden.dim() < 2:
         raise ValueError(f"{name}_hidden: expected shape [..., D] with at least 2 dimensions, got {list(hidden.shape)}")
     if weight.dim() != 2 or 0 in weight.shape[may_be_empty:]:
@@ -139,7 +145,7 @@ def check_projection(
             f"got shape {list(hidden.shape)}"
         )
     if bias is not None:
-        bias = _float_tensor(f"{name}_bias", bias, device)
+        bias = check_float_tensor(f"{name}_bias", bias, device)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{name}_bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
     transform = check_transform(name, transform)
@@ -212,7 +218,7 @@ def check_vocab_size(vocab_size: Any, heads: dict[str, int], sharded: bool = Fal
 def check_row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
     if row_weight is None:
         return None
-    row_weight = _float_tensor("row_weight", row_weight, device)
+    row_weight = check_float_tensor("row_weight", row_weight, device)
     if row_weight.shape != (rows,):
         raise ValueError(f"row_weight: expected shape [{rows}], one weight a row, got {list(row_weight.shape)}")
     if row_weight.requires_grad:
@@ -220,7 +226,8 @@ def check_row_weight(row_weight: Tensor | None, rows: int, device: torch.device)
     return row_weight
 
 
-def _float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+def check_float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    """Return a dense floating-point tensor on the device of the hidden states, as kernels can read it."""
     value = check_tensor(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {value.dtype}")
@@ -233,6 +240,7 @@ def _float_tensor(name: str, value: Any, device: torch.device) -> Tensor:
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
+    """Return `value` if it is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     return value

@@ -37,12 +37,8 @@ def attention_implementation(
 
     "sdpa" takes dense masks: any device, memory quadratic in a row's length. "flex" takes block masks: memory linear in
     the sequence's length; it is compiled at the first calls and has no backward on the CPU. "varlen" is flash attention
-    on gathered keys: 16 bits, CUDA only. Neither of the last two can drop attention weights out.
-
-    "auto" is "flex" on CUDA, unless it would save less than a twentieth of a layer's work over "sdpa" on batches such
-    as the run's, or the model has attention dropout or cannot share a trunk; then, and elsewhere, it is "sdpa". The
-    work is counted, not measured. It is never "varlen", which would round a float32 model to 16 bits, and which copies
-    a trunk's keys and values once for every branch.
+    on gathered keys: 16 bits, CUDA only. Neither of the last two can drop attention weights out. "auto" is what
+    `choose_attention` chooses; never "varlen", which rounds to 16 bits and copies a trunk for every branch.
 
     Args:
         config: the model's config.

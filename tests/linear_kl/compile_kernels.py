@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from disc_kernels.linear_kl.rows import triton_backend
+from disc_kernels.linear_kl.rows import triton_backend, triton_softmax
 from disc_kernels.linear_kl.rows.triton_math import DIVERGENCE_CODES
 
 ARCHITECTURES = (80, 90, 100)
@@ -46,7 +46,7 @@ def compare_rows(
         "DIVERGENCE": DIVERGENCE_CODES[divergence],
         "STATISTICS": everything,
         "ONE_HEAD": one_head,
-        "BLOCK_V": triton_backend.MAX_BLOCK_V,
+        "BLOCK_V": triton_softmax.MAX_BLOCK_V,
     }
     if gradient is None:
         absent = (*absent, "gradient_ptr")
@@ -56,7 +56,7 @@ def compare_rows(
     types = {"gradient_ptr": f"*{gradient}", "inverse_index_ptr": "*i64"}
     types |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16"}
     kernel = triton_backend._compare_rows_kernel
-    return Variant(kernel, name, types, constants | dict.fromkeys(absent), {"num_warps": triton_backend.NUM_WARPS})
+    return Variant(kernel, name, types, constants | dict.fromkeys(absent), {"num_warps": triton_softmax.NUM_WARPS})
 
 
 def shard_pass(number: int, divergence: str, gradient: str | None, everything: bool = True) -> Variant:
@@ -74,7 +74,7 @@ def shard_pass(number: int, divergence: str, gradient: str | None, everything: b
 
 
 def normalise_rows(name: str, weights: str | None, remainder: bool, everything: bool) -> Variant:
-    constants: dict[str, Any] = {"NARROW": weights not in (None, "fp32"), "BLOCK_V": triton_backend.MAX_BLOCK_V}
+    constants: dict[str, Any] = {"NARROW": weights not in (None, "fp32"), "BLOCK_V": triton_softmax.MAX_BLOCK_V}
     if weights is None:
         constants["weights_ptr"] = None
     if not remainder:
@@ -87,14 +87,14 @@ def normalise_rows(name: str, weights: str | None, remainder: bool, everything: 
         "bias_ptr": "*bf16",
         "other_bias_ptr": "*bf16",
     }
-    options = {"num_warps": triton_backend.NUM_WARPS, "maxnreg": triton_backend.MAX_REGISTERS}
-    return Variant(triton_backend._normalise_rows_kernel, name, types, constants, options)
+    options = {"num_warps": triton_softmax.NUM_WARPS, "maxnreg": triton_softmax.MAX_REGISTERS}
+    return Variant(triton_softmax._normalise_rows_kernel, name, types, constants, options)
 
 
 def multiply(dtype: str) -> Variant:
     types = {"x_ptr": "*fp32", "factor_ptr": "*fp32", "out_ptr": f"*{dtype}", "size": "i64"}
-    options = {"num_warps": triton_backend.NUM_WARPS}
-    constants = {"BLOCK": triton_backend.MAX_BLOCK_V}
+    options = {"num_warps": triton_softmax.NUM_WARPS}
+    constants = {"BLOCK": triton_softmax.MAX_BLOCK_V}
     return Variant(triton_backend._multiply_kernel, dtype, types, constants, options)
 
 
@@ -131,7 +131,7 @@ def source(variant: Variant) -> ASTSource:
         integer = name.startswith("stride") or name == "V"
         signature[name] = variant.types.get(name, "*fp32" if name.endswith("_ptr") else "i32" if integer else "fp32")
         # As addresses of real tensors are; V is any number.
-        if name.endswith("_ptr") and name not in triton_backend.ROW_POINTERS:
+        if name.endswith("_ptr") and name not in (*triton_backend.ROW_POINTERS, *triton_softmax.ROW_POINTERS):
             aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constexprs=constants, attrs=aligned)
 
@@ -148,7 +148,7 @@ def usage(compiled: Any) -> dict[str, int]:
 
 
 def kernels() -> Iterator[JITFunction]:
-    for name, value in vars(triton_backend).items():
+    for name, value in {**vars(triton_backend), **vars(triton_softmax)}.items():
         if isinstance(value, JITFunction) and name.endswith("_kernel"):
             yield value
 

@@ -1,13 +1,12 @@
 """Let ranks that share a vocabulary learn, before a call, that they mean the same call.
 
-One small exchange of Python objects a call: what each rank was given, and what it found wrong with it. So ranks that
-disagree all raise the same error, where collectives that do not fit each other would wait forever. With a group that
-has a backend for the CPU ("gloo", or "cpu:gloo,cuda:nccl", which is what `init_process_group()` makes) hosts wait for
-each other only, and a rank that never calls makes the others raise within the group's timeout; with NCCL alone they
-wait for their devices too, and NCCL's watchdog ends the process.
+One small exchange of Python objects a call says what each rank was given, and what it found wrong with it. So ranks
+that disagree all raise the same error, where collectives that do not fit each other would wait forever. With a group
+that has a backend for the CPU (which `init_process_group()` makes) hosts wait for each other only, and a rank that
+never calls makes the others raise within the group's timeout; with NCCL alone its watchdog ends the process.
 
-Compared are shapes, dtypes, options, which gradients are asked for, and values of indices on the CPU. Not compared
-are values on a device and of floating-point tensors: ranks whose hidden states differ compute something meaningless.
+Compared are shapes, dtypes, options, which gradients are asked for, and values of indices on the CPU; not values on a
+device or of floating-point tensors.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from disc_kernels.linear_kl.ranks.group import VocabGroup, with_all_ranks
 from disc_kernels.linear_kl.validation import check_vocab_size
 from disc_kernels.linear_kl.workspace import Plan
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Inputs)  # a checked problem: a dataclass too
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,11 @@
 """Turn heads and hidden states that are DTensors into the plain tensors of this rank; find who shares a vocabulary.
 
-Two engines give `Shard(0)` heads, for opposite reasons. Under tensor parallelism the ranks read the same tokens and
-each keeps its part of the vocabulary: they share it, as in `group.py`. Under FSDP the ranks read different tokens
-and only the memory is divided: each needs the whole head. What tells them apart is the name of the mesh's dimension:
-
-    "tp"        The name in PyTorch's tutorials, torchtitan, accelerate and transformers. `Shard(0)` over it stays
-                divided; anything else over it is made whole, by ranks that all compute the same.
-    any other   Gathered, once a call. The gradient is averaged over the ranks while it is scattered to them, which is
-                what FSDP2 does with its own gradients (`set_gradient_divide_factor` aside, which a parameter does not
-                show), and DDP.
-
-A mesh without names, as `fully_shard` makes by default and transformers 5.17 for a `tp_plan`, counts as "any other". It
-is right even for tensor parallelism, where the average is one of equal gradients; it only costs the memory and work
-that names would save. Both kinds may occur together, on a mesh with two dimensions.
+`Shard(0)` heads have two meanings. Under tensor parallelism the ranks read the same tokens and share the vocabulary,
+as in `group.py`; under FSDP they read different tokens and each needs the whole head. The name of the mesh's dimension
+tells them apart: "tp", as in torchtitan, accelerate and transformers, stays divided. Any other, and one without a name,
+is gathered once a call, and the gradient is averaged over the ranks while it is scattered to them, as FSDP2 and DDP do
+(`set_gradient_divide_factor` aside, which a parameter does not show). That is right for tensor parallelism too, where
+it averages equal gradients and only costs memory and work. A mesh of two dimensions may have both.
 """
 
 from __future__ import annotations

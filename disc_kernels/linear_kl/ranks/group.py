@@ -1,25 +1,16 @@
 """Exchange and merge what ranks that share a vocabulary know of its rows.
 
-Each rank holds a shard of both heads and all hidden states. Bytes a rank hands to collectives, with numbers of 4 bytes
-(8 for float64), `M` rows and `D` student hidden entries a row:
+Each rank holds a shard of both heads and all hidden states. Numbers (4 bytes, 8 for float64) that it hands to
+collectives for M rows, a chunk at a time if nothing else is said:
 
-    fused_suffix_kl
-        4 M numbers     gathered, a chunk at a time: each model's maximum and sum over the shard
-        1 M             added up, a chunk at a time: the mean score, for the gradient of reverse KL and JSD only
-        1 or 3 M        added up, once: divergence, and with statistics both entropies
-        D M             added up, a chunk at a time: the hidden gradient, where it is asked for, before it is rounded
-    teacher_summary
-        4 M             gathered, a chunk at a time: maximum, log-sum, entropy and expected bias of the shard's softmax
-        D M             added up, a chunk at a time: the embedding
-    expected_embedding_kl
-        4 M             gathered, as above, of the student's softmax
-        D M             added up, a chunk at a time: the hidden gradient, where it is asked for, before it is rounded
+    fused_suffix_kl         4 M gathered, each model's maximum and sum over the shard; M added up, the mean score, for
+                            the gradient of reverse KL and JSD only; once M (3 M with statistics) of divergences and
+                            entropies added up
+    frozen-head calls       4 M gathered, maximum, log-sum, entropy and expected bias of the shard's softmax
+    all of them             D M added up, the hidden gradient or the embedding, while the next chunk is multiplied
 
-So at most 8 numbers a row besides the hidden gradient, and that goes on while the next chunk is multiplied. Gradients
-of weights and biases stay where they are. What the call is, `agreement.py` compares before.
-
-With the normalisers of the whole vocabulary each statistic of `fused_suffix_kl` is a plain sum over entries, as
-accurate as on one rank, and forward KL takes no more passes over the logits. Softmaxes of the frozen-head form merge by
+Gradients of weights and biases stay where they are. With the normalisers of the whole vocabulary each statistic of
+`fused_suffix_kl` is a plain sum over entries, as accurate as on one rank. Softmaxes of the frozen-head form merge by
 the shares of their shards: none of their terms is negative, so nothing cancels.
 """
 

@@ -130,22 +130,24 @@ def normalise_rows(
     projection: Projection,
     temperature: float,
     block_rows: int,
-    *,
-    maximum: Tensor,  # [R] to fill: the largest logit / T
-    log_sum: Tensor,  # [R] to fill: log of sum_v exp(logit_v / T - maximum)
-    entropy: Tensor | None = None,  # [R] to fill: nats, of p = softmax(logits / T)
+    numbers: Tensor,  # [5, R] to fill, as below
     weights: Tensor | None = None,  # [R, V] to fill: a multiple of p, row by row; may share memory with `logits`
     remainder: Tensor | None = None,  # [R, V] to fill: what rounding took from `weights`
-    total: Tensor | None = None,  # [R] to fill: the sums of `weights` + `remainder` as they were stored
+    *,
+    entropy: bool = True,
     other_bias: Tensor | None = None,  # [>= V]
-    expected_bias: Tensor | None = None,  # [R] to fill: sum_v p_v other_bias_v
 ) -> None:
-    """Compute a softmax in place, for products of probabilities with a matrix: divide those by `total`.
+    """Compute a softmax in place, for products of probabilities with a matrix.
+
+    The numbers of a row are its largest logit / T; the log of sum_v exp(logit_v / T - that); with `entropy` the entropy
+    of p = softmax(logits / T) in nats; with `other_bias` sum_v p_v other_bias_v; with `weights` the sum of these and
+    `remainder` as they were stored, by which a product with them is to be divided. What is not asked for is not filled.
 
     A row's largest weight is `LARGEST_WEIGHT` and a row is divided by what was stored: rounding to 16 bits leaves the
     largest probability exact, a one-hot row stays one-hot, and float16 reaches down to 2^-39 of the largest. A row
     without a possible entry has maximum and log-sum -inf, weights 0 and entropy NaN.
     """
+    maximum, log_sum, entropies, expected_bias, total = numbers
     for start in range(0, logits.shape[0], block_rows):
         rows = slice(start, start + block_rows)
         u, _ = _scaled_logits(logits[rows], projection, temperature)
@@ -155,13 +157,13 @@ def normalise_rows(
         e = u.exp()
         normaliser = e.sum(-1)
         log_sum[rows] = normaliser.log()
-        if entropy is not None:  # a sum of terms that are not negative: nothing cancels
+        if entropy:  # a sum of terms that are not negative: nothing cancels
             spread = u.mul_(e).masked_fill_(e == 0, 0.0).sum(-1)  # 0 log 0 = 0
-            entropy[rows] = log_sum[rows] - spread / normaliser
-        if expected_bias is not None and other_bias is not None:
+            entropies[rows] = log_sum[rows] - spread / normaliser
+        if other_bias is not None:
             terms = (e * other_bias[: projection.vocab_size]).masked_fill_(e == 0, 0.0)  # the bias may be -inf
             expected_bias[rows] = terms.sum(-1) / normaliser
-        if weights is not None and total is not None:
+        if weights is not None:
             weights[rows] = e.mul_(LARGEST_WEIGHT)
             total[rows] = weights[rows].sum(-1, dtype=total.dtype)
             if remainder is not None:

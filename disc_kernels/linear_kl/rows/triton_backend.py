@@ -1,4 +1,4 @@
-"""Compare or normalise the rows of one chunk of logits, in Triton: the twin of `torch_backend.py`.
+"""Compare the rows of one chunk of logits, in Triton: with `triton_softmax.py` the twin of `torch_backend.py`.
 
 The formulas stand there. One program a row. Pass 1 over the vocabulary finds both normalisers online (Milakov and
 Gimelshein 2018, arXiv 1805.02867); pass 2 sums the divergence and, for forward KL, writes the gradient; reverse KL and
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
+from disc_kernels.linear_kl.inputs import Problem, SuffixKLStats
 from disc_kernels.linear_kl.rows.triton_math import (
     DIVERGENCE_CODES,
     FORWARD_KL,
@@ -22,24 +22,18 @@ from disc_kernels.linear_kl.rows.triton_math import (
     first_maximum,
     log1p,
     online_logsumexp,
-    tanh,
     zero_where,
 )
+from disc_kernels.linear_kl.rows.triton_softmax import MAX_BLOCK_V, NUM_WARPS, bias_stride, load_logits, normalise_rows
+
+__all__ = ["BLOCK_ENTRIES", "BLOCK_TEMPORARIES", "compare_rows", "multiplied", "normalise_rows"]
 
 # Nothing but registers: the plan need not reserve memory.
 BLOCK_ENTRIES = {"cpu": 0, "cuda": 0}
 BLOCK_TEMPORARIES = 0
 
-# One program holds one tile of both rows in registers. On an H200, 2048 rows of 152064 entries took 1.49 ms so, 1.42 ms
-# over 4 warps, which makes variants with statistics and biases spill, and 1.43 to 2.4 ms with other tiles from 1024 to
-# 8192 entries (docs/performance.md).
-MAX_BLOCK_V = 2048
-NUM_WARPS = 8
-
-# Left to itself, ptxas spills a few registers of `_normalise_rows_kernel` to keep it at 32 or 48, and of a shard's
-# second pass to keep it at 64. With a bound that it does not come near, the first takes 48 (80 with softcap and
-# biases), the second 70 to 91, and none is spilled.
-MAX_REGISTERS = 128
+# Left to itself, ptxas spills a few registers of a shard's second pass to keep it at 64. With a bound that it does not
+# come near it takes 70 to 91, and none is spilled.
 MAX_SHARD_REGISTERS = 96
 
 # Pointers to a few numbers a row: a chunk's rows of them start at an aligned address or not, by M, which is no reason
@@ -47,38 +41,19 @@ MAX_SHARD_REGISTERS = 96
 ROW_POINTERS = (
     *("inverse_index_ptr", "row_scale_ptr", "divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr"),
     *("agreement_ptr", "shard_normalisers_ptr", "normalisers_ptr", "mean_score_ptr"),
-    *("maximum_ptr", "log_sum_ptr", "entropy_ptr", "total_ptr", "expected_bias_ptr"),
 )
-
-LARGEST_WEIGHT: tl.constexpr = tl.constexpr(2.0**15)  # see torch_backend.py
-
-
-@triton.jit
-def _load_logits(model, offsets, mask, inverse_temperature):
-    """Load logits / T, -inf outside the vocabulary; return them and the gradient of the softcap, 1 without one."""
-    row_ptr, bias_ptr, stride_b, scale, softcap = model
-    z = tl.load(row_ptr + offsets, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + offsets.to(tl.int64) * stride_b, mask=mask, other=0.0).to(z.dtype)
-    u = z * scale
-    softcap_gradient = tl.full(z.shape, 1.0, z.dtype)
-    if softcap is not None:
-        t = tanh(u / softcap)
-        softcap_gradient = 1.0 - t * t
-        u = t * softcap
-    return tl.where(mask, u * inverse_temperature, float("-inf")), softcap_gradient
 
 
 @triton.jit
 def _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD: tl.constexpr):
     """Return student's logits / T, gradient of their softcap, teacher's logits / T, with one head the difference."""
-    u_t, _ = _load_logits(teacher, offsets, mask, inverse_temperature)
+    u_t, _ = load_logits(teacher, offsets, mask, inverse_temperature)
     if ONE_HEAD:
         row_ptr, _, _, scale, _ = student
         difference = tl.load(row_ptr + offsets, mask=mask, other=0.0) * scale * inverse_temperature
         return u_t + difference, 1.0, u_t, difference
     else:
-        u_s, softcap_gradient = _load_logits(student, offsets, mask, inverse_temperature)
+        u_s, softcap_gradient = load_logits(student, offsets, mask, inverse_temperature)
         return u_s, softcap_gradient, u_t, 0.0
 
 
@@ -276,8 +251,8 @@ def compare_rows(
         student.stride(0),
         teacher.stride(0),
         0 if gradient is None else gradient.stride(0),
-        _stride(problem.student.bias),
-        _stride(problem.teacher.bias),
+        bias_stride(problem.student.bias),
+        bias_stride(problem.teacher.bias),
         vocab_size,
         1.0 / problem.temperature,
         problem.beta,
@@ -291,126 +266,6 @@ def compare_rows(
         BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),
         num_warps=NUM_WARPS,
         maxnreg=None if normalisers is None or stats is None else MAX_SHARD_REGISTERS,
-    )
-
-
-@triton.jit
-def _store_in_place(row_ptr, offsets, mask, x, NARROW: tl.constexpr):
-    if NARROW:
-        # 16-bit numbers land on float32 logits of this and earlier tiles: all threads must have read theirs.
-        tl.debug_barrier()
-    tl.store(row_ptr + offsets, x.to(row_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
-def _normalise_rows_kernel(
-    logits_ptr,  # [R, V] head outputs without bias
-    weights_ptr,  # [R, V] or None; may be the memory of `logits_ptr` in a narrower dtype: NARROW
-    remainder_ptr,  # [R, V] or None
-    bias_ptr,  # [V] or None
-    other_bias_ptr,  # [V] or None
-    maximum_ptr,  # [R]
-    log_sum_ptr,  # [R]
-    entropy_ptr,  # [R] or None
-    total_ptr,  # [R]; written with weights only
-    expected_bias_ptr,  # [R], or None without `other_bias_ptr`
-    stride_zr,
-    stride_wr,
-    stride_rr,
-    stride_b,
-    stride_ob,
-    V,
-    inverse_temperature,
-    scale,
-    softcap,  # or None
-    NARROW: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    model = (logits_ptr + row * stride_zr, bias_ptr, stride_b, scale, softcap)
-    maximum = float("-inf")
-    normaliser = 0.0
-    for start in range(0, V, BLOCK_V):
-        offsets = start + tl.arange(0, BLOCK_V)
-        u, _ = _load_logits(model, offsets, offsets < V, inverse_temperature)
-        maximum, normaliser = online_logsumexp(u, maximum, normaliser)
-    log_sum = tl.log(normaliser)
-    base = tl.where(maximum == float("-inf"), 0.0, maximum)  # -inf - -inf would be NaN
-    tl.store(maximum_ptr + row, maximum)
-    tl.store(log_sum_ptr + row, log_sum)
-
-    if weights_ptr is not None or entropy_ptr is not None or expected_bias_ptr is not None:
-        spread = 0.0
-        total = 0.0
-        expected_bias = 0.0
-        for start in range(0, V, BLOCK_V):
-            offsets = start + tl.arange(0, BLOCK_V)
-            mask = offsets < V
-            u, _ = _load_logits(model, offsets, mask, inverse_temperature)
-            e = tl.exp(u - base)
-            if entropy_ptr is not None:
-                spread += tl.sum(zero_where(e, e * (u - base)), axis=0)
-            if expected_bias_ptr is not None:
-                bias = tl.load(other_bias_ptr + offsets.to(tl.int64) * stride_ob, mask=mask, other=0.0).to(e.dtype)
-                expected_bias += tl.sum(zero_where(e, e * bias), axis=0)
-            if weights_ptr is not None:
-                weight = (e * LARGEST_WEIGHT).to(weights_ptr.dtype.element_ty)
-                stored = weight.to(e.dtype)
-                if remainder_ptr is not None:
-                    rest = (e * LARGEST_WEIGHT - stored).to(remainder_ptr.dtype.element_ty)
-                    tl.store(remainder_ptr + row * stride_rr + offsets, rest, mask=mask)
-                    stored += rest.to(e.dtype)
-                total += tl.sum(tl.where(mask, stored, 0.0), axis=0)
-                _store_in_place(weights_ptr + row * stride_wr, offsets, mask, weight, NARROW)
-        if entropy_ptr is not None:
-            tl.store(entropy_ptr + row, log_sum - spread / normaliser)
-        if expected_bias_ptr is not None:
-            tl.store(expected_bias_ptr + row, expected_bias / normaliser)
-        if weights_ptr is not None:
-            tl.store(total_ptr + row, total)
-
-
-def normalise_rows(
-    logits: Tensor,  # [R, V] float32 head outputs without bias; overwritten where `weights` is asked
-    projection: Projection,
-    temperature: float,
-    block_rows: int,  # of no use here: a program is a row
-    *,
-    maximum: Tensor,  # [R] to fill, as all that follow; see torch_backend.py
-    log_sum: Tensor,  # [R]
-    entropy: Tensor | None = None,  # [R]
-    weights: Tensor | None = None,  # [R, V]; may share memory with `logits` row by row
-    remainder: Tensor | None = None,  # [R, V]
-    total: Tensor | None = None,  # [R]
-    other_bias: Tensor | None = None,  # [>= V], read
-    expected_bias: Tensor | None = None,  # [R]
-) -> None:
-    """Do what the function of this name in torch_backend.py does, a program a row."""
-    rows, vocab_size = logits.shape
-    _normalise_rows_kernel[(rows,)](
-        logits,
-        weights,
-        remainder,
-        projection.bias,
-        other_bias,
-        maximum,
-        log_sum,
-        entropy,
-        total,
-        expected_bias,
-        logits.stride(0),
-        0 if weights is None else weights.stride(0),
-        0 if remainder is None else remainder.stride(0),
-        _stride(projection.bias),
-        _stride(other_bias),
-        vocab_size,
-        1.0 / temperature,
-        projection.transform.scale,
-        projection.transform.softcap,
-        NARROW=weights is not None and weights.dtype != torch.float32,
-        BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),
-        num_warps=NUM_WARPS,
-        maxnreg=MAX_REGISTERS,
     )
 
 
@@ -436,7 +291,3 @@ def multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         grid = (triton.cdiv(x.numel(), MAX_BLOCK_V),)
         _multiply_kernel[grid](x, factor, out, x.numel(), BLOCK=MAX_BLOCK_V, num_warps=NUM_WARPS)
     return out
-
-
-def _stride(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.stride(0)

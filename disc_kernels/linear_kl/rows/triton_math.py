@@ -23,6 +23,7 @@ def one_minus_exp(x):
 
 @triton.jit
 def expm1(x):
+    """Return exp(x) - 1, to full accuracy near 0."""
     shrink = one_minus_exp(tl.abs(x))
     return tl.where(x > 0, tl.exp(x) * shrink, -shrink)
 
@@ -45,6 +46,7 @@ def zero_where(a, x):
 
 @triton.jit
 def online_logsumexp(u, maximum, total):
+    """Return the running maximum and the sum of exp above it, with the entries `u` added."""
     new = tl.maximum(maximum, tl.max(u, axis=0))
     # While every entry seen is -inf (masked by a bias) there is nothing to rescale, and -inf - -inf would be NaN.
     base = tl.where(new == float("-inf"), 0.0, new)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from disc_kernels.autocast import autocast_dtype
 
 
 def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
@@ -13,11 +14,8 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
     the kernels are no autocast operations (FlexAttention is one since torch 2.13): they would refuse the mixture, or
     run several times slower in float32.
     """
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [tensor.to(dtype) for tensor in tensors]
+    dtype = autocast_dtype(tensors[0])
+    return [tensor if dtype is None else tensor.to(dtype) for tensor in tensors]
 
 
 def check_call(backend: str, mask: Any, mask_type: type, dropout: float, options: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """Run variable-length flash attention over a packed sequence: every trunk and branch as a sequence of its own.
 
-The queries of a segment (a trunk or a branch) run against the first part of the trunk that it sees and the segment
-itself, gathered one behind the other; the mask is then causal, aligned at the last query and the last key. The gathered
-keys and values of a layer cost memory in proportion to K, the sum of attach + length over the segments, with a window W
-of min(attach, W - 1) + length; in the backward they exist once more, as gradients.
+A segment's queries run against the first part of the trunk that it sees and the segment itself, gathered one behind the
+other; the mask is causal, aligned at the last query and last key. Gathered keys and values cost memory in proportion
+to K, the sum of attach + length over the segments, in a layer's backward once more.
 """
 
 import inspect
