@@ -1,7 +1,13 @@
 """Fused linear + KL losses and shared-prefix attention masks for context distillation."""
 
 from disc_kernels.frozen_head import TeacherSummary, expected_embedding_kl, teacher_summary
-from disc_kernels.linear_kl import FusedSuffixKLLoss, LogitTransform, SuffixKLStats, fused_suffix_kl
+from disc_kernels.linear_kl import (
+    FusedSuffixKLLoss,
+    LogitTransform,
+    SuffixKLStats,
+    fused_cross_entropy,
+    fused_suffix_kl,
+)
 from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
 
 __all__ = [
@@ -13,6 +19,7 @@ __all__ = [
     "block_mask",
     "dense_mask",
     "expected_embedding_kl",
+    "fused_cross_entropy",
     "fused_suffix_kl",
     "teacher_summary",
 ]

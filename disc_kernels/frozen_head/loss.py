@@ -73,7 +73,7 @@ def expected_embedding_kl(
 
     Args:
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
-        student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast); frozen.
+        student_weight: `[V_s, D_s]`, the dtype of `student_hidden` or a wider one (any under autocast); frozen.
         summary: of `teacher_summary`: `TeacherSummary(embedding [S, D_s], entropy [S], bias [S])`, float32 or float64.
         student_index, row_weight, temperature, reduction, impl: as for `fused_suffix_kl`.
         summary_index: `[M]` int64, the summary row each student row is compared with; None: all. Rows may repeat.

@@ -60,7 +60,7 @@ def teacher_summary(
 
     Args:
         teacher_hidden: `[..., D_t]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
-        teacher_weight: `[V_t, D_t]`, the dtype of `teacher_hidden` (any under autocast).
+        teacher_weight: `[V_t, D_t]`, the dtype of `teacher_hidden` or a wider one (any under autocast).
         student_weight: `[V_s, D_s]`, the frozen head; its dtype and size may differ from the teacher's.
         teacher_index: `[M]` int64, the rows that are summarised; None: all, in order. Rows may repeat, but one summary
             can serve many student rows: see `summary_index` of `expected_embedding_kl`.

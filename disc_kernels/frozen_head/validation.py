@@ -11,12 +11,11 @@ from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, SummaryInpu
 from disc_kernels.linear_kl.inputs import LogitTransform, Projection
 from disc_kernels.linear_kl.reduction import row_factors
 from disc_kernels.linear_kl.validation import (
-    REDUCTIONS,
-    check_choice,
     check_float_tensor,
     check_index,
     check_number,
     check_projection,
+    check_reduction,
     check_row_weight,
     check_same_rows,
     check_temperature,
@@ -33,11 +32,11 @@ def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> Summar
     check_workspace(x.max_workspace_bytes)
     device = check_tensor("teacher_hidden", x.teacher_hidden).device
     given = x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_index, x.teacher_transform
-    teacher = check_projection("teacher", *given, device, autocast, sharded)
+    teacher = check_projection("teacher_", *given, device, autocast, sharded)
     # Of the student there is a head and no row.
     weight = check_tensor("student_weight", x.student_weight)
     no_rows = weight.new_empty(0, weight.shape[-1] if weight.dim() else 0)
-    head = check_projection("student", no_rows, weight, x.student_bias, None, None, device, autocast, sharded)
+    head = check_projection("student_", no_rows, weight, x.student_bias, None, None, device, autocast, sharded)
     heads = {"student_weight": len(head.weight), "teacher_weight": len(teacher.weight)}
     vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
     wide = torch.promote_types(head.accumulate_dtype, teacher.accumulate_dtype)
@@ -48,12 +47,11 @@ def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> Summar
 def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
     """Return the problem that the inputs pose, or raise; see `linear_kl.validation.check_inputs` for `sharded`."""
     x, summary, index = inputs, inputs.summary, inputs.summary_index
-    check_choice("reduction", x.reduction, REDUCTIONS)
-    temperature = check_temperature(x.temperature)
+    reduction, temperature = check_reduction(x.reduction), check_temperature(x.temperature)
     check_workspace(x.max_workspace_bytes)
     device = check_tensor("student_hidden", x.student_hidden).device
     given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, LogitTransform(_scale(x.student_scale))
-    student = check_projection("student", *given, device, x.autocast_dtype, sharded)
+    student = check_projection("student_", *given, device, x.autocast_dtype, sharded)
     _refuse_trainable_head(student)
     vocab_size = check_vocab_size(x.vocab_size, {"student_weight": len(student.weight)}, sharded)
     _check_summary(summary, student)
@@ -65,13 +63,13 @@ def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
         index = check_index("summary_index", index, len(summary.embedding), "summary", device)
         chosen = ("summary_index", len(index))
     check_same_rows(compared, chosen, "student_index and summary_index")
-    row_weight = check_row_weight(x.row_weight, student.rows, device)
+    row_weight = check_row_weight(x.row_weight, student)
     return LossProblem(
         student=student,
         summary=TeacherSummary(*(part.detach() for part in summary)),
         summary_index=index,
         temperature=temperature,
-        row_factor=row_factors(row_weight, student.rows, x.reduction, wide, device).expand(student.rows),
+        row_factor=row_factors(row_weight, student.rows, reduction, wide, device).expand(student.rows),
         statistics=x.return_stats,
     )
 

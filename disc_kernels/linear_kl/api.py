@@ -24,7 +24,8 @@ def fused_suffix_kl(
     *,
     student_index: Tensor | None = None,  # [M] int64
     teacher_index: Tensor | None = None,  # [M] int64
-    row_weight: Tensor | None = None,  # [M]
+    row_weight: Tensor | None = None,  # [M] or [...]
+    mask: Tensor | None = None,  # [...] bool
     temperature: float = 1.0,
     divergence: str = "forward_kl",
     beta: float = 0.5,
@@ -55,24 +56,32 @@ def fused_suffix_kl(
 
     Args:
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
-        student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast).
+        student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast), or a wider one, which is
+            rounded to it, as autocast does: a logit is off by at most u sum_d |h_d W_vd|, u = 2^-8 for bfloat16 and
+            2^-11 for float16. Its gradient has its own dtype.
         teacher_hidden: `[..., D_t]`; gets no gradient. Its dtype and size may differ from the student's.
         teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own.
-        student_index: `[M]` int64, the student rows that count; None: all, in order. Rows may repeat. It may be on the
-            CPU whatever the other tensors' device.
+        student_index: `[M]` int64 or int32, the student rows that count; None: all, in order. Rows may repeat. It may
+            be on the CPU whatever the other tensors' device. Or bool, an entry a row: those that are True, for which
+            the host waits where they are on CUDA.
         teacher_index: the same for the teacher: the row each of them is compared with. One that repeats is projected
             once, if the index is on the CPU, where its values can be seen without waiting for a device; or if all rows
             of `teacher_hidden`, at most `M / 2`, fit half of the workspace.
-        row_weight: `[M]` float, weights of "sum" and "mean"; None: ones. No gradient flows to it.
+        row_weight: float or bool, weights of "sum" and "mean"; None: ones. `[M]`, or of the leading shape of
+            `student_hidden`, of which the rows that count are taken. No gradient flows to it.
+        mask: bool, of the leading shape of `student_hidden` and `teacher_hidden`, in place of both indices: the rows
+            where it is True are compared, M of them, and the others cost nothing. It may be on the CPU; where it is on
+            CUDA the host waits for it. In `torch.compile` with "mean" and "sum", and without `return_stats`.
         temperature: T > 0; both models' logits are divided by it. The result is not multiplied by T^2: do that
             outside, as with `F.kl_div`, where the gradient's size should not depend on T (Hinton et al. 2015,
             arXiv 1503.02531).
         divergence: "forward_kl" KL(teacher || student); "reverse_kl" KL(student || teacher); "jsd", with
             m = (1 - beta) student + beta teacher: beta KL(teacher || m) + (1 - beta) KL(student || m)
             (generalised Jensen-Shannon divergence, Agarwal et al. 2024, arXiv 2306.13649).
-        beta: for "jsd", strictly between 0 and 1.
-        reduction: "mean" sum_i w_i d_i / sum_i w_i (0 where the weights sum to 0); "sum" sum_i w_i d_i; "none" the
-            d_i, `[M]`, whatever the weights.
+        beta: for "jsd", from 0 to 1. As in TRL and Liger 0 stands for "forward_kl" and 1 for "reverse_kl", the limits
+            of JSD / (beta (1 - beta)); JSD itself goes to 0 at both ends.
+        reduction: "mean" sum_i w_i d_i / sum_i w_i (0 where the weights sum to 0), also as "batchmean"; "sum"
+            sum_i w_i d_i; "none" the d_i, `[M]`, whatever the weights.
         student_bias: `[V_s]`; an entry of -inf takes the entry out of the student's distribution (behind a softcap,
             which bounds it, it does not).
         teacher_bias: `[V_t]`.
@@ -81,12 +90,10 @@ def fused_suffix_kl(
         vocab_size: compare the first `vocab_size` entries only (a padded vocabulary); needed where V_s != V_t.
         vocab_group: a `torch.distributed` process group whose ranks share the vocabulary. Both weights and biases are
             then this rank's contiguous shard, in rank order, divided alike for both models as far as `vocab_size`,
-            which counts over all ranks (None: the sum of the shards). Shards may be of different sizes, or empty. All
+            which counts over all ranks (None: the sum of the shards). Shards may be of different sizes, or empty; all
             other arguments are the same on every rank. Result, statistics and the hidden gradient are those of the
             whole vocabulary, on every rank; gradients of weight and bias are the shard's. All ranks make the call, and
-            the same backwards. Each sends at most 8 numbers a row and, once, the rows of the hidden gradient before
-            they are rounded. Not with `impl="reference"`, `torch.compile` or `torch.export`.
-            Heads that are DTensors need none: see below.
+            the same backwards. Not with `impl="reference"`, `torch.compile` or `torch.export`. DTensors: see below.
         max_workspace_bytes: bound on the memory used beyond inputs, outputs and gradients (the weight's gradient, and
             the hidden states' where M is more than their rows, also once at 4 bytes an entry while they accumulate);
             None: 256 MiB on the CPU, 2 GiB on CUDA, more where one row needs it.
@@ -95,7 +102,7 @@ def fused_suffix_kl(
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
 
     Returns:
-        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states or weights are. With
+        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states are. With
         M = 0 a zero (an empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and
@@ -135,6 +142,7 @@ def fused_suffix_kl(
         student_index=student_index,
         teacher_index=teacher_index,
         row_weight=row_weight,
+        mask=mask,
         temperature=temperature,
         divergence=divergence,
         beta=beta,

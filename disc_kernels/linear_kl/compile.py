@@ -26,7 +26,7 @@ from disc_kernels.linear_kl.function import (
 from disc_kernels.linear_kl.gradients import Wanted
 from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.rows import choose_implementation
-from disc_kernels.linear_kl.validation import check_inputs, check_tensor, check_transform
+from disc_kernels.linear_kl.validation import check_inputs, check_mask, check_tensor, check_transform
 
 # A LogitTransform becomes [scale] or [scale, softcap].
 _SCHEMA_TYPES = {
@@ -64,7 +64,7 @@ def flatten(inputs: SuffixKLInputs) -> list[Any]:
     for name, kind in _FIELDS.items():
         value = getattr(inputs, name)
         if kind == "LogitTransform | None":
-            transform = check_transform(name.removesuffix("_transform"), value)
+            transform = check_transform(name.removesuffix("transform"), value)
             value = [transform.scale] if transform.softcap is None else [transform.scale, transform.softcap]
         values.append(value)
     return values
@@ -94,7 +94,11 @@ def operator(*values: Any) -> tuple[Tensor, ...]:
 def _fake(*values: Any) -> tuple[Tensor, ...]:
     """Return empty tensors of the operator's shapes and dtypes, after every check that needs no values."""
     inputs, wanted = unflatten(values)
-    problem = check_inputs(inputs)
+    if inputs.mask is not None:
+        check_mask(inputs)
+        if inputs.reduction == "none" or inputs.return_stats:
+            raise ValueError("mask: expected None where the number of rows shapes what a compiled call returns")
+    problem = check_inputs(replace(inputs, mask=None))
     choose_implementation(inputs.impl, problem.device, problem.accumulate_dtype)
     new, rows = partial(torch.empty, dtype=problem.accumulate_dtype, device=problem.device), problem.rows
     loss = new(rows if inputs.reduction == "none" else ())

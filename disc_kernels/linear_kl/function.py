@@ -32,7 +32,9 @@ def prepare(inputs: SuffixKLInputs, group: VocabGroup | None = None) -> tuple[Pr
     problem = check_inputs(inputs, sharded=group is not None)
     impl = choose_implementation(inputs.impl, problem.device, problem.accumulate_dtype, sharded=group is not None)
     max_bytes, index = inputs.max_workspace_bytes, inputs.teacher_index
-    host_index = index if index is not None and index.device.type == "cpu" else None
+    host_index = None
+    if index is not None and index.device.type == "cpu" and index.dtype != torch.bool:  # which repeats no row
+        host_index = index.to(torch.int64)
     sizes = problem.rows, problem.teacher.hidden_rows, max_cached_rows(problem, max_bytes)
     shared = problem.with_teacher_rows(choose_teacher_rows(problem.teacher.index, host_index, *sizes))
     try:

@@ -73,6 +73,7 @@ class SuffixKLInputs:
     student_index: Tensor | None
     teacher_index: Tensor | None
     row_weight: Tensor | None
+    mask: Tensor | None
     temperature: float
     divergence: str
     beta: float

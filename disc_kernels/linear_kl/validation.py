@@ -20,7 +20,7 @@ from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Projection, S
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum", "none", "batchmean")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,22 +30,21 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
     Where it is `sharded`, weights and biases are one rank's shard of the vocabulary, which may be empty, and
     `vocab_size`, which counts over all of them, is left to who knows all: all entries of the shard are compared.
     """
-    x = inputs
+    x = inputs if inputs.mask is None else _masked(inputs)
     check_choice("divergence", x.divergence, DIVERGENCES)
-    check_choice("reduction", x.reduction, REDUCTIONS)
-    temperature = check_temperature(x.temperature)
-    beta = check_number("beta", x.beta)
-    if x.divergence == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f"beta: expected a number strictly between 0 and 1 (at the ends the divergence is zero), got {beta}; "
-            'for the KL divergences use divergence="forward_kl" or "reverse_kl"'
-        )
+    reduction, temperature = check_reduction(x.reduction), check_temperature(x.temperature)
+    divergence, beta = x.divergence, check_number("beta", x.beta)
+    if divergence == "jsd":
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
+        # As in TRL and Liger: the limits of JSD / (beta (1 - beta)), where JSD itself is zero.
+        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, divergence)
     check_workspace(x.max_workspace_bytes)
     device, autocast = check_tensor("student_hidden", x.student_hidden).device, x.autocast_dtype
     given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, x.student_transform
-    student = check_projection("student", *given, device, autocast, sharded)
+    student = check_projection("student_", *given, device, autocast, sharded)
     given = x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_index, x.teacher_transform
-    teacher = check_projection("teacher", *given, device, autocast, sharded)
+    teacher = check_projection("teacher_", *given, device, autocast, sharded)
     compared = "student_hidden" if student.index is None else "student_index", student.rows
     chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
     check_same_rows(compared, chosen, "student_index and teacher_index")
@@ -56,14 +55,38 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
         teacher=replace(teacher, vocab_size=vocab_size, accumulate_dtype=wide),
         teacher_rows=TeacherRows(student.rows, teacher.index),
-        row_weight=check_row_weight(x.row_weight, student.rows, device),
+        row_weight=check_row_weight(x.row_weight, student),
         temperature=temperature,
-        divergence=x.divergence,
+        divergence=divergence,
         beta=beta,
-        reduction=x.reduction,
+        reduction=reduction,
         statistics=x.return_stats,
         sharded=sharded,
     )
+
+
+def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:
+    """Put the indices of the rows that the mask keeps in its place."""
+    mask = check_mask(inputs)
+    if is_traced(mask):
+        raise ValueError('mask: expected None with impl="reference" or symbolic values, got a mask without values')
+    kept = mask.flatten().nonzero().squeeze(1)
+    return replace(inputs, mask=None, student_index=kept, teacher_index=kept)
+
+
+def check_mask(inputs: SuffixKLInputs) -> Tensor:
+    """Return the mask of both models' rows, of the hidden states' leading shape."""
+    mask = check_tensor("mask", inputs.mask)
+    for name in ("student", "teacher"):
+        if getattr(inputs, f"{name}_index") is not None:
+            raise ValueError(f"mask: expected None with a {name}_index, which chooses the rows itself, got a mask")
+        shape = check_tensor(f"{name}_hidden", getattr(inputs, f"{name}_hidden")).shape[:-1]
+        if mask.shape != shape:
+            raise ValueError(f"mask: expected shape {list(shape)}, as {name}_hidden's tokens, got {list(mask.shape)}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
+    _check_index_device("mask", mask, inputs.student_hidden.device)
+    return mask
 
 
 def is_traced(x: Any) -> bool:
@@ -75,6 +98,12 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_reduction(value: Any) -> str:
+    """Return "mean", "sum" or "none"; "batchmean" is the mean over rows."""
+    check_choice("reduction", value, REDUCTIONS)
+    return "mean" if value == "batchmean" else value
 
 
 def check_number(name: str, value: Any) -> float:
@@ -112,17 +141,17 @@ def check_workspace(max_workspace_bytes: Any) -> int | None:
     return None if max_workspace_bytes is None else check_count("max_workspace_bytes", max_workspace_bytes)
 
 
-def check_transform(name: str, value: Any) -> LogitTransform:
-    """Return the transform of the model `name`; None does nothing."""
+def check_transform(prefix: str, value: Any) -> LogitTransform:
+    """Return the transform of a head; None does nothing."""
     if value is None:
         return LogitTransform()
     if not isinstance(value, LogitTransform):
-        raise TypeError(f"{name}_transform: expected a LogitTransform, got {type(value).__name__}")
+        raise TypeError(f"{prefix}transform: expected a LogitTransform, got {type(value).__name__}")
     return value
 
 
 def check_projection(
-    name: str,
+    prefix: str,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -132,51 +161,65 @@ def check_projection(
     autocast: torch.dtype | None,
     may_be_empty: bool = False,
 ) -> Projection:
-    """Return the hidden states and the head of the model `name`; only a head that `may_be_empty` has no entries."""
-    hidden = check_float_tensor(f"{name}_hidden", hidden, device)
-    weight = check_float_tensor(f"{name}_weight", weight, device)
+    """Return the model whose arguments begin with `prefix`; only a head that `may_be_empty` has no entries."""
+    hidden = check_float_tensor(f"{prefix}hidden", hidden, device)
+    weight = check_float_tensor(f"{prefix}weight", weight, device)
     if hidden.dim() < 2:
-        raise ValueError(f"{name}_hidden: expected shape [..., D] with at least 2 dimensions, got {list(hidden.shape)}")
+        raise ValueError(
+            f"{prefix}hidden: expected shape [..., D] with at least 2 dimensions, got {list(hidden.shape)}"
+        )
     if weight.dim() != 2 or 0 in weight.shape[may_be_empty:]:
-        raise ValueError(f"{name}_weight: expected shape [V, D], neither of them 0, got {list(weight.shape)}")
+        raise ValueError(f"{prefix}weight: expected shape [V, D], neither of them 0, got {list(weight.shape)}")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{name}_hidden: expected last dimension {weight.shape[1]}, as in {name}_weight {list(weight.shape)}, "
+            f"{prefix}hidden: expected last dimension {weight.shape[1]}, as in {prefix}weight {list(weight.shape)}, "
             f"got shape {list(hidden.shape)}"
         )
     if bias is not None:
-        bias = check_float_tensor(f"{name}_bias", bias, device)
+        bias = check_float_tensor(f"{prefix}bias", bias, device)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"{name}_bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
-    transform = check_transform(name, transform)
-    operand_dtype = _operand_dtype(name, hidden, weight, autocast)
+            raise ValueError(f"{prefix}bias: expected shape [{weight.shape[0]}], got {list(bias.shape)}")
+    transform = check_transform(prefix, transform)
+    operand_dtype = _operand_dtype(prefix, hidden, weight, autocast)
     wide = torch.promote_types(operand_dtype, torch.float32)
     if index is not None:
-        index = check_index(f"{name}_index", index, math.prod(hidden.shape[:-1]), f"{name}_hidden", device)
+        index = check_index(f"{prefix}index", index, math.prod(hidden.shape[:-1]), f"{prefix}hidden", device)
     return Projection(hidden, weight, bias, index, transform, operand_dtype, wide, vocab_size=weight.shape[0])
 
 
-def _operand_dtype(name: str, hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """Return what a linear layer multiplies in: autocast's dtype (which leaves float64 alone), else the inputs'."""
+def _operand_dtype(prefix: str, hidden: Tensor, weight: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """Return what a linear layer multiplies in: autocast's dtype (which leaves float64 alone), else the hidden states'.
+
+    A weight that is wider than these (a float32 head behind bfloat16 hidden states) is rounded, as autocast does.
+    """
     if autocast is not None and torch.float64 not in (hidden.dtype, weight.dtype):
         return autocast
-    if hidden.dtype != weight.dtype:
+    if torch.promote_types(hidden.dtype, weight.dtype) != weight.dtype:
         raise TypeError(
-            f"{name}_hidden: expected {weight.dtype}, the dtype of {name}_weight, got {hidden.dtype}; "
-            "cast one of them, or call under torch.autocast"
+            f"{prefix}hidden: expected {weight.dtype}, the dtype of {prefix}weight, or a narrower one, "
+            f"got {hidden.dtype}; cast one of them, or call under torch.autocast"
         )
-    return weight.dtype
+    return hidden.dtype
 
 
 def check_index(argument: str, index: Any, rows: int, of: str, device: torch.device) -> Tensor:
-    """Return the index, [M] int64, on `device`; it chooses among the `rows` rows of the tensor `of`."""
+    """Return the index, [M] int64, on `device`; it chooses among the `rows` rows of the tensor `of`.
+
+    An index may be int32; a bool one, an entry a row, chooses the rows that are True, which waits for its device.
+    """
     index = check_tensor(argument, index)
-    if index.dtype != torch.int64:
-        raise TypeError(f"{argument}: expected dtype torch.int64, got {index.dtype}")
+    if index.dtype not in (torch.int64, torch.int32, torch.bool):
+        raise TypeError(f"{argument}: expected dtype torch.int64, torch.int32 or torch.bool, got {index.dtype}")
+    _check_index_device(argument, index, device)
+    if index.dtype == torch.bool:
+        if index.numel() != rows:
+            raise ValueError(f"{argument}: expected {rows} entries, one for each row of {of}, got {list(index.shape)}")
+        if is_traced(index):
+            raise ValueError(f"{argument}: expected int64 under torch.compile and torch.export, got bool")
+        index = index.flatten().nonzero().squeeze(1)
+    index = index.to(torch.int64)
     if index.dim() != 1:
         raise ValueError(f"{argument}: expected shape [M], got {list(index.shape)}")
-    if index.device not in (device, torch.device("cpu")):
-        raise ValueError(f"{argument}: expected device {device}, as the hidden states, or cpu, got {index.device}")
     message = f"{argument}: expected rows from 0 to {rows - 1} of {of}"
     if index.device.type == "meta" or is_traced(index):
         return index.to(device)  # no values to look at; the operator looks when it runs
@@ -187,6 +230,12 @@ def check_index(argument: str, index: Any, rows: int, of: str, device: torch.dev
         # The device stops with this message; the host does not wait to learn that all is well.
         torch._assert_async(((index >= 0) & (index < rows)).all(), f"{message}, got a row outside")
     return to_device(index, device)
+
+
+def _check_index_device(argument: str, index: Tensor, device: torch.device) -> None:
+    """Raise unless an index or a mask is on the CPU or where the hidden states are."""
+    if index.device not in (device, torch.device("cpu")):
+        raise ValueError(f"{argument}: expected device {device}, as the hidden states, or cpu, got {index.device}")
 
 
 def check_same_rows(compared: tuple[str, int], chosen: tuple[str, int], indices: str) -> None:
@@ -215,15 +264,24 @@ def check_vocab_size(vocab_size: Any, heads: dict[str, int], sharded: bool = Fal
     return int(vocab_size)
 
 
-def check_row_weight(row_weight: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+def check_row_weight(row_weight: Tensor | None, student: Projection) -> Tensor | None:
+    """Return the weights of the rows that are compared, [M]; given as such, or for all of the hidden states' tokens."""
     if row_weight is None:
         return None
-    row_weight = check_float_tensor("row_weight", row_weight, device)
-    if row_weight.shape != (rows,):
-        raise ValueError(f"row_weight: expected shape [{rows}], one weight a row, got {list(row_weight.shape)}")
+    if check_tensor("row_weight", row_weight).dtype == torch.bool:
+        row_weight = row_weight.to(torch.float32)
+    row_weight = check_float_tensor("row_weight", row_weight, student.hidden.device)
     if row_weight.requires_grad:
         raise ValueError("row_weight: expected a tensor without requires_grad (no gradient flows to it), got one with")
-    return row_weight
+    tokens = student.hidden.shape[:-1]
+    if row_weight.shape == (student.rows,):
+        return row_weight
+    if row_weight.shape != tokens:
+        raise ValueError(
+            f"row_weight: expected shape [{student.rows}], one weight a row, or {list(tokens)}, "
+            f"one a token of the hidden states, got {list(row_weight.shape)}"
+        )
+    return row_weight.flatten() if student.index is None else row_weight.flatten().index_select(0, student.index)
 
 
 def check_float_tensor(name: str, value: Any, device: torch.device) -> Tensor:

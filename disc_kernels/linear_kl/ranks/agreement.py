@@ -63,10 +63,7 @@ def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None],
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
         failure = error
         here = Rank(_described(inputs), failure=f"{type(error).__name__}: {error}")
-    gathered: list[Any] = [None] * group.ranks
-    with with_all_ranks():
-        dist.all_gather_object(gathered, here, group=group.group)
-    _check_agreement(gathered, failure)
+    gathered = _exchange(group, here, failure)
     entries = _entries([rank.head_rows for rank in gathered], getattr(inputs, "vocab_size", None))
     # All ranks must divide the rows alike.
     chunk_rows, group_rows = (min(getattr(rank, name) for rank in gathered) for name in ("chunk_rows", "group_rows"))
@@ -78,6 +75,29 @@ def _with_entries(problem: S, entries: int) -> S:
     """Compare the first `entries` entries of a problem's heads."""
     heads = {name: value for name, value in vars(problem).items() if isinstance(value, Projection)}
     return replace(problem, **{name: replace(head, vocab_size=entries) for name, head in heads.items()})
+
+
+def divided_vocabulary(vocab_group: Any, check: Callable[[], int]) -> tuple[int, int]:
+    """Return the first token of this rank's shard of a head, and how many tokens all ranks have.
+
+    `check` returns how many this rank has, or raises; then all ranks do, as in `agree`.
+    """
+    group, failure = VocabGroup(_checked_group(vocab_group)), None
+    try:
+        here = Rank({}, head_rows={"weight": check()})
+    except Exception as error:
+        failure, here = error, Rank({}, failure=f"{type(error).__name__}: {error}")
+    rows = [rank.head_rows["weight"] for rank in _exchange(group, here, failure)]
+    return sum(rows[: group.group.rank()]), sum(rows)
+
+
+def _exchange(group: VocabGroup, here: Rank, failure: Exception | None) -> list[Any]:
+    """Return what every rank says of its call; raise the same error on all of them if they disagree or one failed."""
+    gathered: list[Any] = [None] * group.ranks
+    with with_all_ranks():
+        dist.all_gather_object(gathered, here, group=group.group)
+    _check_agreement(gathered, failure)
+    return gathered
 
 
 def _checked_group(group: Any) -> dist.ProcessGroup:
@@ -113,7 +133,7 @@ def _description(name: str, value: Any) -> Any:
     gradient = " with a gradient" if torch.is_grad_enabled() and value.requires_grad else ""
     # Values decide how rows are sorted and divided; CRC-32 is the same in all processes, as Python's hash is not.
     # A DTensor is here where it was refused: it has no values to read.
-    index = name.endswith("_index") and type(value) is Tensor and value.dtype == torch.int64
+    index = type(value) is Tensor and (name.endswith("_index") or name == "mask") and not value.is_floating_point()
     index = index and value.layout == torch.strided
     on_host = index and value.device.type == "cpu"
     values = f", checksum {zlib.crc32(value.contiguous().numpy().tobytes()):08x}" if on_host else ""

@@ -1,0 +1,174 @@
+"""Compute cross-entropy over the vocabulary without logits of all rows: the KL divergence from a one-hot teacher.
+
+A distribution p with all its mass on token t has no entropy, so KL(p || q) = -log q_t, and `fused_suffix_kl` does all
+there is to do. Such a teacher needs no model, only a head of some 18 columns: labels are written in binary, with the
+digits -1 and 1, and a token's product with itself is larger than with any other.
+
+Liger's fused linear cross-entropy (0.8.5) rounds logits to the weights' 16 bits, and torch's `linear_cross_entropy`
+(2.13) has no softcap and rounds each row's loss to the hidden states' dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disc_kernels.autocast import autocast_dtype
+from disc_kernels.host import to_device
+from disc_kernels.linear_kl.api import fused_suffix_kl
+from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.ranks.agreement import divided_vocabulary
+from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
+from disc_kernels.linear_kl.validation import (
+    check_index,
+    check_projection,
+    check_row_weight,
+    check_tensor,
+    check_vocab_size,
+    is_traced,
+)
+
+# Codes of different tokens have products that are smaller by at least 2: exp(-2 * 512) is 0, in float64 too. Anything
+# above would meet the -log 0 of an entry that a bias of -inf takes out, and the loss be infinite.
+ONE_HOT = LogitTransform(scale=512.0)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Hold the head under the names by which `ranks/dtensor.py` knows what may be divided."""
+
+    student_weight: Tensor
+    student_bias: Tensor | None
+
+
+def fused_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [...] int64
+    *,
+    ignore_index: int = -100,
+    row_weight: Tensor | None = None,  # [...]
+    reduction: str = "mean",
+    bias: Tensor | None = None,  # [V]
+    transform: LogitTransform | None = None,
+    vocab_size: int | None = None,
+    vocab_group: Any = None,
+    max_workspace_bytes: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Compute -log softmax(logits)[label] of every token, from hidden states and the head.
+
+    Equal to, but without ever holding the logits of all tokens, in either direction::
+
+        z = transform(hidden @ weight.T + bias)[..., :vocab_size]
+        F.cross_entropy(z.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction=reduction)
+
+    Labels are not shifted: `labels[..., i]` is the token that `hidden[..., i, :]` predicts.
+
+    Args:
+        hidden: `[..., D]`, float16, bfloat16, float32 or float64.
+        weight: `[V, D]`, of the dtype of `hidden` or a wider one; see `fused_suffix_kl`.
+        labels: `[...]`, the leading shape of `hidden`, int64 or int32. On the CPU, ignored tokens cost nothing with
+            "mean" and "sum"; on a device, where looking for them would wait for it, they are computed and not counted.
+        ignore_index: the label of tokens that do not count.
+        row_weight: `[...]`, the leading shape of `hidden`, float or bool: weights of "sum" and "mean"; None: ones. No
+            gradient flows to it.
+        reduction: "mean" sum_i w_i d_i / sum_i w_i over the tokens that count, 0 where there are none; "batchmean" the
+            same; "sum" sum_i w_i d_i; "none" every token's loss, in the shape of `labels`, whatever the weights: 0 for
+            those that do not count. Of tokens that the model sampled it is the negative log-probability.
+        bias: `[V]`; an entry of -inf takes the entry out.
+        transform: `LogitTransform(scale, softcap)`, what the model does to its head's output; None: nothing.
+        vocab_size: the first `vocab_size` entries only (a padded vocabulary).
+        vocab_group, max_workspace_bytes, impl: as for `fused_suffix_kl`, DTensors too; the workspace is beyond two
+            small tables, of ceil(log2 V) numbers a token and an entry.
+
+    Returns:
+        The loss in nats: a scalar, or for "none" a tensor of the shape of `labels`; float32, or float64 where hidden
+        states are. Gradients go to `hidden`, `weight` and `bias`, as for `fused_suffix_kl`: 3 products of 2 M V D
+        operations with a scalar result (2 where the head is frozen), 1 without gradients. One operator in
+        `torch.compile` too.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or options that do not fit; a label that is no entry and not `ignore_index`. On CUDA the
+            device stops with the message.
+        NotImplementedError, RuntimeError: as for `fused_suffix_kl`.
+    """
+    head = _Head(weight, bias)
+    vocab_group = vocabulary_group(head, vocab_group)
+    head = local_tensors(head, vocab_group)
+    check = partial(_check, hidden, head, labels, row_weight, transform, vocab_group is not None)
+    if vocab_group is None:
+        first, total = 0, check()
+    else:
+        first, total = divided_vocabulary(vocab_group, check)
+    entries = check_vocab_size(vocab_size, {"weight": total})
+    counts = labels != ignore_index
+    # In binary, a label out of range would look like another one.
+    tokens = check_index("labels", torch.where(counts, labels, 0).flatten(), entries, "the vocabulary", hidden.device)
+    if is_traced(tokens) and not tokens.is_meta:  # and what its values are is checked when the graph runs
+        in_range = ((tokens >= 0) & (tokens < entries)).all()
+        torch._assert_async(
+            in_range, f"labels: expected rows from 0 to {entries - 1} of the vocabulary, got a row outside"
+        )
+    own_tokens = torch.arange(first, first + len(head.student_weight), device=hidden.device)
+    if row_weight is not None:
+        row_weight = row_weight.reshape(labels.shape)
+    counts_there = to_device(counts, hidden.device)
+    skip = labels.device.type == "cpu" and reduction != "none" and impl != "reference"
+    if not skip:
+        row_weight = counts_there if row_weight is None else row_weight * counts_there
+    loss = fused_suffix_kl(
+        hidden,
+        head.student_weight,
+        _binary(tokens, total, hidden.dtype).unflatten(0, labels.shape),
+        _binary(own_tokens, total, hidden.dtype),
+        row_weight=row_weight,
+        mask=counts if skip else None,
+        reduction=reduction,
+        student_bias=head.student_bias,
+        student_transform=transform,
+        teacher_transform=ONE_HOT,
+        vocab_size=vocab_size,
+        vocab_group=vocab_group,
+        max_workspace_bytes=max_workspace_bytes,
+        impl=impl,
+    )
+    assert isinstance(loss, Tensor)
+    return loss if reduction != "none" else torch.where(counts_there, loss.reshape(labels.shape), 0)
+
+
+def _check(
+    hidden: Tensor,
+    head: _Head,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    transform: LogitTransform | None,
+    sharded: bool,
+) -> int:
+    """Check what `fused_suffix_kl` would call by a student's names; return how many rows the weight has."""
+    device = check_tensor("hidden", hidden).device
+    if sharded and is_traced(hidden):
+        raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
+    given = hidden, head.student_weight, head.student_bias, None, transform
+    model = check_projection("", *given, device, autocast_dtype(hidden), sharded)
+    check_row_weight(row_weight, model)
+    if check_tensor("labels", labels).shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {list(hidden.shape[:-1])}, as hidden's, got {list(labels.shape)}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels: expected dtype torch.int64 or torch.int32, got {labels.dtype}")
+    return len(model.weight)
+
+
+def _binary(tokens: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
+    """Write tokens [M] in binary, with the digits -1 and 1: [M, ceil(log2(entries))].
+
+    The product of two such rows is their length less twice the number of digits in which they differ, an integer that
+    every dtype holds exactly: largest for a token and itself.
+    """
+    places = torch.arange(max(1, (entries - 1).bit_length()), device=tokens.device)
+    return ((tokens[:, None] >> places) & 1).to(dtype) * 2 - 1
