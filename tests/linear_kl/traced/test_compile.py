@@ -202,7 +202,7 @@ def test_teacher_from_inference_mode(backend):
 WRONG = {
     "row_weight: expected shape [6]": {"row_weight": torch.ones(3)},
     "row_weight: expected a tensor without requires_grad": {"row_weight": torch.ones(6, requires_grad=True)},
-    "student_index: expected dtype torch.int64": {"student_index": torch.zeros(6, dtype=torch.int32)},
+    "student_index: expected dtype torch.int64": {"student_index": torch.zeros(6, dtype=torch.int16)},
     "student_index: expected rows from 0 to 5": {"student_index": torch.arange(1, 7)},
     "teacher_index: expected 6 rows": {"teacher_index": torch.arange(2)},
     "student_bias: expected shape [37]": {"student_bias": torch.zeros(3)},
