@@ -212,7 +212,7 @@ WRONG = {
     "impl: expected one of": {"impl": "cuda"},
     "max_workspace_bytes: expected at least": {"max_workspace_bytes": 1},
     "student_hidden: expected a tensor": {"student_hidden": [1.0]},
-    "student_hidden: expected torch.float64": {"student_weight": torch.zeros(V, D, dtype=torch.float64)},
+    "student_hidden: expected torch.float16": {"student_weight": torch.zeros(V, D, dtype=torch.float16)},
 }
 
 

@@ -83,6 +83,7 @@ def test_opcheck(dtype, reduction, return_stats):
         student_index=torch.tensor([3, 1, 1]),
         teacher_index=torch.tensor([0, 9, 4]),
         row_weight=torch.rand(3),
+        mask=None,
         temperature=2.0,
         divergence="jsd",
         beta=0.3,
