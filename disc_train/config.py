@@ -199,7 +199,6 @@ class DiscArguments:
         check_flag(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
         check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
         check_flag(self, "replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
-        check_flag(self, "num_splits", self.num_splits >= 1, "at least 1")
         check_flag(self, "signal_examples", self.signal_examples >= 0, "0 (no signal is measured) or more")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)

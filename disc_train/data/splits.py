@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
@@ -150,15 +151,9 @@ def _tokenize_whole(
 
 
 def _tokenize_sentences(sentences: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    starts: list[int] = []
-    if not sentences:  # tokenizers do not agree on what an empty batch gives
-        return ids, starts
-    for sentence_ids in tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]:
-        if sentence_ids:
-            starts.append(len(ids))
-            ids += sentence_ids
-    return ids, starts
+    # Tokenizers do not agree on what an empty batch gives.
+    each = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"] if sentences else []
+    return list(chain(*each)), sorted({0, *accumulate(map(len, each))})
 
 
 def choose_splits(
