@@ -199,7 +199,7 @@ def test_longrope_ends_at_the_original_context(disc_train, model_folder, capsys)
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64} | factors
     make_model(rope_parameters=rope).save_pretrained(model_folder)
-    assert disc_train("--dry_run") == 0
+    assert disc_train("--dry_run", "--long_documents", "cut") == 0
     out = capsys.readouterr().out
     assert " cut to 64 tokens" in out
     assert "context       64 tokens (its original context: beyond it, longrope positions depend" in out
@@ -209,7 +209,7 @@ def test_longrope_ends_at_the_original_context(disc_train, model_folder, capsys)
 
 def test_a_long_document_is_cut_and_counted(disc_train, capsys, sentences):
     long = " ".join(" ".join(text) for text in sentences)
-    assert disc_train("--dry_run", documents=[long]) == 0
+    assert disc_train("--dry_run", "--long_documents", "cut", documents=[long]) == 0
     assert "1 cut to 256 tokens" in capsys.readouterr().out
 
 
