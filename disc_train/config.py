@@ -15,7 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
-from disc_train.flags import check_flag, check_literals, flag, parse_flags
+from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
 from disc_train.parallel.launch import check_launch, processes_started
 
@@ -66,17 +66,11 @@ class DiscArguments:
         " adapters.",
         "auto",
     )
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": f"Documents, or records for cd: {FILES_HELP}.", "action": "extend"}
-    )
+    train_file: list[str] | None = several(f"Documents, or records for cd: {FILES_HELP}.")
     dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
-    eval_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "As --train_file, but not trained on: its loss, cross-entropy and KL from the teacher are measured"
-            " when --eval_strategy says, always on the same splits.",
-            "action": "extend",
-        },
+    eval_file: list[str] | None = several(
+        "As --train_file, but not trained on: its loss, cross-entropy and KL from the teacher are measured when"
+        " --eval_strategy says, always on the same splits."
     )
     text_column: str = flag("The column that holds a document's text.", "text")
     method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = flag(
@@ -111,12 +105,9 @@ class DiscArguments:
         " model. The method's authors: 16.",
         0,
     )
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "What gets adapters: names of linear layers and of experts' parameters, or their last parts."
-            " Default: all that peft can adapt."
-        },
+    lora_target_modules: list[str] | None = flag(
+        "What gets adapters: names of linear layers and of experts' parameters, or their last parts. Default: all that"
+        " peft can adapt."
     )
     lora_alpha: int | None = flag("The adapters are scaled by this over their rank. Default: twice the rank.")
     lora_dropout: float = flag("Of what the adapters read; none where experts have adapters.", 0.1)
@@ -124,13 +115,8 @@ class DiscArguments:
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
         False,
     )
-    replay_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "More to train on, so that it is not forgotten: as --train_file, or documents for"
-            " --replay_objective kl.",
-            "action": "extend",
-        },
+    replay_file: list[str] | None = several(
+        "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
     )
     replay_share: float = flag("The share of a step's examples that are replayed, in the mean.", 0.1)
     replay_objective: Literal["method", "kl"] = flag(

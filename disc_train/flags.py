@@ -17,6 +17,11 @@ def flag(help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+def several(help: str) -> Any:
+    """Make a dataclass field for a list; given again, a flag adds to it."""
+    return field(default=None, metadata={"help": help, "action": "extend"})
+
+
 def check_literals(arguments: Any) -> None:
     """Raise ValueError, naming the flag, where a field holds none of the values that its type lists."""
     for name, hint in get_type_hints(type(arguments)).items():

@@ -26,14 +26,8 @@ LOOP_APPLIED = (
 DISC_RESTORED = ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_head")
 # How the same is computed; and files, of which the content is compared.
 NOT_COMPARED = (
-    "dry_run",
-    "signal_examples",
-    "attention",
-    "save_dtype",
-    "train_file",
-    "dataset_name",
-    "replay_file",
-    "eval_file",
+    *("dry_run", "signal_examples", "attention", "save_dtype", "teacher_cache"),
+    *("train_file", "dataset_name", "replay_file", "eval_file"),
 )
 
 

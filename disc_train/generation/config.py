@@ -1,12 +1,12 @@
 """Define the settings of `disc-generate`, and those that it shares with `disc-eval`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
-from disc_train.flags import check_flag, check_literals, flag, parse_flags
+from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
 from disc_train.generation.batches import MAX_BATCH_TOKENS
 
 
@@ -45,9 +45,7 @@ class GenerateArguments(InferenceArguments):
     """Hold one field for each flag of `disc-generate`; raise errors as `InferenceArguments` does."""
 
     output_file: str | None = flag("A .jsonl file. If it is there, the run that began it goes on.")
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": f"Documents: {FILES_HELP}.", "action": "extend"}
-    )
+    train_file: list[str] | None = several(f"Documents: {FILES_HELP}.")
     dataset_name: str | None = flag("A data set's name on the Hub, in place of --train_file.")
     mode: Literal["rephrase", "cd", "answers"] = flag(
         "rephrase: paraphrases, for --method ft. cd: continuations, for --method cd. answers: the targets of records"
