@@ -1,0 +1,174 @@
+"""Measure whole steps with a live teacher and with a cached one, on the CPU.
+
+    python -m benchmarks.cached_teacher --seconds 60
+
+All variants of a shape are in one process, and take their steps in turn, so that what else the machine does slows all
+alike: what counts is the ratio. A step is `DiscTrainer.training_step` and the optimizer's, with the batch's collation;
+the cache is filled before, so this is the speed from the second epoch on. Results go to `benchmarks/results/cpu/cached_teacher.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from benchmarks import environment
+from disc_kernels import LogitTransform
+from disc_train.data.dataset import DocumentDataset
+from disc_train.data.splits import TokenizedDocument
+from disc_train.models.causal_lm import Head, head_of, use_attention
+from disc_train.models.frozen_head import freeze_head
+from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
+from disc_train.teacher_cache.readings import readings
+from disc_train.teacher_cache.store import Store, writer
+from disc_train.teacher_cache.teacher import CachedTeacher
+from disc_train.trainer import DiscTrainer
+
+RESULTS = Path(__file__).parent / "results" / "cpu" / "cached_teacher.json"
+TEMPERATURE = 2.0
+
+
+def tiny():
+    """The shape of the tests' and the demo's models."""
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def gemma_270m():
+    """Gemma 3 270M's shape, with random weights: tied embeddings, 62 % of the parameters."""
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=262_144,
+            hidden_size=640,
+            intermediate_size=2048,
+            num_hidden_layers=18,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            sliding_window=512,
+        )
+    )
+
+
+SHAPES: dict[str, tuple[Callable, int]] = {"tiny": (tiny, 4), "gemma-270m": (gemma_270m, 1)}
+VARIANTS = (
+    "live, frozen head",
+    "cached summaries, frozen head",
+    "cached hidden states, frozen head",
+    "live, trained head",
+    "cached hidden states, trained head",
+)
+
+
+def documents(count: int, vocabulary: int) -> DocumentDataset:
+    """Documents of 400 tokens in 16 sentences of 25, of which 5 are suffixes."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary, (count, 400), dtype=np.int32)
+    return DocumentDataset(
+        [TokenizedDocument(f"d{number}", ids, tuple(range(0, 400, 25))) for number, ids in enumerate(tokens)]
+    )
+
+
+def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> CachedTeacher:
+    """Fill a cache, in bfloat16, as disc-train would."""
+    head = head_of(teacher)
+    summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
+    size = row_bytes(head.weight.shape[1], summarised, torch.bfloat16)
+    with writer(folder) as store:
+        fill(store, readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
+    kept = None if frozen else Head(head.weight.detach().clone(), head.bias, LogitTransform())
+    return CachedTeacher(Store(folder), kept, TEMPERATURE if frozen else None, None, "")
+
+
+def stepper(student, teacher, dataset: DocumentDataset, batch_size: int, folder: str) -> Callable[[], None]:
+    """Make a function that takes one step on the next documents."""
+    args = TrainingArguments(
+        folder, use_cpu=True, report_to="none", per_device_train_batch_size=batch_size, learning_rate=1e-5
+    )
+    trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
+    number = 0
+
+    def step() -> None:
+        nonlocal number
+        examples = [dataset[(number + i) % len(dataset)] for i in range(batch_size)]
+        number += batch_size
+        batch = trainer.data_collator(examples)
+        trainer.training_step(student, batch, num_items_in_batch=batch_size)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(shape: str, seconds: float, chosen: tuple[str, ...]) -> list[dict]:
+    """Time one variant after another, round by round; return a row for each."""
+    make, batch_size = SHAPES[shape]
+    torch.manual_seed(0)
+    teacher = make().eval()
+    dataset = documents(4 * batch_size, teacher.config.vocab_size)
+    use_attention(teacher, "sdpa")
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {frozen: cache(teacher, dataset, Path(folder, str(frozen)), frozen) for frozen in (True, False)}
+        rounds: dict[str, list[float]] = {name: [] for name in chosen}
+        steps = {}
+        for name in chosen:
+            student = copy.deepcopy(teacher)
+            with torch.no_grad():  # as different from the teacher as a trained one
+                for parameter in student.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+                student.get_output_embeddings().weight.copy_(teacher.get_output_embeddings().weight)
+            student.requires_grad_(True)
+            if "frozen" in name:
+                freeze_head(student)
+            kind = copy.deepcopy(teacher) if "live" in name else caches["summaries" in name]
+            steps[name] = stepper(student, kind, dataset, batch_size, folder)
+            steps[name]()  # memory is allocated, and the optimizer's state
+        began = time.monotonic()
+        while time.monotonic() - began < seconds or len(rounds[chosen[0]]) < 3:
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                rounds[name].append(time.perf_counter() - start)
+    live = rounds[VARIANTS[0]]
+    return [
+        {
+            "shape": shape,
+            "variant": name,
+            "documents a step": batch_size,
+            "steps": len(times),
+            "documents a second": batch_size / statistics.median(times),
+            "of live, frozen head": statistics.median(one / other for one, other in zip(live, times, strict=True)),
+        }
+        for name, times in rounds.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of a shape's rounds")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
+    options = parser.parse_args()
+    rows = []
+    for shape in options.shapes:
+        rows += measure(shape, options.seconds, VARIANTS[: options.variants])
+        for row in rows[-options.variants :]:
+            print(row, flush=True)
+        RESULTS.write_text(json.dumps({"environment": environment.describe(), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
