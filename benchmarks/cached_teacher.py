@@ -4,7 +4,8 @@
 
 All variants of a shape are in one process, and take their steps in turn, so that what else the machine does slows all
 alike: what counts is the ratio. A step is `DiscTrainer.training_step` and the optimizer's, with the batch's collation;
-the cache is filled before, so this is the speed from the second epoch on. Results go to `benchmarks/results/cpu/cached_teacher.json`.
+the cache is filled before, so this is the speed from the second epoch on. Results go to
+`benchmarks/results/cpu/cached_teacher.json`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import Head, head_of, use_attention
 from disc_train.models.frozen_head import freeze_head
 from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
-from disc_train.teacher_cache.readings import readings
+from disc_train.teacher_cache.readings import Reading, readings
 from disc_train.teacher_cache.store import Store, writer
 from disc_train.teacher_cache.teacher import CachedTeacher
 from disc_train.trainer import DiscTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cached_teacher.json"
+OPENING = RESULTS.with_name("teacher_cache_opening.json")
 TEMPERATURE = 2.0
 
 
@@ -156,12 +158,45 @@ def measure(shape: str, seconds: float, chosen: tuple[str, ...]) -> list[dict]:
     ]
 
 
+def own_bytes() -> int:
+    """Count what this process holds itself, without the files that it has mapped."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
+    """Fill a cache of made-up rows, open it and read some, in processor time and bytes of the process's own memory."""
+    tokens = np.random.default_rng(0).integers(0, 30_000, (documents, rows + 1), dtype=np.int32)
+    made_up = [Reading(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        with writer(folder) as store:
+            ones = torch.ones(1000 * rows, width, dtype=torch.bfloat16)
+            fill(store, made_up, lambda some: {"hidden": ones[: rows * len(some)]}, 1000, 2 * width)
+        before, began = own_bytes(), time.process_time()
+        opened = Store(folder)
+        seconds, held = time.process_time() - began, own_bytes()
+        for reading in made_up[::20]:
+            opened.read([(reading, rows + 1)])
+        return {
+            "tokens": opened.rows,
+            "width": width,
+            "seconds to open (processor)": seconds,
+            "bytes held once open": held - before,
+            "bytes held after reading 1 in 20": own_bytes() - before,
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="of a shape's rounds")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
+    parser.add_argument("--opening", action="store_true", help="measure how a large cache is opened, and nothing else")
     options = parser.parse_args()
+    if options.opening:
+        result = {"environment": environment.describe(), "opening": opening()}
+        OPENING.write_text(json.dumps(result, indent=2) + "\n")
+        return
     rows = []
     for shape in options.shapes:
         rows += measure(shape, options.seconds, VARIANTS[: options.variants])
