@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench gpu gpu-rehearsal lint
+.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench families gpu gpu-rehearsal lint
 
 setup: $(READY)
 
@@ -55,6 +55,11 @@ reproduction: $(READY)
 
 bench: $(READY)
 	$(RUN) -m pytest benchmarks --results benchmarks/results
+
+# Every family of causal language models against itself, one sequence at a time: about ten minutes. Some of them alone:
+# python -m benchmarks.families llama gpt_oss
+families: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.families
 
 # On a machine with a GPU, from the source tree, with the PyTorch that is there: installs nothing. Where the tree has no
 # git history, name what it is a copy of: make gpu COMMIT=...

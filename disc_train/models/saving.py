@@ -22,13 +22,14 @@ def convert(model: PreTrainedModel, weights: dict[str, Tensor] | None, dtype: to
         ValueError: a value that the dtype does not hold.
     """
     in_float32 = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
-    converted: dict[tuple[int, torch.Size], Tensor] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    converted: dict[int, Tensor] = {}
     result = {}
     for name, value in (model.state_dict() if weights is None else weights).items():
         if has_adapters(model) and ".lora_" not in name:
             continue
         if value.is_floating_point() and not any(part in name for part in in_float32):
-            key = value.data_ptr(), value.shape
+            key = id(parameters.get(name, value))  # weights of a divided model are tied no more
             if key not in converted:
                 converted[key] = value.to("cpu", dtype)
                 if not torch.isfinite(converted[key]).all():

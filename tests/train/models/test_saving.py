@@ -72,6 +72,14 @@ def test_auto_is_what_the_files_were(tmp_path):
     assert found(lora_rank=2) is None
 
 
+def test_tied_weights_of_a_divided_model_are_saved_once():
+    """Whole again, the two are tensors of their own."""
+    model = make_model("qwen2")
+    whole = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = convert(model, whole, torch.bfloat16)
+    assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
+
+
 def test_values_that_the_dtype_does_not_hold_are_named():
     model = make_model()
     with torch.no_grad():

@@ -133,9 +133,11 @@ def test_resumed_bit_for_bit(kept, train, model_folder):
 def test_what_is_gathered_and_held(train):
     """Of embeddings, two layers, and norm with head: each once forward, all but the last again for the backward pass.
 
-    The teacher's head stays whole, once it is. Gradients are reduced once each.
+    The teacher's head stays whole, once it is. Gradients are reduced once each. Saved is what was asked for.
     """
-    folder = train("parts", *_batch(4), world=2, prepare=count_what_is_sent)
+    flags = (*_batch(4), "--save_dtype", "bfloat16")
+    folder = train("parts", *flags, world=2, prepare=count_what_is_sent)
+    assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
     steps = [list(map(int, line.split()[1:])) for line in (folder / "log").read_text().splitlines() if "step:" in line]
     total = make_model().num_parameters()
     head = sum(parameter.numel() for parameter in (make_model().lm_head.weight, make_model().model.norm.weight))
