@@ -13,16 +13,20 @@ MARKERS = "osD^vPX<>*"
 
 
 def write_plot(grid: Grid, results: Results, path: Path) -> None:
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=[3, 2])
-    for number, row in enumerate(grid.methods):
-        _curve(curves, row, results, f"C{number}", MARKERS[number % len(MARKERS)])
-    _initial(curves, grid, results)
+    figure = Figure(figsize=(16, 6.5), layout="constrained")
+    curves, near, bars = figure.subplots(1, 3, width_ratios=[3, 3, 2])
+    for axes, deviations in ((curves, True), (near, False)):
+        for number, row in enumerate(grid.methods):
+            _curve(axes, row, results, f"C{number}", MARKERS[number % len(MARKERS)], deviations)
+        _initial(axes, grid, results)
+        axes.set_xlabel("kept: mean of old facts, skills and reading (%)")
     curves.set_xlim(left=max(75, curves.get_xlim()[0]))  # what lies further left is no trade-off
-    curves.set_xlabel("kept: mean of old facts, skills and reading (%)")
     curves.set_ylabel("new facts, asked without the document (%)")
-    curves.set_title("A curve a method, a point a learning rate (bars: standard deviation over seeds)", fontsize=10)
-    curves.legend(fontsize=8, loc="lower left")
+    curves.set_title("A curve a method, a point a learning rate; bars: standard deviation over seeds", fontsize=10)
+    near.set_xlim(95, 100.2)
+    near.set_ylim(0, 75)  # above, nothing keeps so much
+    near.set_title("The same where little is lost, without bars", fontsize=10)
+    figure.legend(*curves.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=6)
 
     for number, row in enumerate(grid.methods):
         values = list(areas(row, results).values())
@@ -34,11 +38,12 @@ def write_plot(grid: Grid, results: Results, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _curve(axes: Axes, row: Row, results: Results, color: str, marker: str) -> None:
+def _curve(axes: Axes, row: Row, results: Results, color: str, marker: str, deviations: bool) -> None:
     points = [runs for rate in rates(row) if (runs := finished(at_rate(row, rate), results))]
     x, y = ([fmean(run[name] for run in runs) for runs in points] for name in ("kept", "asked"))
     dx, dy = (
-        [stdev([run[name] for run in runs]) if len(runs) > 1 else 0.0 for runs in points] for name in ("kept", "asked")
+        [stdev([run[name] for run in runs]) if deviations and len(runs) > 1 else 0.0 for runs in points]
+        for name in ("kept", "asked")
     )
     axes.errorbar(x, y, dy, dx, color=color, marker=marker, markersize=6, elinewidth=0.6, label=row.name)
 
