@@ -23,7 +23,10 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 def freeze_unread(model: PreTrainedModel) -> None:
     """Freeze what text does not reach, such as a vision tower: it would get no gradient, for which DDP would wait."""
-    read = {*decoder_of(model).parameters(), *model.get_output_embeddings().parameters()}
+    decoder, head = decoder_of(model), model.get_output_embeddings()
+    if not (isinstance(decoder, nn.Module) and isinstance(head, nn.Module)):
+        return  # the model's check refuses it, in words
+    read = {*decoder.parameters(), *head.parameters()}
     for parameter in model.parameters():
         if parameter not in read:
             parameter.requires_grad_(False)
