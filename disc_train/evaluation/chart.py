@@ -30,19 +30,23 @@ def draw(runs: dict[str, list[Series]], path: Path) -> bool:
         here = rows[measure, unit]
         for place, name in enumerate(runs):
             bars_of_run = drawn.get(name, [])
-            axes.barh(
+            drawn_bars = axes.barh(
                 [here.index(s.row) + (place - (len(runs) - 1) / 2) * thickness for s in bars_of_run],
                 [s.mean for s in bars_of_run if s.mean is not None],  # as in all of them, see above
                 thickness,
                 xerr=[s.standard_error or 0.0 for s in bars_of_run],
                 label=name,
             )
+            axes.bar_label(drawn_bars, fmt="{:.1%}" if unit == "share" else "{:.3g}", padding=3, fontsize=8)
         axes.set_yticks(range(len(here)), here)
-        axes.invert_yaxis()
+        axes.set_ylim(max(len(here), 3) - 0.5, -0.5)  # from the top; one bar does not fill a panel
         axes.set_title(measure)
         axes.set_xlabel({"nats": "nats a token", "share": "share"}.get(unit, ""))
         if unit == "share":
-            axes.set_xlim(0, 1)
+            axes.set_xlim(0, 1.25)  # room for the values
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        else:
+            axes.margins(x=0.2)
     if panels:
         figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
     figure.savefig(path, dpi=100)
