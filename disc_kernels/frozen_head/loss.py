@@ -25,6 +25,7 @@ from disc_kernels.linear_kl.products import multiply_weights, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
+from disc_kernels.linear_kl.reduction import weighted_sum
 from disc_kernels.linear_kl.reference import reference_entropy, reference_logits, reference_rows
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
 from disc_kernels.linear_kl.workspace import Plan, divide_workspace, row_stride
@@ -130,7 +131,7 @@ def expected_embedding_kl(
         else:
             problem, plan = _prepare(inputs)
             divergence, student_entropy = _row_losses(problem, plan)
-    loss = divergence if reduction == "none" else (divergence * problem.row_factor).sum()
+    loss = divergence if reduction == "none" else weighted_sum(divergence, problem.row_factor)
     return (loss, _stats(problem, divergence, student_entropy)) if return_stats else loss
 
 

@@ -101,11 +101,14 @@ def fused_cross_entropy(
     head = _Head(weight, bias)
     vocab_group = vocabulary_group(head, vocab_group)
     head = local_tensors(head, vocab_group)
-    check = partial(_check, hidden, head, labels, row_weight, transform, vocab_group is not None)
+    check = partial(_check, hidden, head, labels, ignore_index, row_weight, transform, vocab_group is not None)
     if vocab_group is None:
         first, total = 0, check()
     else:
-        first, total = divided_vocabulary(vocab_group, check)
+        options = {"ignore_index": ignore_index, "row_weight": row_weight, "reduction": reduction}
+        # The rest of the call has them by the names of `fused_suffix_kl`, or not at all.
+        options |= {"labels": labels, "transform": transform, "vocab_size": vocab_size, "impl": impl}
+        first, total = divided_vocabulary(vocab_group, check, options)
     entries = check_vocab_size(vocab_size, {"weight": total})
     counts = labels != ignore_index
     # In binary, a label out of range would look like another one.
@@ -146,6 +149,7 @@ def _check(
     hidden: Tensor,
     head: _Head,
     labels: Tensor,
+    ignore_index: int,
     row_weight: Tensor | None,
     transform: LogitTransform | None,
     sharded: bool,
@@ -157,6 +161,10 @@ def _check(
     given = hidden, head.student_weight, head.student_bias, None, transform
     model = check_projection("", *given, device, autocast_dtype(hidden), sharded)
     check_row_weight(row_weight, model)
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int of 64 bits, got {ignore_index}")
     if check_tensor("labels", labels).shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {list(hidden.shape[:-1])}, as hidden's, got {list(labels.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):

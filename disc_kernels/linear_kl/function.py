@@ -20,7 +20,7 @@ from disc_kernels.linear_kl.gradients import GradientSums, Wanted
 from disc_kernels.linear_kl.inputs import Problem, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.logits import Logits
 from disc_kernels.linear_kl.ranks.group import VocabGroup, compare_shard_rows
-from disc_kernels.linear_kl.reduction import row_factors
+from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
 from disc_kernels.linear_kl.teacher_rows import Chunk, choose_teacher_rows
 from disc_kernels.linear_kl.validation import check_inputs
@@ -191,7 +191,7 @@ def _finish(problem: Problem, stats: SuffixKLStats) -> tuple[Tensor, SuffixKLSta
     callers_stats = SuffixKLStats(*map(problem.teacher_rows.to_callers_order, stats))
     if problem.reduction == "none":
         return callers_stats.divergence.clone(), callers_stats  # so that they share no memory
-    return (stats.divergence * _row_factors(problem)).sum(), callers_stats
+    return weighted_sum(stats.divergence, _row_factors(problem)), callers_stats
 
 
 def _row_factors(problem: Problem) -> Tensor:

@@ -20,3 +20,8 @@ def row_factors(
         return weight
     total = weight.sum()
     return weight / torch.where(total == 0, torch.inf, total)
+
+
+def weighted_sum(divergence: Tensor, factors: Tensor) -> Tensor:
+    """Add up divergences [M] times factors [M] or [1]; what counts 0 is left out, infinite or not."""
+    return torch.where(factors == 0, 0.0, divergence * factors).sum()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
-from disc_kernels.linear_kl.reduction import row_factors
+from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
@@ -29,7 +29,7 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     if problem.reduction == "none":
         return divergence, stats
     factors = row_factors(problem.row_weight, problem.rows, problem.reduction, divergence.dtype, problem.device)
-    return (divergence * factors).sum(), stats
+    return weighted_sum(divergence, factors), stats
 
 
 def reference_rows(model: Projection) -> Tensor:
@@ -64,8 +64,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> T
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """Compute KL(a || b) = sum a (log a - log b), with 0 log 0 = 0: an entry that a bias masks counts nothing."""
-    masked = log_a == -torch.inf
+    """Compute KL(a || b) = sum a (log a - log b), with 0 log 0 = 0: an entry without probability counts nothing."""
+    masked = log_a.exp() == 0
     log_ratio = torch.where(masked, 0.0, log_a) - torch.where(masked, 0.0, log_b)
     return (log_a.exp() * log_ratio).sum(-1)
 

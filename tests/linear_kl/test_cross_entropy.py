@@ -172,6 +172,8 @@ def test_in_a_graph(reduction):
 
 
 BAD = {
+    "ignore_index": ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an int, got 0.5"),
+    "ignore_index of 70 bits": ({"ignore_index": 2**70}, ValueError, "ignore_index: expected an int of 64 bits"),
     "hidden": ({"hidden": torch.zeros(())}, ValueError, "hidden: expected shape [..., D]"),
     "weight": ({"weight": torch.zeros(5, 3)}, ValueError, "hidden: expected last dimension 3, as in weight [5, 3]"),
     "wide hidden": (
@@ -221,6 +223,14 @@ def test_a_certain_prediction_and_an_impossible_one():
     labels, transform = torch.tensor([0, 3]), LogitTransform(scale=1e4)
     values = fused_cross_entropy(torch.eye(5)[:2], torch.eye(5), labels, transform=transform, reduction="none")
     assert values.tolist() == [0.0, 1e4]
+
+
+def test_impossible_entries_of_the_reference():
+    """The one-hot teacher's mass on them is 0 only after rounding."""
+    case = Case(transform=TRANSFORMS[0])
+    case.bias.data[7] = -torch.inf
+    case.labels[case.labels == 7] = 8
+    torch.testing.assert_close(case.fused(impl="reference"), case.fused(impl="torch"), rtol=1e-12, atol=0)
 
 
 def test_one_entry():

@@ -1,11 +1,13 @@
 """Loss, gradients and statistics of every implementation against the oracle, over what can vary in a call."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from disc_kernels import FusedSuffixKLLoss, LogitTransform
+from disc_kernels import FusedSuffixKLLoss, LogitTransform, fused_suffix_kl
 from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, run, smallest_workspace
 
 CASES = {
@@ -125,6 +127,27 @@ def test_negative_row_weights(impl):
     """A pair of preferences, say."""
     problem = build(row_weight=[-3.0, 1.0, 0.5, -0.5, 0.0, 1.0], reduction="sum", dtype=torch.bfloat16)
     assert_accurate(run(problem, impl), problem)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_an_infinite_row_of_weight_zero_is_left_out(impl, reduction):
+    """A student's bias of -inf takes out an entry that the first row's teacher expects, and the second's does not."""
+    student, weight = torch.zeros(2, 3), torch.eye(5)[:, :3].contiguous()
+    teacher, teacher_weight = torch.tensor([[0.0], [-1.0]]), torch.tensor([[1e4], [0.0], [0.0], [0.0], [0.0]])
+    bias = torch.tensor([-torch.inf, 0.0, 0.0, 0.0, 0.0])
+
+    def loss(weights):
+        options = {"row_weight": torch.tensor(weights), "student_bias": bias, "reduction": reduction, "impl": impl}
+        return fused_suffix_kl(student, weight, teacher, teacher_weight, **options).item()
+
+    assert loss([1.0, 1.0]) == math.inf
+    assert abs(loss([0.0, 1.0])) < 1e-6
+
+
+@pytest.mark.parametrize("softcap", [1e4, 1e9])
+def test_a_cap_far_above_the_logits_changes_nothing(impl, softcap):
+    capped = build(student_transform=LogitTransform(softcap=softcap), reduction="sum")
+    assert_accurate(run(capped, impl), capped)
 
 
 def test_tiny_row_weights(impl):

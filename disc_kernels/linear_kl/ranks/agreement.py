@@ -77,16 +77,17 @@ def _with_entries(problem: S, entries: int) -> S:
     return replace(problem, **{name: replace(head, vocab_size=entries) for name, head in heads.items()})
 
 
-def divided_vocabulary(vocab_group: Any, check: Callable[[], int]) -> tuple[int, int]:
+def divided_vocabulary(vocab_group: Any, check: Callable[[], int], arguments: dict[str, Any]) -> tuple[int, int]:
     """Return the first token of this rank's shard of a head, and how many tokens all ranks have.
 
-    `check` returns how many this rank has, or raises; then all ranks do, as in `agree`.
+    `check` returns how many this rank has, or raises; then all ranks do, as in `agree`, and where `arguments` differ.
     """
     group, failure = VocabGroup(_checked_group(vocab_group)), None
+    described = {name: _description(name, value) for name, value in arguments.items()}
     try:
-        here = Rank({}, head_rows={"weight": check()})
+        here = Rank(described, head_rows={"weight": check()})
     except Exception as error:
-        failure, here = error, Rank({}, failure=f"{type(error).__name__}: {error}")
+        failure, here = error, Rank(described, failure=f"{type(error).__name__}: {error}")
     rows = [rank.head_rows["weight"] for rank in _exchange(group, here, failure)]
     return sum(rows[: group.group.rank()]), sum(rows)
 
@@ -133,7 +134,11 @@ def _description(name: str, value: Any) -> Any:
     gradient = " with a gradient" if torch.is_grad_enabled() and value.requires_grad else ""
     # Values decide how rows are sorted and divided; CRC-32 is the same in all processes, as Python's hash is not.
     # A DTensor is here where it was refused: it has no values to read.
-    index = type(value) is Tensor and (name.endswith("_index") or name == "mask") and not value.is_floating_point()
+    index = (
+        type(value) is Tensor
+        and (name.endswith("_index") or name in ("mask", "labels"))
+        and not value.is_floating_point()
+    )
     index = index and value.layout == torch.strided
     on_host = index and value.device.type == "cpu"
     values = f", checksum {zlib.crc32(value.contiguous().numpy().tobytes()):08x}" if on_host else ""

@@ -84,9 +84,9 @@ def over_mixture(log_ratio, beta):
 
 @triton.jit
 def tanh(x):
-    """Return sign(x) (1 - e) / (1 + e), e = exp(-2 |x|): no overflow, and -inf and +inf give -1 and 1."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
+    """Return sign(x) d / (2 - d), d = 1 - exp(-2 |x|): no overflow, accurate near 0, -1 and 1 for -inf and +inf."""
+    d = one_minus_exp(2.0 * tl.abs(x))
+    t = d / (2.0 - d)
     return tl.where(x < 0, -t, t)
 
 
