@@ -105,7 +105,7 @@ def fused_cross_entropy(
     if vocab_group is None:
         first, total = 0, check()
     else:
-        options = {"ignore_index": ignore_index, "row_weight": row_weight, "reduction": reduction}
+        options: dict[str, Any] = {"ignore_index": ignore_index, "row_weight": row_weight, "reduction": reduction}
         # The rest of the call has them by the names of `fused_suffix_kl`, or not at all.
         options |= {"labels": labels, "transform": transform, "vocab_size": vocab_size, "impl": impl}
         first, total = divided_vocabulary(vocab_group, check, options)
