@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from disc_train.config import DiscArguments, LoopArguments
-from disc_train.data.dataset import ExampleDataset
+from disc_train.data.training_data import TrainingData
 from disc_train.parallel.agreement import describe_data
 
 SETTINGS_FILE = "disc_train_settings.json"
@@ -24,6 +24,12 @@ LOOP_APPLIED = (
     *("max_grad_norm", "bf16", "fp16"),
 )
 DISC_RESTORED = ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_head")
+# What makes other examples of the same documents or records.
+MAKE_EXAMPLES = (
+    *("method", "num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"),
+    *("add_bos", "max_document_tokens", "long_documents", "chunk_overlap_tokens", "teacher_template"),
+    *("student_template", "teacher_system_prompt", "replay_share", "replay_objective"),
+)
 # How the same is computed; and files, of which the content is compared.
 NOT_COMPARED = (
     *("dry_run", "signal_examples", "attention", "save_dtype", "teacher_cache"),
@@ -31,13 +37,13 @@ NOT_COMPARED = (
 )
 
 
-def settings_to_compare(disc: DiscArguments, loop: LoopArguments, dataset: ExampleDataset) -> dict[str, Any]:
+def settings_to_compare(disc: DiscArguments, loop: LoopArguments, data: TrainingData) -> dict[str, Any]:
     """Return what a checkpoint keeps of its run's settings and data, as JSON holds it."""
     chosen = {name: getattr(loop, name) for name in (*LOOP_RESTORED, *LOOP_APPLIED)}
     chosen |= {name: value for name, value in vars(disc).items() if name not in NOT_COMPARED}
     chosen[DOCUMENTS_A_STEP] = loop.train_batch_size * loop.gradient_accumulation_steps * loop.world_size
-    data = {"examples": len(dataset), "training data": describe_data(dataset)}
-    return json.loads(json.dumps(chosen | data, default=str))
+    chosen |= {"examples": len(data.dataset), "training data": describe_data(data.dataset), "texts": data.texts}
+    return json.loads(json.dumps(chosen, default=str))
 
 
 def save_settings(settings: dict[str, Any], checkpoint: Path) -> None:
@@ -65,11 +71,15 @@ def changed_settings(checkpoint: str, now: dict[str, Any]) -> list[str]:
                 f"--{name}: expected {before[name]}, with which {checkpoint} was trained and which cannot change when"
                 f" a run goes on, got {now[name]}"
             )
-    applied = [name for name in changed if name not in ("examples", "training data")]
+    other_data = "to train on other data, start from it as a new model (--model_name_or_path)"
+    for flag, text in now["texts"].items():
+        if (was := before.get("texts", {}).get(flag, text)) != text:
+            raise ValueError(f"{flag}: expected the data of {checkpoint}, {was}, got {text}: {other_data}")
+    applied = [name for name in changed if name not in ("examples", "training data", "texts")]
     # Other splits or templates make other examples of the same documents; but their order is that of their number.
-    if "examples" in changed or ("training data" in changed and not set(applied) - set(LOOP_APPLIED)):
+    if "examples" in changed or ("training data" in changed and not set(applied) & set(MAKE_EXAMPLES)):
         raise ValueError(
             f"--train_file: expected the data of {checkpoint}, {before['training data']}, got {now['training data']}:"
-            " to train on other data, start from it as a new model (--model_name_or_path)"
+            f" {other_data}"
         )
     return [f"--{name} {now[name]} (was {before[name]})" for name in applied]

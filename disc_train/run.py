@@ -98,7 +98,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     trainer.save_state()
     after = signal_now()
     if main_process:
-        print_section("What came of it", *_describe_outcome(disc, trainer, before, after))
+        print_section("What came of it", *_describe_outcome(disc, trainer, inputs.resumed_step, before, after))
 
 
 def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
@@ -129,7 +129,7 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
         steps = count_steps(loop, len(data.dataset))[0]
-        settings = settings_to_compare(disc, loop, data.dataset)
+        settings = settings_to_compare(disc, loop, data)
         changed = [] if checkpoint is None else changed_settings(checkpoint, settings)
         resumed_step = steps_done(checkpoint, steps)
         check_teacher_tokenizer(disc, tokenizer, data.tokens)
@@ -253,18 +253,22 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
     ]
 
 
-def _describe_outcome(disc: DiscArguments, trainer: DiscTrainer, before: Signal | None, after: Signal | None) -> Lines:
-    """Describe the steps taken, their pace, the loss at both ends, and how much of the signal the student took up."""
+def _describe_outcome(
+    disc: DiscArguments, trainer: DiscTrainer, resumed_step: int, before: Signal | None, after: Signal | None
+) -> Lines:
+    """Describe the steps taken here, their pace, their loss, and how much of the signal the student took up in all."""
     noun, history = trainer.noun, trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    pace = ""
+    losses = [entry["loss"] for entry in history if "loss" in entry and entry["step"] > resumed_step]
+    steps, pace = f"{trainer.state.global_step:,}", ""
     if trainer.examples_read:
+        if resumed_step:
+            steps = f"{trainer.state.global_step - resumed_step:,} of {steps}, since the resume"
         seconds = history[-1]["train_runtime"]
         pace = (
             f"; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second {trainer.examples_read / seconds:.1f}"
             f" {noun}s and {trainer.packing.tokens / seconds:,.0f} tokens"
         )
-    lines = [("steps", f"{trainer.state.global_step:,}{pace}")]
+    lines = [("steps", f"{steps}{pace}")]
     if losses:
         ends = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
         lines.append(("loss", f"{ends}, {describe_method(disc)}, of the first and last logged steps"))

@@ -49,7 +49,7 @@ def load_cached_teacher(
     with same_on_all_processes(loop):
         if loop.process_index == 0:
             cache = teacher_cache(disc, loop, tokenizer, data, student)
-            if cache.missing:
+            if not cache.complete:
                 _fill(cache, load_teacher_for(disc, student, loop, data.tokens[-1]), disc, loop, student)
             identity = [cache.identity]
             gc.collect()  # the teacher's modules refer to each other

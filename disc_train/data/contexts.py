@@ -6,7 +6,7 @@ target are tokenised each on its own and joined, so that both models read the sa
 libraries are read as they are, see `record_forms.py`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from disc_train.data.chat import Message, chat_text, encode, reply_text
 from disc_train.data.example import Branch, Context, Example, Ids
 from disc_train.data.record_forms import SDFT, Content, contexts_and_target
-from disc_train.data.records import Fields, read_records
+from disc_train.data.records import Fields, Record, read_records
 from disc_train.data.sequence_start import start_context, starts_with
 
 FIELDS = Fields(
@@ -45,15 +45,26 @@ def load_records(
         ValueError: naming the record: a field that is missing (student_context may be) or neither text nor messages; a
             teacher_context or target that is empty or white space; messages that the chat template does not take.
     """
-    encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     records = read_records(train_file, dataset_name, FIELDS._replace(flag=flag))
+    return make_examples(records, tokenizer, start, flag if train_file else "--dataset_name", teacher_system_prompt)
+
+
+def make_examples(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    start: Sequence[int],
+    flag: str,
+    teacher_system_prompt: str | None,
+) -> list[Example]:
+    """Make examples of records that are read already; arguments and errors are those of `load_records`."""
+    encode_context = cache(lambda text: start_context(start, encode(tokenizer, text)))  # many records may share one
     try:
         return [
             _example(name, contexts_and_target(name, record, teacher_system_prompt), tokenizer, encode_context, start)
             for name, record in records
         ]
     except ValueError as error:
-        raise ValueError(f"{flag if train_file else '--dataset_name'}: {error}") from error
+        raise ValueError(f"{flag}: {error}") from error
 
 
 def _example(

@@ -10,7 +10,10 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-INTERRUPTED = "\ninterrupted: the running step is finished and saved; once more stops at once, without\n"
+INTERRUPTED = (
+    "\ninterrupted: the running step and at most one more are finished, then a checkpoint is saved;"
+    " a second Ctrl-C stops at once without saving\n"
+)
 
 
 class Terminated(Exception):
@@ -26,7 +29,7 @@ class Terminated(Exception):
 
 
 class StopOnSignal(TrainerCallback):
-    """Finish the running optimizer step, save and stop on a signal, while entered as a context manager.
+    """Finish the running optimizer step and at most one more, save and stop on a signal, while entered as a context.
 
     A second Ctrl-C ends the process as if nobody had caught it. Processes are signalled at different times, or only
     some of them, but have to stop after the same step: the trainer asks each before a step, and tells all.

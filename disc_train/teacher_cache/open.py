@@ -119,6 +119,11 @@ class TeacherCache:
         """List the sequences that are to be read before the cache can be used."""
         return [reading for reading in self.readings if not self._store.has(reading)]
 
+    @property
+    def complete(self) -> bool:
+        """Tell whether the cache can be used: no sequence is missing, nor the teacher's head."""
+        return not self.missing and (self._summarises or Path(self.settings.folder, HEAD).is_file())
+
     def describe(self) -> str:
         """Say what the cache holds once it is filled, and how much of that is missing."""
         tokens = sum(reading.rows for reading in self.readings)
@@ -134,7 +139,7 @@ class TeacherCache:
             batch_size: sequences at once.
 
         Raises:
-            ValueError: another process is filling the cache.
+            ValueError: another process is filling the cache, or another run has begun it since it was opened.
             OSError: it cannot be written.
         """
         settings, student_head, teacher_head = self.settings, self._student_head, head_of(teacher)
@@ -145,8 +150,14 @@ class TeacherCache:
             frozen = FrozenHead(head, settings.temperature, vocab_size, settings.autocast)
         width = (student_head if frozen else teacher_head).weight.shape[1]
         with writer(settings.folder) as store:
-            if read_description(settings.folder) is None:
-                self._begin(teacher_head, Path(settings.folder))
+            self._store = store
+            self._description = read_description(settings.folder)  # another run may have begun it since
+            if self._description is not None:
+                check_identity(settings.folder, self._description, self.identity, self.missing)
+            if not self._summarises and not (self._description and (store.folder / HEAD).is_file()):
+                self._write_head(teacher_head, store.folder)
+            if self._description is None:
+                self._begin(teacher_head, store.folder)
             fill(
                 store,
                 self.readings,
@@ -154,18 +165,19 @@ class TeacherCache:
                 batch_size,
                 row_bytes(width, frozen, settings.stored),
             )
-        self._store.refresh()
 
     def _begin(self, teacher_head: Head, folder: Path) -> None:
-        """Write what the cache is of, and with hidden states the teacher's head."""
+        """Write what the cache is of."""
         self._description = {**self.identity, "vocab_size": common_vocabulary(self._student_head, teacher_head)}
         if not self._summarises:
-            tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
-            on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-            write_tensors(folder / HEAD, on_host, {})
             scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
             self._description |= {"scale": scale, "softcap": softcap, "head": head_checksum(teacher_head)}
         write_description(folder, self._description)
+
+    def _write_head(self, teacher_head: Head, folder: Path) -> None:
+        tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
+        on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+        write_tensors(folder / HEAD, on_host, {})
 
     def teacher(self) -> CachedTeacher:
         """Hold what training needs of the teacher, which has been cached.

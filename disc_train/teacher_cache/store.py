@@ -1,16 +1,18 @@
 """Keep the rows of readings in a folder of safetensors files, memory-mapped, each complete or absent.
 
 A shard holds whole readings: `key` [n, 16], `first` [n] and `count` [n] say which and how many rows each has, `crc` [n]
-is the checksum of those, and every other tensor has one row for each row of a reading, one reading after another.
+is the checksum of those, and every other tensor has one row for each row of a reading, one reading after another. The
+metadata has a checksum of these four and of all tensors' names, dtypes and shapes.
 `cache.json` says what the rows are of, see `identity.py`. The fill order and the size of a shard are fixed, so what was
 interrupted and is continued has the same bytes.
 """
 
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +64,7 @@ class Store:
         self._entries: dict[bytes, _Entry] = {}
         self._checked: set[bytes] = set()
         self._shards: list[Rows] = []
+        self._paths: list[Path] = []  # of the shards
         self._begins = [0]  # row of each shard's first, and of all that there are
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._add(path)
@@ -71,9 +74,9 @@ class Store:
             with safe_open(path, framework="pt") as file:  # maps the file, and reads its header
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 checksum = (file.metadata() or {}).get("index")
-            index = {name: tensors.pop(name) for name in INDEX}
-            if checksum != _index_checksum(index) or not tensors:
+            if checksum != _index_checksum(tensors):
                 raise ValueError("its index does not have the checksum that it was written with")
+            index = {name: tensors.pop(name) for name in INDEX}
         begin, counts = self._begins[-1], index["count"].numpy()
         rows = begin + np.concatenate([[0], counts.cumsum()])
         keys = index["key"].numpy().tobytes()
@@ -82,6 +85,7 @@ class Store:
             if key not in self._entries or entry[1] < self._entries[key].first:
                 self._entries[key] = _Entry(*entry)
         self._shards.append(tensors)
+        self._paths.append(path)
         self._begins.append(int(rows[-1]))
 
     @property
@@ -132,11 +136,9 @@ class Store:
         shard = int(np.searchsorted(self._begins, entry.row, side="right")) - 1
         start = entry.row - self._begins[shard]
         rows = {key: tensor[start : start + entry.rows] for key, tensor in self._shards[shard].items()}
-        if _checksum(rows) != entry.crc:
-            raise ValueError(
-                f"{self.folder}: the rows of {name} are not what was written, a file is damaged: delete the shard that"
-                f" holds them, number {shard} in order, and what it held is computed again"
-            )
+        with explain_damage(self._paths[shard]):
+            if _checksum(rows) != entry.crc:
+                raise ValueError(f"the rows of {name} are not what was written")
 
 
 @contextmanager
@@ -145,17 +147,20 @@ def writer(folder: str | Path) -> Iterator[Store]:
 
     Raises:
         ValueError: another process holds it.
+        OSError: the folder cannot be made or written to.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ValueError(
             f"--teacher_cache: {folder} is being filled by another process: wait until that has ended, or choose"
             " another folder"
         ) from None
+    except OSError as error:
+        raise OSError(f"--teacher_cache: {folder} cannot be written to: {error}") from error
     try:
         for leftover in folder.glob("*" + UNFINISHED):  # of a process that was stopped
             leftover.unlink()
@@ -180,7 +185,7 @@ def write_shard(store: Store, readings: Sequence[Reading], rows: Rows) -> None:
     }
     names = {path.name for path in store.folder.glob("shard-*.safetensors")}
     number = next(n for n in range(len(names) + 1) if _shard_name(n) not in names)
-    write_tensors(store.folder / _shard_name(number), index | rows, {"index": _index_checksum(index)})
+    write_tensors(store.folder / _shard_name(number), index | rows, {"index": _index_checksum(index | rows)})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -189,12 +194,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     Raises:
         OSError: it cannot be written.
     """
+    with _complete_or_absent(path) as unfinished:
+        save_file(dict(tensors), unfinished, metadata)
+
+
+@contextmanager
+def _complete_or_absent(path: Path) -> Iterator[Path]:
+    """Give another path to write to, and rename that file once it is on the disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
-        save_file(dict(tensors), unfinished, metadata)
-        _move(unfinished, path)
+        yield unfinished
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        unfinished.rename(path)
     except (SafetensorError, OSError) as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # what failed may be the folder itself
+            unfinished.unlink()
         raise OSError(
             f"--teacher_cache: {path} cannot be written: {error}; what was written before is complete, and the same"
             " command goes on from there"
@@ -202,19 +217,25 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Say in a cache's folder what its rows are of."""
-    unfinished = folder / (DESCRIPTION + UNFINISHED)
-    unfinished.write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n", encoding="utf-8")
-    _move(unfinished, folder / DESCRIPTION)
+    """Say in a cache's folder what its rows are of.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {"format": FORMAT, **description, "checksum": _description_checksum(description)}
+    with _complete_or_absent(folder / DESCRIPTION) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_description(folder: str | Path) -> dict[str, Any] | None:
     """Read what a cache's rows are of; None where there is no cache yet.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder is none, or holds something else or a damaged file.
     """
     path = Path(folder, DESCRIPTION)
+    if not str(folder) or (path.parent.exists() and not path.parent.is_dir()):
+        raise ValueError(f"--teacher_cache: expected a folder, got {str(folder)!r}")
     if not path.is_file():
         ours = (LOCK, HEAD)  # of a process that was stopped before it came to describe them
         others = [path.name for path in Path(folder).glob("*") if path.name not in ours and path.suffix != UNFINISHED]
@@ -223,34 +244,28 @@ def read_description(folder: str | Path) -> dict[str, Any] | None:
                 f"--teacher_cache: expected a teacher's cache or an empty folder, got {folder} with {min(others)}"
             )
         return None
-    with explain_damage(path):
+    with explain_damage(path, f"delete the folder {folder}, and what it held"):
         description = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(description, dict) or description.pop("format", None) != FORMAT:
             raise ValueError(f"expected a cache of format {FORMAT}")
+        if description.pop("checksum", None) != _description_checksum(description):
+            raise ValueError("it does not have the checksum that it was written with")
     return description
 
 
 @contextmanager
-def explain_damage(path: Path) -> Iterator[None]:
+def explain_damage(path: Path, remedy: str = "delete it, and what it held") -> Iterator[None]:
     """Say of an error in reading a file which one it was, and what to do."""
     try:
         yield
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(
-            f"--teacher_cache: {path} cannot be read, the file is damaged: {error}; delete it, and what it held is"
-            " computed again"
+            f"--teacher_cache: {path} cannot be read, the file is damaged: {error}; {remedy} is computed again"
         ) from error
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05}.safetensors"
-
-
-def _move(unfinished: Path, place: Path) -> None:
-    """Give a file its name once it is on the disk."""
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    unfinished.rename(place)
 
 
 def _checksum(tensors: Rows) -> int:
@@ -260,5 +275,12 @@ def _checksum(tensors: Rows) -> int:
     return value
 
 
-def _index_checksum(index: Rows) -> str:
-    return f"{_checksum(index):08x}"
+def _index_checksum(tensors: Rows) -> str:
+    """Compute the checksum of a shard's index, and of what the names, dtypes and shapes of all its tensors are."""
+    layout = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
+    index = _checksum({name: tensors[name] for name in INDEX if name in tensors})
+    return f"{zlib.crc32(json.dumps(layout).encode(), index):08x}"
+
+
+def _description_checksum(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -165,10 +165,11 @@ def test_gradcheck(double_impl, divergence, reduction):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_row_that_repeats_often(fused_impl, dtype, reduction):
     """In many chunks; a sum of 16-bit numbers stops growing after a few hundred."""
-    problem = build(rows=2, width=8, vocab=31, dtype=dtype, student_index=[0] * 600, teacher_index=[1] * 600)
+    rows = 600 if fused_impl == "torch" else 300  # the interpreter is slow
+    problem = build(rows=2, width=8, vocab=31, dtype=dtype, student_index=[0] * rows, teacher_index=[1] * rows)
     problem = replace(problem.with_options(reduction=reduction), asks=("student_hidden",))
     if reduction == "none":
-        problem = replace(problem, upstream=torch.ones(600))
+        problem = replace(problem, upstream=torch.ones(rows))
     problem = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
     got, exact = run(problem, fused_impl).gradients["student_hidden"], oracle(problem).gradients["student_hidden"]
     assert (got.double() - exact).norm() < torch.finfo(dtype).eps * exact.norm()

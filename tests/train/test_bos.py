@@ -122,7 +122,7 @@ def test_whole_documents_lose_no_first_token(folder, starting, tmp_path):
 
 @pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT])
 def test_a_document_fills_the_context_with_its_bos(folder, starting, tmp_path, text):
-    data = load(folder, starting, tmp_path, "--method", "ft", text=text * 9)
+    data = load(folder, starting, tmp_path, "--method", "ft", "--long_documents", "cut", text=text * 9)
     [branch] = data.dataset[0].branches
     assert branch.student.attach + len(branch.target) == 256
     assert "templates" not in dict(load(folder, starting, tmp_path).description)

@@ -1,5 +1,6 @@
 """Runs that go on from a checkpoint, or may not."""
 
+import json
 import shutil
 
 import torch
@@ -25,7 +26,10 @@ def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_tra
     flags = ("--resume_from_checkpoint", "True", "--num_train_epochs", 3, "--num_splits", 2, "--logging_steps", 1)
     assert disc_train("--save_steps", 1, *flags) == 0
     out = capsys.readouterr().out
-    assert "steps         6; 7 documents" in out
+    assert "steps         2 of 6, since the resume; 7 documents" in out
+    logged = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    since = [entry["loss"] for entry in logged if "loss" in entry and entry["step"] > 4]
+    assert f"loss          {since[0]:.4f} -> {since[-1]:.4f}, " in out
     changed = "changed       since then, from here on: --num_train_epochs 3.0 (was 2.0), --num_splits 2 (was 5)\n"
     assert changed in out
 
@@ -43,6 +47,8 @@ def test_settings_that_a_checkpoint_cannot_go_on_with(disc_train, fails, tmp_pat
         (("--per_device_train_batch_size", 2), "x processes: expected 4, with which"),
         (("--num_splits", 2, "--train_file", shorter), "--train_file: expected the data of {}, 7 documents (checksum "),
         (("--train_file", other), "--train_file: expected the data of {}, 7 documents (checksum "),
+        (("--train_file", other, "--temperature", 1), "--train_file: expected the data of {}, 7 documents (checksum "),
+        (("--train_file", other, "--num_splits", 2), "--train_file: expected the data of {}, 7 documents (checksum "),
     ):
         assert message.format(checkpoint) in fails("--resume_from_checkpoint", checkpoint, *flags)
 

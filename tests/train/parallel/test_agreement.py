@@ -43,7 +43,7 @@ def test_a_checkpoint_that_only_one_process_sees(start, tmp_path):
     for folder in folders:
         folder.mkdir()
     assert start(*flags, "--max_steps", 1, folders=folders[:1]).wait() == [0]
-    wanted = ("--resume_from_checkpoint", "true", "--max_steps", 3)
+    wanted = ("--resume_from_checkpoint", "true", "--max_steps", 3, "--per_device_train_batch_size", 4)
     error = _error(start(*flags, *wanted, world=2, folders=folders))
     assert "step of the checkpoint: expected the same on all 2 processes, got 1 on process 0 and 0 on" in error
 

@@ -139,7 +139,12 @@ def test_interrupted_twice(start, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     process.join(1)
     assert process.is_alive()
-    assert run.logs[0].count("interrupted: the running step is finished and saved; once more stops at once") == 1
+    assert (
+        run.logs[0].count(
+            "interrupted: the running step and at most one more are finished, then a checkpoint is saved;"
+        )
+        == 1
+    )
     os.kill(process.pid, signal.SIGINT)
     assert run.wait(10) == [-signal.SIGINT]
 

@@ -1,5 +1,6 @@
 """A cache on disk: resumed, damaged, foreign, shared, large."""
 
+import json
 import pickle
 import shutil
 
@@ -69,12 +70,29 @@ def test_two_writers(make_cache):
     made.fill()
 
 
+def test_a_folder_that_another_run_began_meanwhile(make_cache, monkeypatch):
+    first, other, same = make_cache(), make_cache(temperature=5.0), make_cache()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("disc_train.teacher_cache.open.fill", lambda *args: 1 / 0)
+        first.fill()
+    before = contents(first.folder)
+    assert before.keys() == {files.DESCRIPTION}
+    with pytest.raises(ValueError, match=r"filled for another run: --temperature.*expected 5\.0, got 2\.0"):
+        other.fill()
+    assert contents(first.folder) == before
+    first.fill()
+    before = contents(first.folder)
+    same.fill()
+    assert same.cache.teacher().store.rows == first.cache.teacher().store.rows
+    assert contents(first.folder) == before
+
+
 def _read_all(made):
     collate = collator(made.student, made.cache.teacher().reader)
     return collate([made.dataset[number] for number in range(len(made.dataset))])["teacher_rows"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "in the index", "in the rows"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "in the index", "in a name", "in the rows"])
 def test_damaged_shards(damage, make_cache):
     made = make_cache()
     made.fill()
@@ -84,25 +102,44 @@ def test_damaged_shards(damage, make_cache):
         data = data[:-1]
     elif damage == "empty":
         data = bytearray()
+    elif damage == "in a name":
+        data = data.replace(b'"embedding"', b'"embeddinG"')
     else:
         size = int.from_bytes(data[:8], "little")
         name = b'"key"' if damage == "in the index" else b'"embedding"'
         offset = int(data[data.index(name) :].split(b'"data_offsets":[')[1].split(b",")[0])
         data[8 + size + offset] ^= 1
     path.write_bytes(data)
-    with pytest.raises(
-        ValueError, match=r"(shard-00001.* cannot be read|are not what was written).*is damaged.*delete"
-    ):
+    with pytest.raises(ValueError, match=r"--teacher_cache: .*shard-00001.* cannot be read, .*is damaged.*delete it"):
         _read_all(make_cache())
 
 
-def test_a_damaged_head(make_cache):
+def test_a_damaged_head_is_deleted_and_written_again(make_cache):
     made = make_cache(frozen=False)
     made.fill()
+    assert made.cache.complete
     path = made.folder / files.HEAD
-    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(ValueError, match=r"head.safetensors cannot be read, the file is damaged"):
+    written = path.read_bytes()
+    path.write_bytes(written[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=r"head.safetensors cannot be read, the file is damaged.*delete it"):
         make_cache(frozen=False).cache.teacher()
+    path.unlink()
+    again = make_cache(frozen=False)
+    assert not again.cache.complete
+    again.fill()
+    assert again.cache.complete and path.read_bytes() == written
+
+
+def test_a_damaged_description(make_cache):
+    made = make_cache()
+    made.fill()
+    path = made.folder / files.DESCRIPTION
+    written = json.loads(path.read_text())
+    without = {name: value for name, value in written.items() if name != "vocab_size"}
+    for damaged in (without, without | {"vocab_size": 100}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"cache.json cannot be read, the file is damaged.*delete the folder"):
+            make_cache()
 
 
 @pytest.mark.parametrize(
@@ -167,6 +204,18 @@ def test_folders_that_are_no_cache(make_cache, tmp_path):
         make_cache(folder="other")
     shutil.rmtree(made.folder)
     assert len(make_cache(folder="other").cache.missing) == 3
+
+
+def test_places_that_cannot_be_a_folder(tmp_path):
+    place = tmp_path / "a file"
+    place.touch()
+    for folder in ("", place):
+        with pytest.raises(ValueError, match=f"--teacher_cache: expected a folder, got '{folder}'"):
+            files.read_description(folder)
+    with pytest.raises(OSError, match=r"--teacher_cache: .*below cannot be written to"), writer(place / "below"):
+        pass
+    with pytest.raises(OSError, match=r"--teacher_cache: .*cache.json cannot be written"):
+        files.write_description(place / "below", {})
 
 
 def test_a_reader_can_be_sent_to_another_process(make_cache):
