@@ -74,7 +74,7 @@ def ours(x: Inputs) -> Call:
 
 
 def ours_one_head(x: Inputs) -> Call:
-    """The teacher's head is the student's, as where adapters are trained: logits are subtracted before they round."""
+    """Give one tensor as both heads, as where adapters are trained: in float32 hidden states are then subtracted."""
     return lambda: fused_suffix_kl(x.student, x.student_weight, x.teacher, x.student_weight, impl=_impl(x))
 
 

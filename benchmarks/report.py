@@ -169,7 +169,7 @@ def speed_over_documents(figure: Figure, rows: list[Row]) -> str:
 
 
 def error_over_divergence(figure: Figure, rows: list[Row]) -> str:
-    """Two panels, float32 and bfloat16; a line a system."""
+    """Draw a panel for each dtype, and in it a line for each system."""
     figure.set_size_inches(9, 4)
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     for axes, dtype in zip(figure.subplots(1, len(dtypes), squeeze=False)[0], dtypes, strict=True):

@@ -39,7 +39,7 @@ H200 = Card(132, 1.98e9, 4.8e12)  # H200 datasheet and `nvidia-smi -q -d CLOCK`
 
 @dataclass(frozen=True)
 class Pass:
-    """One loop over the vocabulary: instructions and bytes for one entry of both models' logits."""
+    """Hold what one loop over the vocabulary takes for an entry of both models' logits."""
 
     instructions: float
     cycles: dict[str, float]  # of a scheduler, by kind

@@ -1,4 +1,4 @@
-"""Accuracy of the loss the closer the student is to its teacher, ours and peers'.
+"""Measure how accurate the loss is the closer the student is to its teacher, ours and peers'.
 
 Self-distillation lives at the small end, where two probabilities that nearly agree are subtracted: there a loss that
 rounds logits or log-probabilities to 16 bits gives a gradient that is mostly noise. So nothing is "wrong" here; what an

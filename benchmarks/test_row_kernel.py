@@ -1,4 +1,4 @@
-"""The time of the kernel that compares rows of logits, beside the least that its instructions and bytes allow.
+"""Measure the kernel that compares rows of logits, beside the least time that its instructions and bytes allow.
 
 The least is counted from the compiled kernel, for an H200, also where there is no GPU; the time is measured on CUDA.
 """

@@ -1,4 +1,4 @@
-"""Say what the rows of a cache are of, so that those of another model, text or setting are never taken for them."""
+"""Describe which model, texts and settings a cache belongs to, so that no other run takes its rows for its own."""
 
 import hashlib
 import json

@@ -31,7 +31,7 @@ HIDDEN, SUMMARIES = "hidden states", "summaries"
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Hold what a run says of its cache.
+    """Hold the settings that decide what a run's cache contains.
 
     Args:
         folder: where it is, or is to be.
@@ -167,7 +167,7 @@ class TeacherCache:
             )
 
     def _begin(self, teacher_head: Head, folder: Path) -> None:
-        """Write what the cache is of."""
+        """Write which teacher, texts and settings the rows of the cache belong to."""
         self._description = {**self.identity, "vocab_size": common_vocabulary(self._student_head, teacher_head)}
         if not self._summarises:
             scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
@@ -175,6 +175,7 @@ class TeacherCache:
         write_description(folder, self._description)
 
     def _write_head(self, teacher_head: Head, folder: Path) -> None:
+        """Write the teacher's head, which hidden states are multiplied with."""
         tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
         on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
         write_tensors(folder / HEAD, on_host, {})

@@ -143,7 +143,7 @@ class Store:
 
 @contextmanager
 def writer(folder: str | Path) -> Iterator[Store]:
-    """Hold a folder's lock, and give the store that is in it to be written to.
+    """Lock a folder for one writer, and yield the store that is in it.
 
     Raises:
         ValueError: another process holds it.
@@ -170,7 +170,7 @@ def writer(folder: str | Path) -> Iterator[Store]:
 
 
 def write_shard(store: Store, readings: Sequence[Reading], rows: Rows) -> None:
-    """Add a shard with the rows of some readings, one after another; a writer's.
+    """Write a shard with the rows of some readings, one after another; the caller holds the lock.
 
     Raises:
         OSError: it cannot be written; nothing of it is left.
@@ -200,7 +200,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 @contextmanager
 def _complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give another path to write to, and rename that file once it is on the disk."""
+    """Yield a temporary path to write to, and rename the file to `path` once it is on the disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
         yield unfinished
@@ -217,7 +217,7 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Say in a cache's folder what its rows are of.
+    """Write into a cache's folder which teacher, texts and settings its rows belong to.
 
     Raises:
         OSError: it cannot be written.
@@ -228,7 +228,7 @@ def write_description(folder: Path, description: Mapping[str, Any]) -> None:
 
 
 def read_description(folder: str | Path) -> dict[str, Any] | None:
-    """Read what a cache's rows are of; None where there is no cache yet.
+    """Read which teacher, texts and settings a cache's rows belong to; None where there is no cache yet.
 
     Raises:
         ValueError: the folder is none, or holds something else or a damaged file.
@@ -255,7 +255,7 @@ def read_description(folder: str | Path) -> dict[str, Any] | None:
 
 @contextmanager
 def explain_damage(path: Path, remedy: str = "delete it, and what it held") -> Iterator[None]:
-    """Say of an error in reading a file which one it was, and what to do."""
+    """Turn an error in reading a file into one that names the file and says what to do."""
     try:
         yield
     except (SafetensorError, ValueError, KeyError) as error:
