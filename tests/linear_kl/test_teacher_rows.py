@@ -113,9 +113,10 @@ def test_chunks_cover_all_rows_and_their_teachers(index, chunk_rows):
 @pytest.mark.parametrize("rows", [12, 100])
 def test_more_workspace_is_never_refused_where_less_was_enough(fused_impl, rows):
     """Keeping the teacher's rows may leave too little for the rest; then they are not kept."""
+    rows = rows if fused_impl == "torch" else min(rows, 24)  # Triton's interpreter is slow
     problem = build(rows=2, width=8, vocab=64, student_index=[0] * rows, teacher_index=[0] * rows)
     smallest = smallest_workspace(problem, fused_impl)
     expected = loss_of(problem, problem.leaves(), "reference")
-    for more in range(0, 4000, 100 if fused_impl == "torch" else 800):  # the interpreter is slow
+    for more in range(0, 4000, 100 if fused_impl == "torch" else 800):
         loss = loss_of(problem, problem.leaves(), fused_impl, max_workspace_bytes=smallest + more)
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
