@@ -36,6 +36,7 @@ FLAGS_OF_REPLAY_BY_KL = (
     *("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"),
     *("teacher", "teacher_name_or_path", "teacher_cache"),
 )
+MEASURED = ("loss", "cross_entropy", "kl")  # of held-out examples, see `disc_train.objectives.held_out`; less is better
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
     "lora_dropout": "lora_rank",
@@ -258,11 +259,11 @@ class LoopArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if self.output_dir is None:
             raise ValueError("--output_dir: expected the folder for checkpoints and the trained model, got none")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: expected at least 1, got {getattr(self, name)}")
-        if self.do_eval and self.eval_strategy == "no":
-            raise ValueError("--do_eval: expected --eval_strategy steps or epoch with it, got no")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_flag(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay"):
+            check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        self._check_evaluation()
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 "--train_sampling_strategy: expected random or sequential (documents of any lengths are packed with"
@@ -272,8 +273,8 @@ class LoopArguments(TrainingArguments):
             raise ValueError(
                 f"--label_smoothing_factor: expected 0, no method has it, got {self.label_smoothing_factor}"
             )
-        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
-            raise ValueError(f"--num_train_epochs: expected a positive, finite number, got {self.num_train_epochs}")
+        if self.max_steps <= 0:
+            check_flag(self, "num_train_epochs", 0 < self.num_train_epochs < math.inf, "a positive, finite number")
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if processes_started() > 1 and not torch.accelerator.is_available():
@@ -291,6 +292,17 @@ class LoopArguments(TrainingArguments):
                 " pip install 'disc-kernels[log]' installs TensorBoard"
             )
 
+    def _check_evaluation(self) -> None:
+        """Raise ValueError for a flag that needs an evaluation where there is none; the best model has the least."""
+        for name in ("do_eval", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
+            if getattr(self, name) and self.eval_strategy == "no":
+                raise ValueError(f"--{name} needs --eval_file and --eval_strategy, got it without")
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ValueError("--save_strategy best needs --eval_file and --eval_strategy, got it without")
+        # transformers takes all but losses for what should be large.
+        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in MEASURED:
+            self.greater_is_better = False
+
 
 def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[DiscArguments, LoopArguments]:
     """Read `[CONFIG.yaml] [--flag value ...]`, see `disc_train.flags.parse_flags`."""
@@ -299,4 +311,11 @@ def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[D
     if (disc.eval_file is None) != (loop.eval_strategy == "no"):
         given, other = ("eval_strategy", "eval_file") if disc.eval_file is None else ("eval_file", "eval_strategy")
         raise ValueError(f"--{given} needs --{other}, got it without")
+    measured = MEASURED if disc.method in WITH_TEACHER else MEASURED[:-1]
+    metric = loop.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in measured:
+        raise ValueError(
+            f"--metric_for_best_model: expected one of {', '.join(measured)}, which --method {disc.method} measures,"
+            f" got {metric}"
+        )
     return disc, loop

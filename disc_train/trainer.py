@@ -18,7 +18,7 @@ from transformers.trainer_utils import speed_metrics
 
 from disc_train.checkpoints import CheckpointingTrainer
 from disc_train.data.context_length import check_lengths, length_of, smaller
-from disc_train.data.dataset import ExampleDataset
+from disc_train.data.dataset import ExampleDataset, ReplayDataset
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.parts import freeze_unread
@@ -164,7 +164,9 @@ class DiscTrainer(CheckpointingTrainer):
         sampler, args = super()._get_train_sampler(train_dataset), self.args
         at_once = args.train_batch_size * args.world_size
         multiple = 1 if args.world_size == 1 or args.dataloader_drop_last else at_once
-        shared = are_shared(group_contexts(self._padded_dataset.dataset.contexts()))
+        dataset = self._padded_dataset.dataset
+        # What is replayed, and so what is shared, differs from epoch to epoch; the sampler looks anew at each.
+        shared = isinstance(dataset, ReplayDataset) or are_shared(group_contexts(dataset.contexts()))
         if not isinstance(sampler, RandomSampler) or not (shared or multiple > 1):
             return sampler
         seed = args.seed if args.data_seed is None else args.data_seed

@@ -106,6 +106,16 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
         (["--temperature", "nan"], "--temperature"),
         (["--num_splits", "0"], "--num_splits: expected at least 1, got 0"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1, got 0"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size: expected at least 1, got 0"),
+        (
+            ["--load_best_model_at_end"],
+            "--load_best_model_at_end needs --eval_file and --eval_strategy, got it without",
+        ),
+        (["--eval_on_start"], "--eval_on_start needs --eval_file and --eval_strategy, got it without"),
+        (["--metric_for_best_model", "loss"], "--metric_for_best_model needs --eval_file and --eval_strat"),
+        (["--save_strategy", "best"], "--save_strategy best needs --eval_file and --eval_strat"),
+        (["--learning_rate", "-1"], "--learning_rate: expected 0 or a positive, finite number, got -1.0"),
+        (["--weight_decay", "nan"], "--weight_decay: expected 0 or a positive, finite number, got nan"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps: expected at least 1, got 0"),
         (["--num_train_epochs", "0"], "--num_train_epochs: expected a positive, finite number, got 0"),
         (["--num_train_epochs", "nan"], "--num_train_epochs: expected a positive, finite number, got nan"),
@@ -148,6 +158,26 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
 def test_what_is_wrong_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
         parse_arguments([*REQUIRED, *flags])
+
+
+EVALUATED = [*REQUIRED, "--eval_file", "e.jsonl", "--eval_strategy", "steps", "--load_best_model_at_end"]
+
+
+@pytest.mark.parametrize(
+    ("method", "metric", "others"),
+    [("disc", "eval_foo", "loss, cross_entropy, kl"), ("ft", "eval_kl", "loss, cross_entropy"), ("talr", "kl", "loss")],
+)
+def test_a_metric_that_the_method_does_not_measure(method, metric, others):
+    message = f"--metric_for_best_model: expected one of {others}.* which --method {method} measures, got {metric}"
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*EVALUATED, "--method", method, "--metric_for_best_model", metric])
+
+
+@pytest.mark.parametrize("metric", ["eval_kl", "cross_entropy", "loss"])
+def test_less_is_better_of_whatever_is_measured(metric):
+    """transformers takes all but losses for what should be large."""
+    _, loop = parse_arguments([*EVALUATED, "--metric_for_best_model", metric])
+    assert loop.greater_is_better is False
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def make_trainer(tmp_path):
             learning_rate=1e-2,
             **{"per_device_train_batch_size": 4, "save_strategy": "no", "num_train_epochs": 1} | arguments,
         )
-        return DiscTrainer(make_model(), make_model(), args, ExampleDataset(records), method="cd")
+        dataset = records if isinstance(records, ExampleDataset) else ExampleDataset(records)
+        return DiscTrainer(make_model(), make_model(), args, dataset, method="cd")
 
     return make
 
@@ -140,6 +141,17 @@ def test_records_are_drawn_together_in_a_step_however_it_is_divided(make_trainer
     sampler = make_trainer(_records(4, 4, target_tokens=5), **arguments)._get_train_sampler()
     trunks = [sampler.dataset[index].teacher_trunk.tobytes() for index in sampler]
     assert [len(set(trunks[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4
+
+
+def test_the_order_does_not_hang_on_what_the_first_epoch_replays(make_trainer, monkeypatch):
+    """Two replayed records share a context, and the first epoch draws others; several processes look anew each time."""
+    alone, (one, other) = _records(8, 1, target_tokens=5), _records(1, 2, target_tokens=5, seed=1)
+    data = ReplayDataset(ExampleDataset(alone[:4]), ExampleDataset([*alone[4:], one, other]), share=1 / 3, seed=0)
+    monkeypatch.setattr(data, "_draw", lambda: [[0, 1], [4, 5]][data.epoch])
+    sampler = make_trainer(data, per_device_train_batch_size=2)._get_train_sampler()
+    data.set_epoch(1)
+    order = list(sampler)
+    assert order.index(4) // 2 == order.index(5) // 2
 
 
 def test_records_that_share_nothing_are_drawn_as_transformers_does(make_trainer):
