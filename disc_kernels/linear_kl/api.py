@@ -19,8 +19,8 @@ from disc_kernels.linear_kl.validation import check_inputs, is_traced
 def fused_suffix_kl(
     student_hidden: Tensor,  # [..., D_s]
     student_weight: Tensor,  # [V_s, D_s]
-    teacher_hidden: Tensor,  # [..., D_t]
-    teacher_weight: Tensor,  # [V_t, D_t]
+    teacher_hidden: Tensor,  # [..., D_t], or logits [..., V_t]
+    teacher_weight: Tensor | None,  # [V_t, D_t]
     *,
     student_index: Tensor | None = None,  # [M] int64
     teacher_index: Tensor | None = None,  # [M] int64
@@ -60,7 +60,11 @@ def fused_suffix_kl(
             rounded to it, as autocast does: a logit is off by at most u sum_d |h_d W_vd|, u = 2^-8 for bfloat16 and
             2^-11 for float16. Its gradient has its own dtype.
         teacher_hidden: `[..., D_t]`; gets no gradient. Its dtype and size may differ from the student's.
-        teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own.
+        teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own. None: `teacher_hidden` are the
+            teacher's logits, `[..., V_t]`, as a cache has them, and are never rounded. An entry of -inf has probability
+            0 and counts nothing in forward KL and JSD; where the student gives it any, reverse KL is inf and its
+            gradient NaN. A row with NaN, or with nothing but -inf, is a ValueError on the CPU; on CUDA, where looking
+            for one would wait for the device, its divergence is NaN. Not with a `vocab_group`.
         student_index: `[M]` int64 or int32, the student rows that count; None: all, in order. Rows may repeat. It may
             be on the CPU whatever the other tensors' device. Or bool, an entry a row: those that are True, for which
             the host waits where they are on CUDA.
@@ -194,7 +198,7 @@ class FusedSuffixKLLoss(nn.Module):
         student_hidden: Tensor,
         student_weight: Tensor,
         teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_weight: Tensor | None,
         **options: Any,
     ) -> Tensor | tuple[Tensor, SuffixKLStats]:
         return fused_suffix_kl(

@@ -68,7 +68,7 @@ class SuffixKLInputs:
     student_weight: Tensor
     student_bias: Tensor | None
     teacher_hidden: Tensor
-    teacher_weight: Tensor
+    teacher_weight: Tensor | None
     teacher_bias: Tensor | None
     student_index: Tensor | None
     teacher_index: Tensor | None
@@ -91,8 +91,8 @@ class SuffixKLInputs:
 class Projection:
     """Hold one model's hidden rows and the head that projects them to logits, checked."""
 
-    hidden: Tensor  # [..., D]
-    weight: Tensor  # [V_model, D]
+    hidden: Tensor  # [..., D]; where the logits themselves were given, these: [..., vocab_size]
+    weight: Tensor  # [V_model, D]; [vocab_size, 0] for given logits
     bias: Tensor | None  # [V_model]
     index: Tensor | None  # [M] int64, rows of hidden.flatten(0, -2); None: all of them, in order
     transform: LogitTransform
@@ -111,6 +111,11 @@ class Projection:
     @property
     def hidden_size(self) -> int:
         return self.weight.shape[1]
+
+    @property
+    def is_given(self) -> bool:
+        """Return whether `hidden` holds logits, which no head has to project."""
+        return self.weight.shape[1] == 0
 
     @property
     def hidden_rows(self) -> int:

@@ -45,7 +45,9 @@ class Logits:
         project(self.student, hidden, self.tile_rows, student)
         teacher = self.teacher_buffer[: last - first, :vocab_size]
         if self.projected != (first, last):
-            teacher_hidden = to_product_dtype(take_rows(self.teacher, first, last), self.teacher)
+            teacher_hidden = take_rows(self.teacher, first, last)
+            if not self.teacher.is_given:
+                teacher_hidden = to_product_dtype(teacher_hidden, self.teacher)
             project(self.teacher, teacher_hidden, self.tile_rows, teacher)
             self.projected = first, last
         inverse_index = problem.teacher_rows.inverse_index

@@ -105,5 +105,8 @@ def multiply_weights(model: Projection, weights: Sequence[Tensor], tile_rows: in
 
 def project(model: Projection, hidden: Tensor, tile_rows: int, logits: Tensor) -> None:
     """Write the head's outputs for hidden rows [R, D], without bias, into `logits` [R, V]."""
+    if model.is_given:
+        logits.copy_(hidden)
+        return
     for tile, weight in weight_tiles(model, tile_rows):
         multiply_into(logits[:, tile], hidden, weight.T)

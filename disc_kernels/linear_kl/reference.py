@@ -41,9 +41,11 @@ def reference_rows(model: Projection) -> Tensor:
 
 def reference_logits(model: Projection) -> Tensor:
     """Compute the logits, [M, vocab_size], in the dtype everything accumulates in."""
-    with torch.autocast(model.hidden.device.type, enabled=False):
-        weight = model.weight[: model.vocab_size].to(model.operand_dtype).to(model.accumulate_dtype)
-        logits = reference_rows(model) @ weight.T
+    logits = reference_rows(model)
+    if not model.is_given:
+        with torch.autocast(model.hidden.device.type, enabled=False):
+            weight = model.weight[: model.vocab_size].to(model.operand_dtype).to(model.accumulate_dtype)
+            logits = logits @ weight.T
     if model.bias is not None:
         logits = logits + model.bias[: model.vocab_size].to(logits.dtype)
     scale, cap = model.transform.scale, model.transform.softcap

@@ -43,13 +43,19 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
     device, autocast = check_tensor("student_hidden", x.student_hidden).device, x.autocast_dtype
     given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, x.student_transform
     student = check_projection("student_", *given, device, autocast, sharded)
-    given = x.teacher_hidden, x.teacher_weight, x.teacher_bias, x.teacher_index, x.teacher_transform
-    teacher = check_projection("teacher_", *given, device, autocast, sharded)
+    head = x.teacher_bias, x.teacher_index, x.teacher_transform, device
+    if x.teacher_weight is None:
+        teacher = _check_logits(x.teacher_hidden, *head, sharded)
+    else:
+        teacher = check_projection("teacher_", x.teacher_hidden, x.teacher_weight, *head, autocast, sharded)
     compared = "student_hidden" if student.index is None else "student_index", student.rows
     chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
     check_same_rows(compared, chosen, "student_index and teacher_index")
-    heads = {"student_weight": len(student.weight), "teacher_weight": len(teacher.weight)}
+    entries = "teacher_hidden (logits, where teacher_weight is None)" if teacher.is_given else "teacher_weight"
+    heads = {"student_weight": len(student.weight), entries: len(teacher.weight)}
     vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
+    if teacher.is_given:
+        teacher = _compared_logits(teacher, vocab_size)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
         student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
@@ -63,6 +69,41 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
         statistics=x.return_stats,
         sharded=sharded,
     )
+
+
+def _check_logits(
+    logits: Tensor,
+    bias: Tensor | None,
+    index: Tensor | None,
+    transform: LogitTransform | None,
+    device: torch.device,
+    sharded: bool,
+) -> Projection:
+    """Return a teacher that has no head because `teacher_hidden` are its logits."""
+    if sharded:
+        raise ValueError("teacher_weight: expected a tensor with a vocab_group, got None")
+    logits = check_float_tensor("teacher_hidden", logits, device)
+    if logits.dim() < 2 or logits.shape[-1] == 0:
+        raise ValueError(f"teacher_hidden: expected logits [..., V], V not 0, got shape {list(logits.shape)}")
+    head = logits.new_empty(logits.shape[-1], 1)  # logits are never rounded, by autocast neither
+    model = check_projection("teacher_", logits[..., :1], head, bias, index, transform, device, None)
+    return replace(model, hidden=logits, weight=head[:, :0])
+
+
+def _compared_logits(teacher: Projection, vocab_size: int) -> Projection:
+    """Return the teacher with those entries of its logits that are compared; on the CPU, after a look at them."""
+    teacher = replace(teacher, hidden=teacher.hidden[..., :vocab_size], weight=teacher.weight[:vocab_size])
+    if teacher.hidden.device.type != "cpu" or is_traced(teacher.hidden):
+        return teacher
+    largest = teacher.hidden.amax(-1).flatten()
+    largest = largest if teacher.index is None else largest[teacher.index]
+    if not largest.isfinite().all():
+        row = int(largest.isfinite().int().argmin())
+        raise ValueError(
+            "teacher_hidden: expected logits of which none is NaN and the largest of each row is finite, "
+            f"got {float(largest[row])} as the largest in row {row} of those that are compared"
+        )
+    return teacher
 
 
 def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:

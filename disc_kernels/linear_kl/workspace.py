@@ -101,8 +101,13 @@ def plan_problem(problem: Problem, max_bytes: int | None, backend: ModuleType, g
 
 
 def _teacher_row_bytes(problem: Problem) -> int:
-    """Return the bytes of a projected teacher row: its logits, and its hidden state gathered, rounded, widened."""
-    return problem.accumulate_dtype.itemsize * (row_stride(problem.vocab_size) + 3 * problem.teacher.hidden_size)
+    """Return the bytes of a projected teacher row: its logits, and what they come from.
+
+    That is a hidden state gathered, rounded and widened, or a row of given logits gathered.
+    """
+    teacher, size = problem.teacher, problem.accumulate_dtype.itemsize
+    gathered = teacher.hidden.itemsize * problem.vocab_size if teacher.is_given else 3 * size * teacher.hidden_size
+    return size * row_stride(problem.vocab_size) + gathered
 
 
 def _default_bytes(device_type: str) -> int:

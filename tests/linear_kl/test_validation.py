@@ -78,7 +78,7 @@ TENSORS = [
             bad(f"{model}_weight", torch.zeros(0, 8), "[0, 8]"),
             bad(f"{model}_weight", torch.zeros(50, 8, device="meta"), "meta", "cpu"),
             bad(f"{model}_weight", torch.zeros(50, 8, dtype=torch.float16), "float16", "float32", error=TypeError),
-            bad(f"{model}_weight", None, "NoneType", error=TypeError),
+            bad(f"{model}_weight", [], "list", error=TypeError),
             bad(f"{model}_bias", torch.zeros(49), "49", "50"),
             bad(f"{model}_bias", torch.zeros(50, 1), "[50, 1]"),
             bad(f"{model}_bias", torch.zeros(50, dtype=torch.int64), "int64", error=TypeError),
@@ -88,6 +88,8 @@ TENSORS = [
     bad("teacher_hidden", torch.zeros(6, 8, device="meta"), "meta", "cpu"),
     bad("teacher_hidden", torch.zeros(5, 8), "5", "6"),
     bad("vocab_size", None, "50", "40", teacher_weight=torch.zeros(40, 8)),
+    bad("student_weight", None, "NoneType", error=TypeError),
+    bad("teacher_weight", None, "8 of teacher_hidden (logits"),
     bad("vocab_size", 45, "45", "40", teacher_weight=torch.zeros(40, 8)),
 ]
 

@@ -191,8 +191,8 @@ def _log_sum_ratio(lp: Tensor, difference: Tensor) -> Tensor:
 
 
 def _may_be_masked(problem: Problem) -> bool:
-    """Return whether a log-probability may be -inf, which only a bias can make it."""
-    return problem.student.bias is not None or problem.teacher.bias is not None
+    """Return whether a log-probability may be -inf: a bias can make it that, and given logits may be."""
+    return problem.student.bias is not None or problem.teacher.bias is not None or problem.teacher.is_given
 
 
 def _divergence_and_score(lq: Tensor, lp: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ def _log_probabilities(student, teacher, normalisers, offsets, mask, inverse_tem
     u_s, softcap_gradient, u_t, difference = _load_pair(student, teacher, offsets, mask, inverse_temperature, ONE_HEAD)
     lq = u_s - max_s - log_sum_s
     lp = u_t - max_t - log_sum_t
-    log_ratio = tl.where(lq == lp, 0.0, lq - lp)  # a bias may make both -inf
+    log_ratio = tl.where(lq == lp, 0.0, lq - lp)  # both may be -inf
     if ONE_HEAD:
         log_ratio = tl.where(log_sum_ratio == log_sum_ratio, difference - log_sum_ratio, log_ratio)
     return lq, lp, log_ratio, softcap_gradient
