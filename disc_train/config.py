@@ -39,6 +39,7 @@ FLAGS_OF_REPLAY_BY_KL = (
 MEASURED = ("loss", "cross_entropy", "kl")  # of held-out examples, see `disc_train.objectives.held_out`; less is better
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
+    "probe_steps": "probes_file",
     "lora_dropout": "lora_rank",
     "lora_target_modules": "lora_rank",
     "replay_share": "replay_file",
@@ -73,6 +74,11 @@ class DiscArguments:
         "As --train_file, but not trained on: its loss, cross-entropy and KL from the teacher are measured when"
         " --eval_strategy says, always on the same splits."
     )
+    probes_file: list[str] | None = several(
+        "Probes as disc-eval's, asked of the student as it trains, without their contexts: before the first step, every"
+        " --probe_steps and after the last."
+    )
+    probe_steps: int = flag("Steps between one asking of --probes_file and the next; 0: none in between.", 0)
     text_column: str = flag("The column that holds a document's text.", "text")
     method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = flag(
         "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
@@ -187,6 +193,7 @@ class DiscArguments:
         check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
         check_flag(self, "replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
         check_flag(self, "signal_examples", self.signal_examples >= 0, "0 (no signal is measured) or more")
+        check_flag(self, "probe_steps", self.probe_steps >= 0, "0 (none in between) or more")
         check_split_options(self.split_strategy, self.num_splits, self.suffix_tokens)
         check_language(self.language)
         limit = self.max_document_tokens

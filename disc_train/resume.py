@@ -33,7 +33,7 @@ MAKE_EXAMPLES = (
 # How the same is computed; and files, of which the content is compared.
 NOT_COMPARED = (
     *("dry_run", "signal_examples", "attention", "save_dtype", "teacher_cache"),
-    *("train_file", "dataset_name", "replay_file", "eval_file"),
+    *("train_file", "dataset_name", "replay_file", "eval_file", "probes_file", "probe_steps"),
 )
 
 

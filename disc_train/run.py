@@ -2,6 +2,7 @@
 
 import os
 import signal
+import zlib
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
+from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import Lines, TrainingData, load_training_data
+from disc_train.evaluation.in_training import AskProbes
+from disc_train.evaluation.probes import Question, read_questions
 from disc_train.loading import refuse_adapter
 from disc_train.models.adapters import add_lora, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
@@ -45,6 +49,7 @@ class Inputs(NamedTuple):
 
     tokenizer: PreTrainedTokenizerBase
     data: TrainingData
+    questions: list[Question]  # that are asked as it trains
     settings: dict[str, Any]  # that checkpoints keep
     checkpoint: str | None  # to go on from
     changed: list[str]  # settings that were others when it was saved
@@ -128,6 +133,7 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
         with explain_load_errors(disc.model_name_or_path):
             tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
+        questions = read_questions(disc.probes_file or (), tokenizer, closed_book=True)
         steps = count_steps(loop, len(data.dataset))[0]
         settings = settings_to_compare(disc, loop, data)
         changed = [] if checkpoint is None else changed_settings(checkpoint, settings)
@@ -138,7 +144,8 @@ def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
             if data.held_out is not None:
                 must_agree["evaluation data"] = describe_data(data.held_out)
             must_agree |= {"training data": settings["training data"], "step of the checkpoint": resumed_step}
-    return Inputs(tokenizer, data, settings, checkpoint, changed, resumed_step, steps)
+            must_agree["probes"] = zlib.crc32(repr(questions).encode())
+    return Inputs(tokenizer, data, questions, settings, checkpoint, changed, resumed_step, steps)
 
 
 def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> DiscTrainer:
@@ -175,6 +182,10 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
     )
     trainer.save_dtype = find_save_dtype(disc)
     trainer.run_settings = inputs.settings
+    if inputs.questions:
+        start = bos_prefix(inputs.tokenizer, disc.add_bos)
+        trainer.probes = AskProbes(trainer, inputs.tokenizer, inputs.questions, start, disc.probe_steps)
+        trainer.add_callback(trainer.probes)
     return trainer
 
 
@@ -248,6 +259,7 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
+        *([("probes", trainer.probes.describe())] if trainer.probes else []),
         *(signal.describe(dataset.noun) if signal else []),
         *([("signal", "not measured: it needs the teacher itself; --dry_run measures it")] if cached else []),
     ]
@@ -279,6 +291,8 @@ def _describe_outcome(
         if was and 1 - is_ / was < 0.01:
             rate = f"raise --learning_rate, which was {trainer.args.learning_rate:g}, or take more steps"
             lines.append(("WARNING", f"the student took up hardly anything: {rate}"))
+    if trainer.probes and (answers := trainer.probes.describe_outcome()):
+        lines.append(("probes", answers))
     adapters = has_adapters(trainer.student)
     dtype = f" in {trainer.save_dtype}".replace("torch.", "") if trainer.save_dtype else ""
     saved = f"{'adapters' if adapters else 'model'}{dtype} and tokenizer in {trainer.args.output_dir}"

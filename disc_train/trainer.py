@@ -19,6 +19,7 @@ from transformers.trainer_utils import speed_metrics
 from disc_train.checkpoints import CheckpointingTrainer
 from disc_train.data.context_length import check_lengths, length_of, smaller
 from disc_train.data.dataset import ExampleDataset, ReplayDataset
+from disc_train.evaluation.in_training import AskProbes
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
 from disc_train.models.parts import freeze_unread
@@ -80,6 +81,8 @@ class DiscTrainer(CheckpointingTrainer):
         FloatingPointError: by `train`, before the optimizer step, if a loss is not finite: names step and examples;
             and before weights that are not finite are saved.
     """
+
+    probes: AskProbes | None = None  # that are asked as it trains
 
     def __init__(
         self,

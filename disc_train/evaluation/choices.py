@@ -61,7 +61,7 @@ def choice_scores(
     branches = [[(prompt, Context(len(prompt)), choice) for choice in choices] for prompt, choices in encoded]
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]
 
-    head, rule = head_of(model), row_rule(model)
+    rule = row_rule(model)
     scores: list[list[float]] = [[]] * len(probes)
     batches = batches_by_length(lengths, batch_size, max_batch_tokens)
     for batch in show_progress(batches, len(probes), "probes whose choices are scored"):
@@ -73,7 +73,7 @@ def choice_scores(
         targets = np.concatenate([choice for *_, choice in together])
         losses = linear_cross_entropy(
             hidden,
-            head,
+            head_of(model),
             torch.from_numpy(targets).long().to(model.device),
             index=torch.from_numpy(np.concatenate(ends)),
             reduction="none",

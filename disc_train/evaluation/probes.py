@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.data.chat import Message, chat_text, check_messages, encode, reply_text
+from disc_train.data.context_length import length_of
 from disc_train.data.example import Ids
 from disc_train.data.records import Fields, check_text, read_records
 from disc_train.data.sequence_start import start_context
@@ -71,14 +72,34 @@ def encode_probes(
     return encoded
 
 
+def too_long(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: Sequence[int],
+    probe: Probe,
+    max_new_tokens: int = 0,
+) -> str | None:
+    """Say why the model cannot read a probe with what follows it; None if it can. Raise as `encode_probes` does."""
+    ((prompt, choices),) = encode_probes(model, tokenizer, [probe], prefix)
+    limit = length_of(model.config, "model")
+    tokens = len(prompt) + max(max_new_tokens, *map(len, choices))
+    if limit is None or tokens <= limit.tokens:
+        return None
+    return f"{tokens} tokens with what follows the prompt, the model reads {limit.tokens}{limit.note}"
+
+
 def read_questions(
-    paths: Sequence[str], tokenizer: PreTrainedTokenizerBase, documents: Mapping[str, str] | None = None
+    paths: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Mapping[str, str] | None = None,
+    closed_book: bool = False,
 ) -> list[Question]:
     """Read every probe of some files.
 
     Args:
         tokenizer: where it has a chat template a `question` is a user's message, else "Question: ...", "Answer:".
         documents: by id, for probes that name a `document`.
+        closed_book: leave out what the answers can be read in.
 
     Raises:
         ValueError: naming the file and line of the first bad probe, and the number of all of them.
@@ -88,6 +109,8 @@ def read_questions(
     names: dict[str, str] = {}  # of the record that has an id
     for path in paths:
         for name, record in read_records(path, None, FIELDS):
+            if closed_book:
+                record = record | {"context": None, "document": None}
             try:
                 question = _question(name, record, tokenizer, documents)
                 if question.id in names:

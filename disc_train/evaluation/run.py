@@ -15,7 +15,7 @@ from disc_train.data.sequence_start import bos_prefix, start_sequence
 from disc_train.evaluation.answers import contains_answer, greedy_answers, is_answer, right_answer
 from disc_train.evaluation.choices import choice_scores, likeliest
 from disc_train.evaluation.config import EvalArguments
-from disc_train.evaluation.probes import Probe, Question, encode_probes, read_documents, read_questions
+from disc_train.evaluation.probes import Probe, Question, read_documents, read_questions, too_long
 from disc_train.evaluation.report import check_nothing_is_there, write_comparison, write_report
 from disc_train.evaluation.results import CLOSED_BOOK, IN_CONTEXT, Evaluation, ProbeOutcome, TextOutcome
 from disc_train.evaluation.tasks import run_tasks
@@ -97,7 +97,7 @@ def _ask(
         probe = question.closed_book if condition == CLOSED_BOOK else question.in_context
         if probe is None:
             continue
-        excluded = _too_long(model, tokenizer, prefix, probe, arguments.max_new_tokens)
+        excluded = too_long(model, tokenizer, prefix, probe, arguments.max_new_tokens)
         outcomes.append(ProbeOutcome(question.id, question.group, condition, question.text, excluded))
         if excluded is None:
             asked.append((outcomes[-1], probe))
@@ -116,20 +116,6 @@ def _ask(
             outcome.generated = answer
             outcome.exact, outcome.contains = is_answer(answer, right), contains_answer(answer, right)
     return outcomes
-
-
-def _too_long(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prefix: Sequence[int], probe: Probe, max_new_tokens: int
-) -> str | None:
-    """Say why the model cannot read a probe with what follows it; None if it can."""
-    limit = length_of(model.config, "model")
-    if limit is None:
-        return None
-    ((prompt, choices),) = encode_probes(model, tokenizer, [probe], prefix)
-    tokens = len(prompt) + max(max_new_tokens, *map(len, choices))
-    if tokens <= limit.tokens:
-        return None
-    return f"{tokens} tokens with what follows the prompt, the model reads {limit.tokens}{limit.note}"
 
 
 def _measure_texts(

@@ -11,7 +11,7 @@ from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 from tests.train.files import write_jsonl
 from tests.train.runs import weights
-from tests.train.world import make_model, perturbed
+from tests.train.world import SENTENCES, make_model, perturbed
 
 
 @pytest.fixture
@@ -85,7 +85,20 @@ def test_the_best_model_is_kept_and_loaded(make_trainer, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--method", "talr", "--lora_rank", "2")])
 def test_processes_measure_together(flags, start, tmp_path, sentences):
     held_out = write_jsonl(tmp_path / "held_out.jsonl", *({"text": " ".join(text)} for text in sentences[:5]))
-    flags = (*flags, "--eval_file", held_out, "--eval_strategy", "steps", "--eval_steps", 1, "--max_steps", 1)
+    facts = write_jsonl(tmp_path / "facts.jsonl", *({"prompt": each, "answer": "Merin."} for each in SENTENCES[:3]))
+    flags = (
+        *flags,
+        "--probes_file",
+        facts,
+        "--eval_file",
+        held_out,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        1,
+        "--max_steps",
+        1,
+    )
     flags += ("--load_best_model_at_end", "true", "--save_steps", 1, "--optim", "sgd")
     logged = []
     for world in (1, 2):
@@ -95,8 +108,14 @@ def test_processes_measure_together(flags, start, tmp_path, sentences):
         assert "documents     evaluated: 5 read" in run.logs[0]
         state = json.loads((tmp_path / f"of-{world}" / "trainer_state.json").read_text())
         logged.append(next(entry for entry in state["log_history"] if "eval_loss" in entry))
+        logged[-1] |= next(entry for entry in reversed(state["log_history"]) if "eval_probes_facts_logprob" in entry)
     one, two = logged
-    for name in ("eval_loss", "eval_cross_entropy", *(() if "talr" in flags else ("eval_kl",))):
+    for name in (
+        "eval_loss",
+        "eval_cross_entropy",
+        "eval_probes_facts_logprob",
+        *(() if "talr" in flags else ("eval_kl",)),
+    ):
         assert one[name] == pytest.approx(two[name], rel=1e-5)
     assert ("eval_kl" in one) == ("talr" not in flags)
 

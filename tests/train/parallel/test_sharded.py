@@ -14,8 +14,9 @@ from torch.profiler import profile
 
 from disc_train.parallel.sharding import local_part
 from disc_train.trainer import DiscTrainer
+from tests.train.files import write_jsonl
 from tests.train.runs import losses, skip_unless_resumable, weights
-from tests.train.world import make_model
+from tests.train.world import SENTENCES, make_model
 
 SHARDED = ("--fsdp",)
 STEPS = ("--optim", "sgd", "--learning_rate", "0.1", "--max_grad_norm", "0", "--max_steps", 3, "--logging_steps", 1)
@@ -92,11 +93,13 @@ def _batch(documents, accumulated=1):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_steps_of_one_process(tied, train, model_folder):
-    """Loss, weights, and the signal before and after."""
+def test_the_steps_of_one_process(tied, train, model_folder, tmp_path):
+    """Loss, weights, and before and after, the signal and the probes."""
+    facts = write_jsonl(tmp_path / "facts.jsonl", *({"prompt": each, "answer": "Merin."} for each in SENTENCES[:3]))
+    probes = ("--probes_file", facts, "--probe_steps", 2)
     make_model(tie_word_embeddings=tied).save_pretrained(model_folder)
-    whole = train("whole", *_batch(4))
-    parts = train("parts", *_batch(1, 2), "--gradient_checkpointing", "true", world=2)
+    whole = train("whole", *_batch(4), *probes)
+    parts = train("parts", *_batch(1, 2), *probes, "--gradient_checkpointing", "true", world=2)
     assert (weights(whole) - weights(model_folder)).abs().max() > 1e-3
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
@@ -104,6 +107,8 @@ def test_the_steps_of_one_process(tied, train, model_folder):
         re.findall(r"signal +([\d.]+) -> ([\d.]+) nats", (folder / "log").read_text()) for folder in (whole, parts)
     ]
     assert signals[0] == signals[1] and len(signals[0]) == 1
+    asked = [re.findall(r"facts_logprob (.*)", (folder / "log").read_text()) for folder in (whole, parts)]
+    assert asked[0] == asked[1] and len(asked[0]) == 1
 
 
 def test_sixteen_bits_over_float32_weights(train, model_folder):
