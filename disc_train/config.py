@@ -42,6 +42,8 @@ FLAG_NEEDED_BY = {
     "probe_steps": "probes_file",
     "lora_dropout": "lora_rank",
     "lora_target_modules": "lora_rank",
+    "lora_use_rslora": "lora_rank",
+    "lora_use_dora": "lora_rank",
     "replay_share": "replay_file",
     "replay_objective": "replay_file",
     "teacher_cache_dtype": "teacher_cache",
@@ -56,7 +58,12 @@ class DiscArguments:
         ValueError: naming the flag, what was expected and what was given.
     """
 
-    model_name_or_path: str = field(metadata={"help": "The model to teach: a folder or a name on the Hub."})
+    model_name_or_path: str = field(
+        metadata={
+            "help": "The model to teach: a folder or a name on the Hub. Or an adapter, which is trained on; with"
+            " --lora_rank it is merged into its model first, and new ones are trained."
+        }
+    )
     teacher_name_or_path: str | None = flag("A teacher other than the model itself; needs the same tokenizer.")
     student_dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "Of the trained weights. At small learning rates 16-bit weights lose most updates to rounding; for speed use"
@@ -117,6 +124,8 @@ class DiscArguments:
         " peft can adapt."
     )
     lora_alpha: int | None = flag("The adapters are scaled by this over their rank. Default: twice the rank.")
+    lora_use_rslora: bool = flag("Scale the adapters by --lora_alpha over the square root of their rank.", False)
+    lora_use_dora: bool = flag("Train the norms of adapted weights beside the adapters (DoRA); not of experts.", False)
     lora_dropout: float = flag("Of what the adapters read; none where experts have adapters.", 0.1)
     freeze_head: bool = flag(
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",

@@ -1,14 +1,13 @@
 """Load a model or an adapter that is evaluated or generates texts, and its tokenizer."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from disc_train.models.adapters import base_of_adapter
 from disc_train.models.causal_lm import explain_load_errors, load_model, use_attention
 
 
@@ -37,8 +36,6 @@ def load_for_inference(
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     with _flag_named(flag):
-        if _base_of_adapter(name_or_path) and find_spec("peft") is None:
-            raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
         model = load_model(name_or_path, getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
         use_attention(model, attention, dense=True)
     return model.eval()
@@ -50,20 +47,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError, OSError: there is none.
     """
-    with _flag_named("--model_name_or_path"):
-        base = _base_of_adapter(name_or_path)
-        name = name_or_path if base is None or Path(name_or_path, "tokenizer_config.json").is_file() else base
-        with explain_load_errors(name):
-            return AutoTokenizer.from_pretrained(name)
-
-
-def refuse_adapter(name_or_path: str | None, flag: str) -> None:
-    """Raise ValueError if what must be a model is the folder of an adapter."""
-    if name_or_path is not None and (base := _base_of_adapter(name_or_path)):
-        raise ValueError(
-            f"{flag}: expected a model, got {name_or_path}, an adapter for {base}: put it into that model first, by"
-            " peft's merge_and_unload, and save the whole"
-        )
+    with _flag_named("--model_name_or_path"), explain_load_errors(name_or_path):
+        while not Path(name_or_path, "tokenizer_config.json").is_file() and (base := base_of_adapter(name_or_path)):
+            name_or_path = base
+        return AutoTokenizer.from_pretrained(name_or_path)
 
 
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
@@ -87,16 +74,3 @@ def _flag_named(flag: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{flag}: {error}") from error
-
-
-def _base_of_adapter(name_or_path: str) -> str | None:
-    config = Path(name_or_path, "adapter_config.json")
-    if not config.is_file():
-        return None
-    try:
-        base = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if not isinstance(base, str):
-            raise TypeError(base)
-        return base
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config}: expected JSON with a base_model_name_or_path, got: {error!r}") from error

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import whoami
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
@@ -17,9 +17,9 @@ from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import Lines, TrainingData, load_training_data
 from disc_train.evaluation.in_training import AskProbes
 from disc_train.evaluation.probes import Question, read_questions
-from disc_train.loading import refuse_adapter
-from disc_train.models.adapters import add_lora, has_adapters
-from disc_train.models.causal_lm import check_vocabulary, explain_load_errors, load_model
+from disc_train.loading import load_tokenizer
+from disc_train.models.adapters import add_lora, base_of_adapter, has_adapters
+from disc_train.models.causal_lm import check_vocabulary, load_model
 from disc_train.models.frozen_head import freeze_head
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
@@ -125,13 +125,10 @@ def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
 def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
     """Find the checkpoint, read the data, and check both, before the models, which may take minutes to load."""
     with same_on_all_processes(loop) as must_agree:
-        for name in ("model_name_or_path", "teacher_name_or_path"):
-            refuse_adapter(getattr(disc, name), f"--{name}")
         if loop.push_to_hub and not disc.dry_run:
             check_hub_login(loop.hub_token)
         checkpoint = None if disc.dry_run else find_checkpoint(loop)
-        with explain_load_errors(disc.model_name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(disc.model_name_or_path)
+        tokenizer = load_tokenizer(disc.model_name_or_path)
         data = load_training_data(disc, loop, tokenizer)
         questions = read_questions(disc.probes_file or (), tokenizer, closed_book=True)
         steps = count_steps(loop, len(data.dataset))[0]
@@ -190,11 +187,16 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
 
 
 def load_student(disc: DiscArguments) -> PreTrainedModel:
-    """Load the model, with adapters if asked for."""
-    student = load_model(disc.model_name_or_path, getattr(torch, disc.student_dtype))
+    """Load the model, with adapters if asked for; an adapter is trained on, or merged where new ones are asked for."""
+    dtype: torch.dtype = getattr(torch, disc.student_dtype)
+    student = load_model(disc.model_name_or_path, dtype, "merged" if disc.lora_rank else "trained")
     if disc.lora_rank:
-        alpha = disc.lora_alpha or 2 * disc.lora_rank
-        add_lora(student, disc.lora_rank, alpha, disc.lora_dropout, disc.lora_target_modules)
+        add_lora(
+            *(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank),
+            *(disc.lora_dropout, disc.lora_target_modules),
+            rslora=disc.lora_use_rslora,
+            dora=disc.lora_use_dora,
+        )
     return freeze_head(student) if disc.freeze_head else student
 
 
@@ -203,7 +205,8 @@ def find_save_dtype(disc: DiscArguments) -> torch.dtype | None:
     if disc.save_dtype != "auto":
         dtype: torch.dtype = getattr(torch, disc.save_dtype)
         return dtype
-    return None if disc.lora_rank else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
+    adapters = disc.lora_rank or base_of_adapter(disc.model_name_or_path)
+    return None if adapters else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
 
 
 def check_hub_login(token: str | None) -> None:
@@ -219,7 +222,7 @@ def check_teacher_tokenizer(disc: DiscArguments, tokenizer: PreTrainedTokenizerB
     if disc.teacher_name_or_path is None:
         return
     try:
-        other = AutoTokenizer.from_pretrained(disc.teacher_name_or_path)
+        other = load_tokenizer(disc.teacher_name_or_path)
     except (OSError, ValueError):  # weights alone
         return
     for token, ours, theirs in zip(

@@ -15,7 +15,7 @@ from disc_train.config import DiscArguments
 from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
 from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
-from disc_train.models.adapters import describe_unadapted, has_adapters
+from disc_train.models.adapters import base_of_adapter, describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
 from disc_train.models.causal_lm import head_of
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
@@ -236,7 +236,7 @@ def describe_model(model: PreTrainedModel) -> str:
     total = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
-    adapted = has_adapters(model)
+    adapted = has_adapters(model) and trained > 0
     what = "trained, in adapters" if adapted else "trained"
     name = type(model).__name__.removeprefix("FSDP")  # PyTorch's mark on models that are divided over processes
     return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}" + (describe_unadapted(model) if adapted else "")
@@ -322,9 +322,17 @@ def describe_next_steps(disc: DiscArguments, args: TrainingArguments, adapters: 
     command += ["--use_cpu"] if args.use_cpu else []
     lines = [("next", f"{shlex.join(map(str, command))}; --probes_file asks what it knows")]
     if adapters:
-        base = f"AutoModelForCausalLM.from_pretrained({disc.model_name_or_path!r})"
-        lines.append(("in Python", f"PeftModel.from_pretrained({base}, {str(args.output_dir)!r})"))
+        lines.append(("in Python", _loading_code(str(args.output_dir))))
     return lines
+
+
+def _loading_code(name_or_path: str) -> str:
+    """Write Python that loads a model, or an adapter on what it was trained on, which may have an adapter itself."""
+    base = base_of_adapter(name_or_path)
+    if base is None:
+        return f"AutoModelForCausalLM.from_pretrained({name_or_path!r})"
+    merge = ".merge_and_unload()" if base_of_adapter(base) else ""
+    return f"PeftModel.from_pretrained({_loading_code(base)}{merge}, {name_or_path!r})"
 
 
 def print_section(title: str, *lines: tuple[str, str]) -> None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import TrainingData
-from disc_train.models.adapters import has_adapters
 from disc_train.models.causal_lm import check_vocabulary, use_attention
 from disc_train.models.teacher import load_teacher, teacher_dtype, teacher_or_base_model
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
@@ -26,7 +25,7 @@ def load_teacher_for(
     disc: DiscArguments, student: PreTrainedModel, loop: LoopArguments, largest_token: int
 ) -> PreTrainedModel | None:
     """Load the teacher; None: the student without its adapters, which needs no second model in memory."""
-    if _is_its_own_teacher(disc, student):
+    if _is_its_own_teacher(disc):
         return None
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     check_vocabulary(teacher, largest_token)
@@ -75,7 +74,7 @@ def teacher_cache(
     settings = CacheSettings(
         folder=str(disc.teacher_cache),
         teacher_name_or_path=disc.teacher_name_or_path or disc.model_name_or_path,
-        dtype=student.dtype if _is_its_own_teacher(disc, student) else teacher_dtype(student, loop),
+        dtype=student.dtype if _is_its_own_teacher(disc) else teacher_dtype(student, loop),
         stored=getattr(torch, disc.teacher_cache_dtype),
         temperature=disc.temperature if disc.method in AT_TEMPERATURE else 1.0,
         autocast=autocast,
@@ -88,8 +87,9 @@ def teacher_cache(
     return TeacherCache(settings, read, tokenizer, student, identity)
 
 
-def _is_its_own_teacher(disc: DiscArguments, student: PreTrainedModel) -> bool:
-    return has_adapters(student) and disc.teacher != "copy" and disc.teacher_name_or_path is None
+def _is_its_own_teacher(disc: DiscArguments) -> bool:
+    # Adapters that a run begins with are trained on: without them the student is not what it was.
+    return bool(disc.lora_rank) and disc.teacher != "copy" and disc.teacher_name_or_path is None
 
 
 def _fill(

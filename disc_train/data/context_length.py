@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig
 
 from disc_train.data.dataset import ExampleDataset
+from disc_train.models.adapters import model_below
 from disc_train.models.causal_lm import explain_load_errors
 
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
@@ -25,7 +26,7 @@ def context_length(model: str, teacher: str | None) -> ContextLength | None:
     lengths = []
     for reader, name in readers.items():
         with explain_load_errors(name):
-            config = AutoConfig.from_pretrained(name)
+            config = AutoConfig.from_pretrained(model_below(name))
         lengths.append(length_of(config, reader))
     return smaller(*lengths)
 

@@ -1,5 +1,6 @@
-"""Add low-rank adapters (LoRA) beside a model's linear layers and experts, and load them."""
+"""Add low-rank adapters (LoRA) beside a model's linear layers and experts, load saved ones, merge them."""
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from disc_train.models.frozen_head import head_is_tied
 from disc_train.models.parts import decoder_of
 
 # Layers of these take the weights of some linear layers without calling them, so that adapters would change nothing.
@@ -17,7 +20,14 @@ STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 def add_lora(
-    model: PreTrainedModel, rank: int, alpha: int, dropout: float, targets: Sequence[str] | None = None
+    model: PreTrainedModel,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: Sequence[str] | None = None,
+    *,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> PreTrainedModel:
     """Put adapters beside the linear layers and routed experts that read text; from then on they alone are trained.
 
@@ -30,16 +40,23 @@ def add_lora(
             none.
         targets: names, or their last parts, of the layers and experts to adapt; None: all but the head and what peft
             cannot adapt.
+        rslora: multiply the product by alpha / sqrt(rank) instead.
+        dora: train the norms of the adapted weight's rows apart from their directions.
 
     Raises:
         ImportError: without peft.
-        ValueError: a target that is none of the model's layers or experts, or that peft cannot adapt.
+        ValueError: a target that is none of the model's layers or experts, or that peft cannot adapt; DoRA of experts.
     """
     try:
         from peft import LoraConfig
     except ImportError:
         raise ImportError("--lora_rank needs peft: pip install 'disc-kernels[train]'") from None
     layers, parameters = _choose_targets(model, targets)
+    if dora and parameters:
+        raise ValueError(
+            "--lora_use_dora: expected linear layers, got experts, which peft cannot adapt so: leave it out, or name"
+            " layers by --lora_target_modules"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -47,7 +64,13 @@ def add_lora(
         lora_dropout=0.0 if parameters else dropout,
         target_modules=layers,
         target_parameters=parameters,
+        use_rslora=rslora,
+        use_dora=dora,
     )
+    return _add(model, config)
+
+
+def _add(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     model.add_adapter(config)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -129,7 +152,11 @@ def load_adapters(model: nn.Module, folder: str) -> None:
     if not Path(folder, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
         raise ValueError(f"{expected} in {ADAPTER_SAFE_WEIGHTS_NAME}, got no such file")
     # Files leave out the adapter's name, and put a prefix before the model's own names.
-    named = {name.replace(".default.", "."): name for name, _ in model.named_parameters() if ".lora_" in name}
+    named = {
+        name.replace(".default.", ".").replace("_vector.weight", "_vector"): name
+        for name, _ in model.named_parameters()
+        if ".lora_" in name
+    }
     saved = {
         name.removeprefix("base_model.model."): value for name, value in load_peft_weights(folder, device="cpu").items()
     }
@@ -151,3 +178,84 @@ def load_adapters(model: nn.Module, folder: str) -> None:
 def has_adapters(model: nn.Module) -> bool:
     """Tell whether `add_lora`, or transformers' `load_adapter`, gave the model adapters."""
     return bool(getattr(model, "peft_config", None))
+
+
+def base_of_adapter(name_or_path: str) -> str | None:
+    """Return the model that an adapter, a folder or on the Hub, was trained on; None: it is no adapter.
+
+    Raises:
+        ValueError: its config does not say.
+    """
+    config = find_adapter_config_file(name_or_path)
+    if config is None:
+        return None
+    try:
+        base = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(base)
+        return base
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config}: expected JSON with a base_model_name_or_path, got: {error!r}") from error
+
+
+def model_below(name_or_path: str) -> str:
+    """Return the model below an adapter, or below an adapter of a model with an adapter; of a model, itself."""
+    while (base := base_of_adapter(name_or_path)) is not None:
+        name_or_path = base
+    return name_or_path
+
+
+def put_adapter(model: PreTrainedModel, name_or_path: str, *, trained: bool) -> PreTrainedModel:
+    """Put a saved adapter beside a model's layers: to be trained, in float32, or as it is.
+
+    Raises:
+        ValueError: it is of another model or damaged, or the loss would leave out part of what it does.
+    """
+    from peft import LoraConfig, PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    config = PeftConfig.from_pretrained(name_or_path)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"expected a LoRA adapter, got one of type {config.peft_type}")
+    exact = trained or config.use_dora  # transformers rounds to the model's dtype, and leaves out DoRA's norms
+    if exact:
+        config.inference_mode = False
+        _add(model, config)
+    else:
+        report = model.load_adapter(name_or_path)
+        if others := sorted({*report.missing_keys, *report.unexpected_keys, *map(str, report.mismatched_keys)}):
+            raise ValueError(f"expected an adapter of {model.name_or_path}, got others: {', '.join(others)}")
+    head: Any = model.get_output_embeddings()
+    on_head = isinstance(head, BaseTunerLayer)
+    others = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" not in name]
+    if (trained and (others or on_head)) or (on_head and head_is_tied(model)):
+        raise ValueError(
+            "expected low-rank adapters beside layers other than the output head and nothing else, got"
+            f" {', '.join(others) or 'adapters on the head'}"
+            + ("; --lora_rank merges them into the model and trains new ones" if trained else "")
+        )
+    if exact:
+        load_adapters(model, str(Path(str(find_adapter_config_file(name_or_path))).parent))
+    if on_head:
+        head.merge()  # the loss takes the weight itself
+    return model
+
+
+def merge_adapter(model: PreTrainedModel, name_or_path: str) -> PreTrainedModel:
+    """Add a saved adapter to a model's weights, each rounded once to its dtype.
+
+    Raises:
+        ValueError: it would have to change a weight that serves as embeddings and as head in one of the two only.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = PeftModel.from_pretrained(model, name_or_path)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if head_is_tied(model) and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise ValueError(
+            "expected adapters beside layers other than the output head and the embeddings, which are one weight here"
+        )
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    merged.name_or_path = name_or_path  # the base of adapters that are trained on it
+    return merged

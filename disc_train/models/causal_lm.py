@@ -4,7 +4,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
+from disc_train.models.adapters import base_of_adapter, merge_adapter, put_adapter
 from disc_train.models.parts import decoder_of
 from disc_train.parallel.sharding import run_as_forward
 
@@ -26,15 +28,29 @@ class Head(NamedTuple):
     transform: LogitTransform
 
 
-def load_model(name_or_path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model.
+def load_model(
+    name_or_path: str, dtype: torch.dtype, adapter: Literal["as_it_is", "trained", "merged"] = "as_it_is"
+) -> PreTrainedModel:
+    """Load a causal language model, or an adapter on the model that it was trained on.
+
+    Args:
+        adapter: what becomes of an adapter, if it is one. The base of an adapter may be an adapter: it is merged.
 
     Raises:
+        ImportError: it is an adapter, and peft is not installed.
         ValueError, OSError: there is none, it is of another kind, or its files are damaged.
     """
     with explain_load_errors(name_or_path):
         try:
-            return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+            base = base_of_adapter(name_or_path)
+            if base is None:
+                return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+            if find_spec("peft") is None:
+                raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
+            model = load_model(base, dtype, "merged")
+            if adapter == "merged":
+                return merge_adapter(model, name_or_path)
+            return put_adapter(model, name_or_path, trained=adapter == "trained")
         except SafetensorError as error:
             raise ValueError(f"the weights cannot be read, a file is damaged: {error}") from error
         except ValueError as error:  # it lists the names of all configs

@@ -62,7 +62,7 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
         fsdp2_prepare_model(accelerator, model)
     finally:
         plugin.mixed_precision_policy = as_configured
-    if has_adapters(model):  # they are small enough to be saved whole
+    if trained and has_adapters(model):  # they are small enough to be saved whole
         plugin.set_state_dict_type("FULL_STATE_DICT")
 
 

@@ -9,12 +9,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from disc_train.config import parse_arguments
 from disc_train.models.adapters import add_lora, load_adapters
 from disc_train.models.teacher import teacher_or_base_model
 from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
 from disc_train.packing.collator import pack
-from disc_train.run import load_inputs
 from disc_train.summary import describe_model
 from disc_train.trainer import DiscTrainer
 from tests.shared_prefix.models import GROUPED
@@ -216,17 +214,6 @@ def test_what_is_saved_is_the_adapter_alone_and_loads_as_one(make_student, make_
     ids = torch.arange(9)[None]
     assert torch.allclose(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
     assert not torch.allclose(make_model().eval()(ids).logits, trainer.model(ids).logits, atol=1e-3)
-
-
-def test_an_adapter_is_no_model_to_train(make_student, tmp_path):
-    student = make_student()
-    student.name_or_path = student.peft_config["default"].base_model_name_or_path = "some/model"
-    student.save_pretrained(tmp_path)
-    flags = ["--train_file", "a.jsonl", "--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
-    with pytest.raises(
-        ValueError, match=r"--model_name_or_path: expected a model, got .*, an adapter for some/model: put"
-    ):
-        load_inputs(*parse_arguments(["--model_name_or_path", str(tmp_path), *flags]))
 
 
 def test_adapters_of_another_kind_are_refused(make_student, tmp_path):
