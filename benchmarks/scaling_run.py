@@ -1,18 +1,13 @@
 """Training steps in a few processes of one machine, divided in every way of `cost_model.Plan`: what they send, how long
 they take, and only where loss and gradients are one process's.
-
-    python -m benchmarks.scaling_run RANK FOLDER
-
-is one process of a world; `run_world` starts them all.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -187,18 +182,17 @@ def run_world(world: World) -> list[dict[str, Any]]:
     """A row for each plan, as rank 0 measured it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "world.json").write_text(json.dumps(asdict(world)))
-        command = [sys.executable, "-m", "benchmarks.scaling_run"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        processes = [
-            subprocess.Popen([*command, str(rank), folder], env=environment, cwd=Path(__file__).parent.parent)
-            for rank in range(world.ranks)
-        ]
-        try:
-            codes = [process.wait(TIMEOUT) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
+        context = multiprocessing.get_context("forkserver")
+        processes = [context.Process(target=main, args=(rank, Path(folder))) for rank in range(world.ranks)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + TIMEOUT
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        if any(code != 0 for code in codes):
             raise RuntimeError(f"expected {world.ranks} processes that end well, got exit codes {codes}")
         return json.loads(Path(folder, "rows.json").read_text())
 
@@ -213,6 +207,8 @@ def _process_group(rank: int, ranks: int, folder: Path) -> Iterator[None]:
 
 
 def main(rank: int, folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
     settings = json.loads((folder / "world.json").read_text())
     world = World(**settings | {"plans": [Plan(**plan) for plan in settings["plans"]]})
     expected = one_process(world)
@@ -220,7 +216,3 @@ def main(rank: int, folder: Path) -> None:
         rows = [measure(world, plan, rank, expected) for plan in world.plans]
     if rank == 0:
         (folder / "rows.json").write_text(json.dumps(rows))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

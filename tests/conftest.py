@@ -1,5 +1,6 @@
 """Settings every test shares: Triton's interpreter where there is no GPU, two threads, a fixed seed."""
 
+import importlib.util
 import os
 
 import pytest
@@ -11,6 +12,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from tests.interpreter import patch_language_once_a_launch
+
+    patch_language_once_a_launch()
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from benchmarks.scaling_run import SHAPE, World, examples, model_of, run_world
 from benchmarks.scaling_steps import prepare_call
 from benchmarks.step_cases import QWEN_7B
 from disc_train.packing.collator import collator
+from tests import forkserver
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 256}
 SMALL = replace(SHAPE, **SIZES)
@@ -109,6 +110,7 @@ def _payloads(model, work, plan):
 @pytest.mark.parametrize("ranks", PLANS)
 def test_bytes_are_those_of_real_steps(ranks):
     """Whose loss and gradients `scaling_run` compares with one process's."""
+    forkserver.context()
     rows = run_world(World(ranks, PLANS[ranks], SIZES, documents=2, rounds=0))
     assert len(rows) == len(PLANS[ranks])
     for plan, row in zip(PLANS[ranks], rows, strict=True):

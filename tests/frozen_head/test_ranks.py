@@ -157,7 +157,3 @@ def test_no_possible_entry_is_nan_and_a_shard_without_one_is_nothing(worlds, ran
         nothing, three = result["impossible"]
         assert nothing.isnan()
         torch.testing.assert_close(three, torch.tensor(3.0).log())
-
-
-if __name__ == "__main__":
-    world.main(compute)

@@ -161,14 +161,22 @@ def test_gradcheck(double_impl, divergence, reduction):
     assert torch.autograd.gradcheck(loss, [leaves[name] for name in STUDENT])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 # Gradients are summed outside the row functions, so Triton's interpreter, which is slow, need not do it twice.
 @pytest.mark.parametrize(
-    "fused_impl, reduction", [("torch", "mean"), ("torch", "none"), ("triton", "mean")], indirect=["fused_impl"]
+    "fused_impl, reduction, dtype",
+    [
+        ("torch", "mean", torch.bfloat16),
+        ("torch", "mean", torch.float16),
+        ("torch", "none", torch.bfloat16),
+        ("torch", "none", torch.float16),
+        ("triton", "mean", torch.bfloat16),
+    ],
+    indirect=["fused_impl"],
+    ids=str,
 )
 def test_a_row_that_repeats_often(fused_impl, dtype, reduction):
-    """In many chunks; a sum of 16-bit numbers stops growing after a few hundred."""
-    rows = 600 if fused_impl == "torch" else 300  # the interpreter is slow
+    """In many chunks; a sum of 16-bit numbers is off by ten roundings and more after two hundred of them."""
+    rows = 300 if fused_impl == "torch" else 200  # the interpreter is slow
     problem = build(rows=2, width=8, vocab=31, dtype=dtype, student_index=[0] * rows, teacher_index=[1] * rows)
     problem = replace(problem.with_options(reduction=reduction), asks=("student_hidden",))
     if reduction == "none":
@@ -183,7 +191,7 @@ def test_a_row_that_repeats_often_behind_a_frozen_head(dtype):
     """All upstream gradients of one sign, so that their sum grows."""
     generator = torch.Generator().manual_seed(0)
     student, head, teacher = (torch.randn(n, 8, generator=generator).to(dtype) for n in (2, 31, 2))
-    index = torch.zeros(2000, dtype=torch.int64)
+    index = torch.zeros(600, dtype=torch.int64)
     summary = teacher_summary(teacher, head, head)
     student.requires_grad_()
 
@@ -196,6 +204,6 @@ def test_a_row_that_repeats_often_behind_a_frozen_head(dtype):
     smallest = max(map(int, re.findall(r"\d+", str(refused.value))))  # a row at a time
     (got,) = torch.autograd.grad(loss(smallest), [student])
     hidden, w, t = (x.detach().double() for x in (student, head, teacher))
-    exact = 2000 * ((hidden[0] @ w.T).softmax(-1) - (t[0] @ w.T).softmax(-1)) @ w
+    exact = 600 * ((hidden[0] @ w.T).softmax(-1) - (t[0] @ w.T).softmax(-1)) @ w
     assert (got[0].double() - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
     assert got[1].count_nonzero() == 0

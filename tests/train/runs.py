@@ -17,6 +17,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from disc_train.cli import main
+from tests import forkserver
 
 
 def weights(folder):
@@ -39,10 +40,8 @@ def skip_unless_resumable(world):
 
 def start_processes(argvs, environments, folders, logs, prepare=None):
     """Start the command once for each of some command lines, in processes that find everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["disc_train.run", "transformers.models.llama.modeling_llama", __name__])
     processes = [
-        context.Process(target=_run_command, args=(*arguments, prepare))
+        forkserver.context().Process(target=_run_command, args=(*arguments, prepare))
         for arguments in zip(argvs, environments, folders, logs, strict=True)
     ]
     for process in processes:

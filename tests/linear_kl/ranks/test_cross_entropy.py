@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 
 from disc_kernels import fused_cross_entropy
-from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +66,3 @@ def test_what_one_process_finds_wrong_all_raise(worlds):
 def test_processes_that_disagree_raise_the_same(worlds, name):
     first, second = (result[name] for result in worlds[2])
     assert first == second and first.startswith(f"{name}: expected the same on all ranks of vocab_group, got ")
-
-
-if __name__ == "__main__":
-    world.main(compute)

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 
 from disc_kernels import LogitTransform, TeacherSummary, expected_embedding_kl, fused_suffix_kl, teacher_summary
-from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
@@ -236,7 +235,3 @@ def test_a_rank_that_never_comes(worlds, what):
     said, seconds = worlds[2][0]["late"][what]
     assert said.startswith("RuntimeError: vocab_group: expected every rank of the group to make this call"), said
     assert 0.9 * PATIENCE < seconds < 4 * PATIENCE
-
-
-if __name__ == "__main__":
-    world.main(compute)

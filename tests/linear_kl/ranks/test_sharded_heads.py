@@ -17,7 +17,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from disc_kernels import expected_embedding_kl, fused_suffix_kl, teacher_summary
 from tests.linear_kl.oracle import build
-from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
@@ -342,7 +341,3 @@ def test_refused(worlds, case):
     first, second = (result["refused"][case] for result in worlds[2])
     assert first.startswith(REFUSED[case]), first
     assert first == second
-
-
-if __name__ == "__main__":
-    world.main(compute)

@@ -1,16 +1,14 @@
-"""Run worlds of processes, for what ranks do together. A test file is also the program that each of its ranks runs:
+"""Run worlds of processes, for what ranks do together.
 
-    if __name__ == "__main__":
-        world.main(compute)        # compute(rank, ranks, device) -> what the tests are to compare
-
-The processes of a world are started once and go through every case of that world's.
+The processes of a world are started once and go through every case of that world's: a test file has a function
+`compute(rank, ranks, device)` that each of them calls, and returns what the tests are to compare.
 """
 
 import datetime
+import importlib
+import multiprocessing
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +16,53 @@ import pytest
 import torch
 import torch.distributed as dist
 
-ROOT = str(Path(__file__).parents[3])
+from tests import forkserver
+
 TIMEOUT = 60  # seconds, of any collective, so that nothing waits forever
 
 
 def run(module: str, ranks: int, folder: Path, device: str = "cpu") -> list[Any]:
     """Return what each of the `ranks` processes of a test module computed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    environment["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-    if device == "cpu":
-        environment["TRITON_INTERPRET"] = "1"
-    processes = []
-    for rank in range(ranks):
-        with (folder / f"{rank}.txt").open("w") as said:
-            command = [sys.executable, "-m", module, str(rank), str(ranks), str(folder), device]
-            processes.append(subprocess.Popen(command, env=environment, stdout=said, stderr=said))
+    # A process that was forked from one that has asked for a GPU cannot use it.
+    context = forkserver.context() if device == "cpu" else multiprocessing.get_context("spawn")
+    each = [(module, rank, ranks, folder, device) for rank in range(ranks)]
+    processes = [context.Process(target=_rank, args=arguments) for arguments in each]
+    for process in processes:
+        process.start()
     try:
-        codes = [process.wait(timeout=3 * TIMEOUT) for process in processes]
+        deadline = time.monotonic() + 3 * TIMEOUT
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
-    for rank, code in enumerate(codes):
-        if code != 0:
+    for rank, process in enumerate(processes):
+        process.join()
+        if process.exitcode != 0:
             pytest.fail(f"rank {rank} of {ranks}: {(folder / f'{rank}.txt').read_text()[-4000:]}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def main(compute: Callable[[int, int, str], Any]) -> None:
-    """One of those processes."""
-    rank, ranks, folder, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+def _rank(module: str, rank: int, ranks: int, folder: Path, device: str) -> None:
+    """Be one of those processes."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        importlib.import_module("tests.conftest")  # its settings of the interpreter
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
-    )
-    torch.save(compute(rank, ranks, device), f"{folder}/{rank}.pt")
-    dist.barrier()  # none leaves while another may still need it
-    dist.destroy_process_group()
+    with (folder / f"{rank}.txt").open("w", buffering=1) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=ranks,
+            timeout=datetime.timedelta(seconds=TIMEOUT),
+        )
+        torch.save(importlib.import_module(module).compute(rank, ranks, device), f"{folder}/{rank}.pt")
+        dist.barrier()  # none leaves while another may still need it
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
