@@ -6,6 +6,7 @@ killed while it saves leaves that folder, which is never read; the next save beg
 
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -242,7 +243,11 @@ class CheckpointingTrainer(Trainer):
         """Save as the Trainer does, but the model itself in its dtype and with the files of its processor."""
         folder, dtype = output_dir or str(self.args.output_dir), None if self._saving else self.save_dtype
         if dtype is not None and self.args.should_save:
-            state_dict = convert(self.student, state_dict, dtype)
+            try:
+                state_dict = convert(self.student, state_dict, dtype)
+            except OverflowError as error:  # what was trained is not lost for that
+                warnings.warn(f"{error}: saved in the dtype that it was trained in", stacklevel=2)
+                dtype = self.save_dtype = None
         super()._save(folder, state_dict)
         if self.args.should_save and not self._saving:
             copy_processor(self.student, folder)

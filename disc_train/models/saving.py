@@ -19,7 +19,7 @@ def convert(model: PreTrainedModel, weights: dict[str, Tensor] | None, dtype: to
         weights: the model's, where they are not its own (of a model that is divided over processes).
 
     Raises:
-        ValueError: a value that the dtype does not hold.
+        OverflowError: a value that the dtype does not hold.
     """
     in_float32 = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -33,7 +33,8 @@ def convert(model: PreTrainedModel, weights: dict[str, Tensor] | None, dtype: to
             if key not in converted:
                 converted[key] = value.to("cpu", dtype)
                 if not torch.isfinite(converted[key]).all():
-                    raise ValueError(f"--save_dtype: expected a dtype that holds the values of {name}, got {dtype}")
+                    got = str(dtype).removeprefix("torch.")
+                    raise OverflowError(f"--save_dtype: expected a dtype that holds the values of {name}, got {got}")
             value = converted[key]
         result[name] = value
     return result

@@ -80,14 +80,17 @@ def test_tied_weights_of_a_divided_model_are_saved_once():
     assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
 
 
-def test_values_that_the_dtype_does_not_hold_are_named():
-    model = make_model()
+def test_values_that_the_dtype_does_not_hold_are_named_and_saved_in_the_one_that_was_trained(train, tmp_path):
+    trainer = train(make_model())
     with torch.no_grad():
-        model.lm_head.weight[3, 3] = 1e6
-    with pytest.raises(
-        ValueError, match=r"--save_dtype: expected a dtype that holds .* lm_head.weight, got torch.float16"
-    ):
-        convert(model, None, torch.float16)
+        trainer.model.lm_head.weight[3, 3] = 1e6
+    trainer.save_dtype = torch.float16
+    with pytest.warns(UserWarning, match=r"--save_dtype: .* holds the values of lm_head.weight, got float16: saved in"):
+        trainer.save_model()
+    for name, value in saved(tmp_path / "out").items():
+        assert torch.equal(value, trainer.model.state_dict()[name])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert trainer.save_dtype is None  # so the summary does not name another
 
 
 def test_of_a_model_that_reads_images_only_what_text_reaches_is_trained(train, make_dataset, tmp_path):
