@@ -63,7 +63,14 @@ def _generate(argv: Sequence[str]) -> Callable[[], None]:
 
 def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None) -> int:
     try:
-        work = read(sys.argv[1:] if argv is None else argv)
+        return _read_and_work(command, read, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return _failed(command, "interrupted", 130)
+
+
+def _read_and_work(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str]) -> int:
+    try:
+        work = read(argv)
     except SystemExit as exit_:  # argparse has printed its help
         return int(exit_.code or 0)
     except (ValueError, ImportError) as error:  # on a machine all processes were given the same command line
@@ -80,8 +87,6 @@ def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv
         return _failed(command, error, 1, quiet=another_reports)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         return _failed(command, error, 1)
-    except KeyboardInterrupt:
-        return _failed(command, "interrupted", 130)
     except Terminated as ending:
         return _failed(command, ending, 128 + ending.signal, quiet=another_reports)
     return 0

@@ -1,6 +1,7 @@
 """Define the settings of `disc-train`: what is trained on what, and transformers' own for the loop."""
 
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -320,10 +321,33 @@ class LoopArguments(TrainingArguments):
             self.greater_is_better = False
 
 
+@dataclass
+class CacheArguments(DiscArguments):
+    """Hold the same for `disc-cache`, which is always about a cache."""
+
+    teacher: Literal["cache"] = flag("What it fills.", "cache")
+
+    def __post_init__(self) -> None:
+        if self.teacher_cache is None:
+            raise ValueError("--teacher_cache: expected the folder to fill, got none")
+        super().__post_init__()
+
+
+@dataclass
+class CacheLoopArguments(LoopArguments):
+    """Hold the same for `disc-cache`, which trains nothing."""
+
+    output_dir: str | None = flag("Not used: nothing is trained.", os.curdir)
+
+
 def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[DiscArguments, LoopArguments]:
     """Read `[CONFIG.yaml] [--flag value ...]`, see `disc_train.flags.parse_flags`."""
-    description = "Teach a language model the content of documents."
-    disc, loop = parse_flags(command, description, argv, DiscArguments, LoopArguments)
+    if command == "disc-cache":
+        description = "Read once with the teacher what a run of disc-train will ask it."
+        disc, loop = parse_flags(command, description, argv, CacheArguments, CacheLoopArguments)
+    else:
+        description = "Teach a language model the content of documents."
+        disc, loop = parse_flags(command, description, argv, DiscArguments, LoopArguments)
     if (disc.eval_file is None) != (loop.eval_strategy == "no"):
         given, other = ("eval_strategy", "eval_file") if disc.eval_file is None else ("eval_file", "eval_strategy")
         raise ValueError(f"--{given} needs --{other}, got it without")

@@ -28,7 +28,7 @@ DISC_RESTORED = ("lora_rank", "lora_alpha", "lora_target_modules", "freeze_head"
 MAKE_EXAMPLES = (
     *("method", "num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"),
     *("add_bos", "max_document_tokens", "long_documents", "chunk_overlap_tokens", "teacher_template"),
-    *("student_template", "teacher_system_prompt", "replay_share", "replay_objective"),
+    *("student_template", "teacher_system_prompt", "replay_share", "replay_objective", "teacher_name_or_path"),
 )
 # How the same is computed; and files, of which the content is compared.
 NOT_COMPARED = (
@@ -74,6 +74,7 @@ def changed_settings(checkpoint: str, now: dict[str, Any]) -> list[str]:
     other_data = "to train on other data, start from it as a new model (--model_name_or_path)"
     for flag, text in now["texts"].items():
         if (was := before.get("texts", {}).get(flag, text)) != text:
+            flag = "--text_column" if "text_column" in changed else flag
             raise ValueError(f"{flag}: expected the data of {checkpoint}, {was}, got {text}: {other_data}")
     applied = [name for name in changed if name not in ("examples", "training data", "texts")]
     # Other splits or templates make other examples of the same documents; but their order is that of their number.

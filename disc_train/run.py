@@ -111,8 +111,6 @@ def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
 
     Raises as `run` does.
     """
-    if disc.teacher_cache is None:
-        raise ValueError("--teacher_cache: expected the folder to fill, got none")
     disc.dry_run = True  # no checkpoint is looked for, and nothing is written to --output_dir
     inputs = load_inputs(disc, loop)
     student = load_student(disc)
@@ -263,7 +261,7 @@ def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, sig
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *([("probes", trainer.probes.describe())] if trainer.probes else []),
-        *(signal.describe(dataset.noun) if signal else []),
+        *(signal.describe(dataset.noun, disc.temperature) if signal else []),
         *([("signal", "not measured: it needs the teacher itself; --dry_run measures it")] if cached else []),
     ]
 

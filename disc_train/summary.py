@@ -63,7 +63,7 @@ def count_tokens(samples: Iterable[tuple[TokenizedDocument, Sequence[Split]]], f
 def describe_documents(
     read: Sequence[TokenizedDocument], parts: Sequence[TokenizedDocument], dataset: DocumentDataset
 ) -> list[tuple[str, str]]:
-    """Describe, in lines (label, text), the documents that were read and what an epoch makes of them.
+    """Describe, in lines (label, text), the documents that were read and what a pass over them predicts.
 
     Args:
         parts: the same where long ones are divided into chunks.
@@ -76,16 +76,16 @@ def describe_documents(
     lines = [
         (
             "documents",
-            f"{len(read):,} read, {len(dataset):,} to train on; {len(empty):,} empty{first},"
+            f"{len(read):,} read, {len(dataset):,} used; {len(empty):,} empty{first},"
             f" {len(dataset.too_short) - len(empty):,} too short to split into a prefix and a suffix of 2 tokens;"
             f" {_describe_long(read, parts)}",
         ),
-        ("split points", f"{counts.suffixes:,} an epoch, by {dataset.split_strategy}"),
+        ("split points", f"{counts.suffixes:,} a pass, by {dataset.split_strategy}"),
         (
             "tokens",
-            f"{counts.total:,} in these documents: {counts.trained:,} trained on; skipped: {counts.prefix:,} read as"
+            f"{counts.total:,} in these documents: {counts.trained:,} predicted; skipped: {counts.prefix:,} read as"
             f" prefix only, {counts.first:,} that begin a suffix, {counts.unread:,} after the last suffix;"
-            f" {counts.rows:,} predictions an epoch",
+            f" {counts.rows:,} predictions a pass",
         ),
     ]
     if templates.longest > templates.start:
@@ -101,7 +101,7 @@ def describe_documents(
 def describe_whole_documents(
     read: Sequence[TokenizedDocument], parts: Sequence[TokenizedDocument], dataset: ExampleDataset
 ) -> list[tuple[str, str]]:
-    """Describe, in lines (label, text), documents that are trained on as a whole, see `describe_documents`."""
+    """Describe, in lines (label, text), documents that are read as a whole, see `describe_documents`."""
     short = [document.name for document in parts if len(document.input_ids) < MIN_TOKENS]
     names = f" ({', '.join(short[:5])}{', ...' if len(short) > 5 else ''})" if short else ""
     branches = [branch for example in dataset.examples for branch in example.branches]
@@ -109,10 +109,10 @@ def describe_whole_documents(
     return [
         (
             "documents",
-            f"{len(read):,} read, {len(dataset):,} to train on; {len(short):,} of fewer than {MIN_TOKENS} tokens"
+            f"{len(read):,} read, {len(dataset):,} used; {len(short):,} of fewer than {MIN_TOKENS} tokens"
             f"{names}; {_describe_long(read, parts)}",
         ),
-        ("tokens", f"{tokens:,} in these documents: {rows:,} trained on; skipped: {tokens - rows:,} first"),
+        ("tokens", f"{tokens:,} in these documents: {rows:,} predicted; skipped: {tokens - rows:,} first"),
         *_warn_of_loss(read, ()),
     ]
 
@@ -181,11 +181,11 @@ def describe_records(dataset: ExampleDataset) -> list[tuple[str, str]]:
     teacher = contexts("teacher", [example.teacher_trunk for example in dataset.examples])
     student = contexts("student", [example.student_trunk for example in dataset.examples])
     return [
-        ("records", f"{len(dataset):,} read, all to train on"),
+        ("records", f"{len(dataset):,} read, all used"),
         (
             "tokens",
             f"{sum(len(branch.target) for branch in targets):,} in targets,"
-            f" {sum(branch.rows for branch in targets):,} of them trained on; {teacher}; {student}",
+            f" {sum(branch.rows for branch in targets):,} of them predicted; {teacher}; {student}",
         ),
     ]
 
@@ -308,19 +308,15 @@ def describe_steps(
 
 
 def describe_next_steps(disc: DiscArguments, args: TrainingArguments, adapters: bool) -> list[tuple[str, str]]:
-    """Write the command that evaluates what was trained beside what it was before, and how adapters are loaded."""
+    """Write a command that evaluates what was trained, on texts beside what it was before; how adapters are loaded."""
     texts = disc.eval_file or disc.train_file if disc.method != "cd" else None
-    command = [
-        "disc-eval",
-        "--model_name_or_path",
-        args.output_dir,
-        "--reference_name_or_path",
-        disc.model_name_or_path,
-    ]
-    command += ["--texts_file", *(texts or ["TEXTS"]), "--output_dir", f"{args.output_dir}/evaluation"]
-    command += ["--text_column", disc.text_column] if disc.text_column != "text" else []
-    command += ["--use_cpu"] if args.use_cpu else []
-    lines = [("next", f"{shlex.join(map(str, command))}; --probes_file asks what it knows")]
+    command = ["disc-eval", "--model_name_or_path", args.output_dir]
+    if texts:
+        command += ["--reference_name_or_path", disc.model_name_or_path, "--texts_file", *texts]
+        command += ["--text_column", disc.text_column] if disc.text_column != "text" else []
+    command += ["--output_dir", f"{args.output_dir}/evaluation", *(["--use_cpu"] if args.use_cpu else [])]
+    more = "with --probes_file" + ("" if texts else " or --texts_file") + ": what to ask the model, or to have it read"
+    lines = [("next", shlex.join(map(str, command))), ("", more)]
     if adapters:
         lines.append(("in Python", _loading_code(str(args.output_dir))))
     return lines

@@ -80,10 +80,11 @@ def teacher_cache(
         autocast=autocast,
         start=bos_prefix(tokenizer, disc.add_bos),
         forward_kl=disc.method not in AT_TEMPERATURE or disc.divergence == "forward_kl",
-        epochs=math.ceil(steps / steps_an_epoch),
     )
     compare_all = disc.method in WITH_TEACHER
-    read = sources(data.dataset, compare_all) + ([data.held_out] if compare_all and data.held_out else [])
+    read = [(source, math.ceil(steps / steps_an_epoch)) for source in sources(data.dataset, compare_all)]
+    if compare_all and data.held_out:
+        read.append((data.held_out, 1))  # every evaluation has the same splits
     return TeacherCache(settings, read, tokenizer, student, identity)
 
 

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless a value is an integer, of Python's or of another kind; a bool is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SharedPrefixLayout:
     """Hold where each of L packed tokens belongs: four int64 tensors of shape [L] on one device.
@@ -52,15 +58,19 @@ class SharedPrefixLayout:
         """Lay out trees in order, each given as ``(trunk length, [(attach, length), ...])``, one pair a branch.
 
         Raises:
+            TypeError: a length or an attach that is no integer.
             ValueError: a negative trunk length, a branch of length below 1, or an attach outside its trunk.
         """
         segments: list[tuple[int, int, int, int]] = []  # tree, branch, attach, length
         for tree, (trunk, branches) in enumerate(trees):
+            check_int(f"trees[{tree}]: trunk length", trunk)
             if trunk < 0:
                 raise ValueError(f"trees[{tree}]: expected a trunk length of at least 0, got {trunk}")
             segments.append((tree, 0, 0, trunk))
             for branch, (attach, length) in enumerate(branches, start=1):
                 where = f"trees[{tree}], branch {branch}"
+                check_int(f"{where}: attach", attach)
+                check_int(f"{where}: length", length)
                 if length < 1:
                     raise ValueError(f"{where}: expected a length of at least 1, got {length}")
                 if not 0 <= attach <= trunk:

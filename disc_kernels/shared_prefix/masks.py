@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from disc_kernels.shared_prefix.layout import SharedPrefixLayout
+from disc_kernels.shared_prefix.layout import SharedPrefixLayout, check_int
 
 
 def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tensor:
@@ -22,6 +22,7 @@ def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tens
             less those of the key), as in layers with sliding-window attention. None: no limit.
 
     Raises:
+        TypeError: window that is no integer.
         ValueError: window below 1.
     """
     return row_masks(layout, 1, window=window)[0]
@@ -46,6 +47,7 @@ def row_masks(layout: SharedPrefixLayout, rows: int, *, window: int | None = Non
 
 def check_rows(layout: SharedPrefixLayout, rows: int) -> None:
     """Raise ValueError unless a layout can be cut into rows of one length with no tree in two of them."""
+    check_int("rows", rows)
     if rows < 1 or len(layout) % rows:
         raise ValueError(f"rows: expected a number that divides the layout's {len(layout)} tokens, got {rows}")
     length = max(len(layout) // rows, 1)
@@ -77,8 +79,10 @@ def block_mask(layout: SharedPrefixLayout, block_size: int = 128, *, window: int
         window: as in `dense_mask`.
 
     Raises:
+        TypeError: block_size or window that is no integer.
         ValueError: block_size or window below 1.
     """
+    check_int("block_size", block_size)
     if block_size < 1:
         raise ValueError(f"block_size: expected at least 1, got {block_size}")
     runs = _visible_runs(layout, window)
@@ -116,6 +120,7 @@ def _visible_runs(layout: SharedPrefixLayout, window: int | None) -> _Runs:
     trunk_to = trunk_from + layout.attach
     own_from = layout.segment_start()
     if window is not None:
+        check_int("window", window)
         if window < 1:
             raise ValueError(f"window: expected at least 1, got {window}")
         trunk_from = trunk_from + (layout.position_ids - (window - 1)).clamp(min=0)

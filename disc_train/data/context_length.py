@@ -25,7 +25,7 @@ def context_length(model: str, teacher: str | None) -> ContextLength | None:
     readers = {"model": model} | ({} if teacher is None else {"teacher": teacher})
     lengths = []
     for reader, name in readers.items():
-        with explain_load_errors(name):
+        with explain_load_errors(name, f"--{reader}_name_or_path"):
             config = AutoConfig.from_pretrained(model_below(name))
         lengths.append(length_of(config, reader))
     return smaller(*lengths)

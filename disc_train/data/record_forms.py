@@ -60,7 +60,11 @@ def _from_messages(name: str, record: dict[str, Any], teacher_system_prompt: str
         others = [message for message in teacher if message["role"] != "system"]
         teacher = [{"role": "system", "content": teacher_system_prompt}, *others]
     if teacher == context:
-        raise ValueError(f"{name}: expected a teacher_prompt or --teacher_system_prompt beside messages, got neither")
+        neither = teacher_prompt is None and teacher_system_prompt is None
+        raise ValueError(
+            f"{name}: expected a teacher_prompt or --teacher_system_prompt beside messages, got"
+            f" {'neither' if neither else 'one that is equal to what the student reads'}"
+        )
     return {"teacher_context": teacher, "student_context": context, "target": [answer]}
 
 

@@ -66,7 +66,7 @@ class GenerateArguments(InferenceArguments):
 
     @property
     def noun(self) -> str:
-        """Return what a text is generated from, as records and messages call it."""
+        """Return what a text is generated from, as messages call it."""
         return "question" if self.mode == "answers" else "document"
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """Run `disc-generate`: load, generate the texts that are not there yet, say what came of it."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def run(arguments: GenerateArguments) -> None:
             empty += not generated.strip()
             cut += not ended
             if generated.strip():
-                record = {"id": texts[index].id, arguments.noun: texts[index].source.name, "ended": ended}
+                origin = "source" if arguments.mode == "answers" else "document"
+                record = {"id": texts[index].id, origin: texts[index].source.name, "ended": ended}
                 record |= _fields(arguments.mode, texts[index].source, generated)
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
@@ -66,7 +68,8 @@ def run(arguments: GenerateArguments) -> None:
         ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {empty:,} empty, left out"),
         (f"{arguments.noun}s", f"{len(sources):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
         ("saved", str(path)),
-        ("next", f"disc-train --method {method} --train_file {path}, the other flags as for any run"),
+        ("next", f"disc-train --method {method} --train_file {shlex.quote(str(path))}"),
+        ("", "with --model_name_or_path and --output_dir, as for any run"),
     )
 
 

@@ -63,12 +63,13 @@ def load_model(
 
 
 @contextmanager
-def explain_load_errors(name_or_path: str) -> Iterator[None]:
-    """Add to an error in loading which model it was about, which many of transformers' errors do not say."""
+def explain_load_errors(name_or_path: str, flag: str | None = None) -> Iterator[None]:
+    """Add to an error in loading which model and flag it was about, which many of transformers' errors do not say."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected a model's folder, or its name on the Hub, got {name_or_path}: {error}") from error
+        wrong = f"expected a model's folder, or its name on the Hub, got {name_or_path}: {error}"
+        raise ValueError(f"{flag}: {wrong}" if flag else wrong) from error
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -41,8 +41,13 @@ class Signal(NamedTuple):
     gain_over_student: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
     gain_over_other_context: list[float]  # the same over the teacher's after another's context, if any has another
 
-    def describe(self, noun: str) -> list[tuple[str, str]]:
-        """Write lines (label, text) for the summary; `noun` is what an example is called."""
+    def describe(self, noun: str, temperature: float) -> list[tuple[str, str]]:
+        """Write lines (label, text) for the summary.
+
+        Args:
+            noun: what an example is called.
+            temperature: what the divergence was measured at.
+        """
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
         gains = f"add {fmean(self.gain_over_student):+.4f} nats a token to the log-probability of what follows"
         if self.gain_over_other_context:
@@ -50,8 +55,8 @@ class Signal(NamedTuple):
         lines = [
             (
                 "signal",
-                f"{fmean(self.divergence):.4f} nats a token: mean KL from the teacher with its context to the initial"
-                f" student without; by {noun} {low:.4f} to {high:.4f}, median {middle:.4f}"
+                f"{fmean(self.divergence):.4f} nats a token at T = {temperature:g}: mean KL from the teacher with its"
+                f" context to the initial student without; by {noun} {low:.4f} to {high:.4f}, median {middle:.4f}"
                 f" ({len(self.divergence):,} measured)",
             ),
             ("contexts", gains),
@@ -89,9 +94,10 @@ class Signal(NamedTuple):
                 )
             if not fmean(gains) > MIN_GAIN:
                 return (
-                    "there is hardly any signal: to the teacher, a target is no likelier after its context than"
-                    f" {other}. Distillation teaches only what the context tells about the target: what is restated or"
-                    " implied, not what is said once; cross-entropy (--ce_weight 1, or --method ft) teaches that too."
+                    "to the teacher, a target is hardly likelier after its own context: by"
+                    f" {fmean(gains):+.4f} nats a token (T = 1) than {other}."
+                    " Distillation teaches only what the context tells about the target: what is restated or implied,"
+                    " not what is said once; cross-entropy (--ce_weight 1, or --method ft) teaches that too."
                 )
         return None
 

@@ -1,5 +1,6 @@
 """Open a run's teacher cache: check that it is the run's, fill what is missing, and hold what training needs of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,6 @@ class CacheSettings:
         autocast: of the training.
         forward_kl: it is the divergence, so that summaries serve.
         start: the token ids that every sequence starts with.
-        epochs: how many the run takes, for templates with a footer.
     """
 
     folder: str
@@ -53,14 +53,14 @@ class CacheSettings:
     autocast: torch.dtype | None
     forward_kl: bool
     start: list[int]
-    epochs: int
 
 
 class TeacherCache:
     """Compare a run with what is in a cache's folder, and make it the run's teacher.
 
     Args:
-        read: the data sets that the teacher reads, see `disc_train.teacher_cache.readings.sources`.
+        read: the data sets that the teacher reads, see `disc_train.teacher_cache.readings.sources`, and of each in how
+            many epochs, whose splits are sequences of their own behind a template's footer.
         student: as it is before it is trained.
         identity: another process's, which has computed the checksums.
 
@@ -71,20 +71,20 @@ class TeacherCache:
     def __init__(
         self,
         settings: CacheSettings,
-        read: list[ExampleDataset],
+        read: Sequence[tuple[ExampleDataset, int]],
         tokenizer: PreTrainedTokenizerBase,
         student: PreTrainedModel,
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.settings = settings
-        self.readings = merge(reading for source in read for reading in readings(source, settings.epochs))
+        self.readings = merge(reading for source, epochs in read for reading in readings(source, epochs))
         self._description = read_description(settings.folder)
         self._student_head = head_of(student)
         no_cap = self._student_head.transform.softcap is None
         self._summarises = head_is_frozen(student) and no_cap and settings.forward_kl
         # Hidden states serve any head, a frozen one too.
         self._summarises &= self._description is None or self._description.get("rows") != HIDDEN
-        self.identity = identity or self._identify(read, tokenizer)
+        self.identity = identity or self._identify([source for source, _ in read], tokenizer)
         self._store = Store(settings.folder)
         if self._description is not None:
             check_identity(settings.folder, self._description, self.identity, self.missing)

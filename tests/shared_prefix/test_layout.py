@@ -125,6 +125,19 @@ def test_trees_that_break_a_rule_are_refused(trees, message):
         SharedPrefixLayout.from_trees(trees)
 
 
+@pytest.mark.parametrize(
+    ("trees", "argument"),
+    [
+        ([(2.0, [])], r"trees\[0\]: trunk length: expected an int, got 2.0"),
+        ([(3, [(True, 1)])], r"trees\[0\], branch 1: attach: expected an int, got True"),
+        ([(3, [(1, 1.5)])], r"trees\[0\], branch 1: length: expected an int, got 1.5"),
+    ],
+)
+def test_counts_that_are_not_whole_numbers_are_refused(trees, argument):
+    with pytest.raises(TypeError, match=argument):
+        SharedPrefixLayout.from_trees(trees)
+
+
 def test_moving_and_pickling_keep_the_values_and_do_not_check_again(monkeypatch):
     layout = build()
     monkeypatch.setattr(SharedPrefixLayout, "__post_init__", lambda self: pytest.fail("checked again"))

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
+from disc_kernels.shared_prefix.masks import row_masks
 from tests.shared_prefix.layouts import random_trees
 
 RAGGED = [(50, [(20, 30), (50, 25), (0, 4)]), (0, [(0, 37), (0, 1)]), (33, [])]
@@ -95,6 +96,13 @@ def test_bad_arguments(make):
     layout = SharedPrefixLayout.from_trees(RAGGED)
     with pytest.raises(ValueError, match="window: expected at least 1, got 0"):
         make(layout, window=0)
+    for window in (2.5, True):
+        with pytest.raises(TypeError, match=f"window: expected an int, got {window}"):
+            make(layout, window=window)
+    with pytest.raises(TypeError, match=r"block_size: expected an int, got 128\.0"):
+        block_mask(layout, 128.0)
+    with pytest.raises(TypeError, match=r"rows: expected an int, got 1\.0"):
+        row_masks(layout, 1.0)
     with pytest.raises(ValueError, match="block_size: expected at least 1, got 0"):
         block_mask(layout, 0)
 

@@ -116,7 +116,7 @@ def test_a_context_of_bos_alone_is_empty(folder, starting, tmp_path):
 
 def test_whole_documents_lose_no_first_token(folder, starting, tmp_path):
     description = dict(load(folder, starting, tmp_path, "--method", "ft").description)
-    assert description["tokens"].endswith("trained on; skipped: 0 first")
+    assert description["tokens"].endswith("predicted; skipped: 0 first")
     assert "templates" not in description
 
 

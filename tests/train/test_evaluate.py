@@ -105,7 +105,7 @@ def test_processes_measure_together(flags, start, tmp_path, sentences):
         sizes = ("--per_device_eval_batch_size", 2, "--per_device_train_batch_size", 2 // world)
         run = start(*flags, *sizes, "--output_dir", tmp_path / f"of-{world}", world=world)
         assert set(run.wait()) == {0}, run.logs
-        assert "documents     evaluated: 5 read" in run.logs[0]
+        assert "documents     evaluated: 5 read, 5 used;" in run.logs[0]
         state = json.loads((tmp_path / f"of-{world}" / "trainer_state.json").read_text())
         logged.append(next(entry for entry in state["log_history"] if "eval_loss" in entry))
         logged[-1] |= next(entry for entry in reversed(state["log_history"]) if "eval_probes_facts_logprob" in entry)

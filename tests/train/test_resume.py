@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from disc_train.resume import changed_settings, save_settings
 from disc_train.trainer import DiscTrainer
 from tests.train.world import make_model
 
@@ -30,6 +31,21 @@ def train(make_dataset, tmp_path):
         return trainer.model
 
     return run
+
+
+def test_what_makes_other_examples_of_the_same_texts_may_change(tmp_path):
+    """A teacher with a shorter context, say, divides them into other chunks."""
+    before = {"teacher_name_or_path": None, "text_column": "text", "temperature": 2.0, "examples": 3}
+    before |= {"training data": "3 documents (checksum 0)", "texts": {"--train_file": "3 documents (checksum 1)"}}
+    save_settings(before, tmp_path)
+    drawn_otherwise = before | {"training data": "3 documents (checksum 2)"}
+    changed = changed_settings(str(tmp_path), drawn_otherwise | {"teacher_name_or_path": "t"})
+    assert changed == ["--teacher_name_or_path t (was None)"]
+    with pytest.raises(ValueError, match="--train_file: expected the data of"):
+        changed_settings(str(tmp_path), drawn_otherwise | {"temperature": 1.0})
+    other_column = {"text_column": "body", "texts": {"--train_file": "3 documents (checksum 3)"}}
+    with pytest.raises(ValueError, match=r"--text_column: expected the data of .* got 3 documents .checksum 3"):
+        changed_settings(str(tmp_path), drawn_otherwise | other_column)
 
 
 def _equal(model, other):

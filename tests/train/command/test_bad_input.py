@@ -35,7 +35,7 @@ def test_files_that_cannot_be_read(fails, tmp_path):
 def test_a_model_that_is_not_there(fails, tmp_path):
     missing = tmp_path / "none"
     for flag in ("--model_name_or_path", "--teacher_name_or_path"):
-        assert f"expected a model's folder, or its name on the Hub, got {missing}: " in fails(flag, missing)
+        assert f"{flag}: expected a model's folder, or its name on the Hub, got {missing}: " in fails(flag, missing)
 
 
 def test_a_model_with_damagedweights(fails, model_folder):

@@ -25,9 +25,7 @@ def test_every_method(flags, formula, disc_train, capsys, tmp_path, model_folder
     out = capsys.readouterr().out
     assert f"method        {formula}" in out
     if flags[0] == "--method":
-        assert re.search(
-            r"9 read, 7 to train on; 2 of fewer than 2 tokens \(\S+\.jsonl:8, \S+\.jsonl:9\); 0 cut\n", out
-        )
+        assert re.search(r"9 read, 7 used; 2 of fewer than 2 tokens \(\S+\.jsonl:8, \S+\.jsonl:9\); 0 cut\n", out)
         assert "signal" not in out
         assert ("teacher       none: nothing is compared" in out) == ("ft_kl" not in flags)
         assert "fewer than in a pass" not in out  # a document is one pass

@@ -24,10 +24,10 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
     out = capsys.readouterr().out
     before, after = out.split("What came of it")
     for expected in (
-        "9 read, 7 to train on; 1 empty (the first: ",
+        "9 read, 7 used; 1 empty (the first: ",
         "documents.jsonl:8), 1 too short to split into a prefix and a suffix",
         "; 6 cut to 80 tokens (",
-        "an epoch, by sentence_boundary",
+        "a pass, by sentence_boundary",
         "LlamaForCausalLM, 34,720 parameters, 34,720 trained, float32",
         "LlamaForCausalLM, 34,720 parameters, 0 trained, float32",
         "attention     sdpa",
@@ -43,7 +43,7 @@ def test_a_run_says_what_it_will_do_and_what_came_of_it(disc_train, capsys, tmp_
         f"next          disc-eval --model_name_or_path {tmp_path}/out --reference_name_or_path {model_folder}",
     ):
         assert expected in after
-    command = re.search(r"next +disc-eval (.*?);", after)[1]
+    command = re.search(r"next +disc-eval (.*)\n", after)[1]
     assert evaluate([*shlex.split(command), "--add_bos", "false"]) == 0
     assert not torch.equal(weights(tmp_path / "out"), weights(model_folder))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("river") == AutoTokenizer.from_pretrained(
@@ -75,13 +75,15 @@ def test_records_with_contexts(disc_train, records, capsys, model_folder, tmp_pa
     assert disc_train("--method", "cd", "--train_file", path, "--per_device_train_batch_size", 9) == 0
     out = capsys.readouterr().out
     for expected in (
-        "records       9 read, all to train on",
+        "records       9 read, all used",
         "(2 different)",
         "(1 different)",
         "of up to 9 records; 1 an epoch",
         "(9 measured)",
         "18 records in",
         "nats a token on the same records",
+        f"disc-eval --model_name_or_path {tmp_path}/out --output_dir {tmp_path}/out/evaluation --use_cpu\n",
+        "with --probes_file or --texts_file",
     ):
         assert expected in out
     assert float(re.search(r"([\d.]+)x fewer than in a pass for every target", out)[1]) > 1.5
@@ -184,6 +186,9 @@ def test_interrupted_from_the_keyboard(disc_train, monkeypatch, capsys):
     monkeypatch.setattr("disc_train.trainer.DiscTrainer.training_step", interrupt)
     assert disc_train() == 130
     assert "disc-train: error: interrupted\n" in capsys.readouterr().err
+    monkeypatch.setattr("disc_train.config.parse_arguments", interrupt)  # while it imports, or reads its flags
+    assert disc_train() == 130
+    assert capsys.readouterr().err == "disc-train: error: interrupted\n"
 
 
 def test_nothing_at_all_to_learn(disc_train, model_folder, capsys):

@@ -112,7 +112,7 @@ def test_no_token_of_the_documentation_is_lost(load, tokenizer, method, overlap)
 
     read, used, long, tokens_of_long, chunks = _numbers(
         lines["documents"],
-        r"([\d,]+) read, ([\d,]+) to train on; .* ([\d,]+) too long, of ([\d,]+) tokens, divided into ([\d,]+) chunks",
+        r"([\d,]+) read, ([\d,]+) used; .* ([\d,]+) too long, of ([\d,]+) tokens, divided into ([\d,]+) chunks",
     )
     assert (read, used) == (len(whole), len(dataset))
     assert long == sum(length > CONTEXT for length in lengths)

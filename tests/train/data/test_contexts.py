@@ -134,6 +134,16 @@ def test_the_flag_of_the_teachers_system_prompt(tmp_path, chat_tokenizer):
         ({"messages": None}, "S", "'messages' must be a string or a list of messages"),
         ({"messages": [*CHAT, _assistant("")]}, "S", "expected a target that is not empty"),
         ({"messages": [*CHAT, _assistant("x")]}, None, "expected a teacher_prompt or --teacher_system_prompt beside"),
+        (
+            {"messages": [*CHAT, _assistant("x")], "teacher_prompt": CHAT[-1]["content"]},
+            None,
+            "got one that is equal to what the student reads",
+        ),
+        (
+            {"messages": [SYSTEM, *CHAT, _assistant("x")]},
+            SYSTEM["content"],
+            "got one that is equal to what",
+        ),
         ({"messages": [*CHAT, _assistant("x")], "teacher_prompt": 5}, None, "'teacher_prompt' must be a string"),
         ({"teacher_context": "T", "target": "x"}, "S", "--teacher_system_prompt is for records with messages, got"),
     ],

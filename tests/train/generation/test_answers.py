@@ -35,11 +35,11 @@ def answer(tmp_path, model_folder, chat_tokenizer):
 def test_answers_behind_a_system_prompt_are_trained_on(answer, tmp_path, model_folder, chat_tokenizer, capsys):
     assert answer(CAPITAL, LATER, flags=("--teacher_system_prompt", SYSTEM)) == 0
     path = tmp_path / "answers.jsonl"
-    assert f"disc-train --method cd --temperature 1 --train_file {path}" in capsys.readouterr().out
+    assert f"next          disc-train --method cd --temperature 1 --train_file {path}\n" in capsys.readouterr().out
     records = read_jsonl(path)
     assert len(records) == 4
     for record in records:
-        first = record["question"].endswith(":1")
+        first = record["source"].endswith(":1")
         user = {"role": "user", "content": CAPITAL["question"] if first else LATER["messages"][1]["content"]}
         assert record["teacher_context"] == [{"role": "system", "content": SYSTEM}, user]
         assert record["student_context"] == ([user] if first else LATER["messages"])
@@ -52,7 +52,7 @@ def test_answers_behind_a_system_prompt_are_trained_on(answer, tmp_path, model_f
 
     flags = ("--model_name_or_path", str(model_folder), "--output_dir", str(tmp_path / "out"), "--use_cpu", "true")
     assert main(["--method", "cd", "--temperature", "1", "--train_file", str(path), *flags, "--max_steps", "1"]) == 0
-    assert "4 read, all to train on" in capsys.readouterr().out
+    assert "4 read, all used" in capsys.readouterr().out
 
 
 def test_what_the_model_reads_and_what_the_student_reads(answer, tmp_path, chat_tokenizer, monkeypatch):

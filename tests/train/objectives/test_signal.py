@@ -80,7 +80,7 @@ def test_the_warning(gain_over_student, gain_over_other_context, message):
     assert (warning is None) == (message is None)
     if message:
         assert message in warning
-    assert [label for label, _ in signal.describe("document")][2:] == ([] if message is None else ["WARNING"])
+    assert [label for label, _ in signal.describe("document", 2.0)][2:] == ([] if message is None else ["WARNING"])
 
 
 @pytest.mark.parametrize("examples", [1, 2])
@@ -90,7 +90,9 @@ def test_without_another_context_no_comparison_is_claimed(examples, make_dataset
         use_attention(prepared, "auto")
     signal = measure_signal(model, teacher, [dataset[0]] * examples, temperature=2.0)
     assert (len(signal.gain_over_student), signal.gain_over_other_context) == (examples, [])
-    assert "another document" not in str(signal.describe("document"))
+    lines = dict(signal.describe("document", 2.0))
+    assert "another document" not in str(lines)
+    assert " nats a token at T = 2: mean KL" in lines["signal"]
 
 
 def test_a_copy_of_a_document_is_not_another_document(make_dataset):
@@ -209,5 +211,5 @@ def test_documents_of_unrelated_sentences_are_warned_of(tiny_signal):
     remaining = iter(sentences)
     unrelated = [" ".join(itertools.islice(remaining, len(document))) for document in documents]
     warning = tiny_signal(unrelated).warning("document")
-    assert "hardly any signal" in warning
+    assert "to the teacher, a target is hardly likelier after its own context: by " in warning
     assert "(--ce_weight 1, or --method ft)" in warning

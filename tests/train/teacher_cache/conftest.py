@@ -43,10 +43,10 @@ def make_cache(tmp_path, tokenizer, make_dataset):
             "autocast": None,
             "forward_kl": True,
             "start": [],
-            "epochs": 2,
         }
         dataset = dataset or make_dataset(3, num_splits=2)
-        cache = TeacherCache(CacheSettings(**settings | options), sources(dataset, compare_all), tokenizer, student)
+        read = [(each, 2) for each in sources(dataset, compare_all)]
+        cache = TeacherCache(CacheSettings(**settings | options), read, tokenizer, student)
         return SimpleNamespace(
             cache=cache,
             student=student,

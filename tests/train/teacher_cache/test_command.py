@@ -6,12 +6,16 @@ import weakref
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from disc_train import teachers
 from disc_train.cli import cache, main
+from disc_train.config import parse_arguments
+from disc_train.data.training_data import load_training_data
 from disc_train.trainer import DiscTrainer
 from tests.train.commands import error_line
 from tests.train.runs import losses, weights
+from tests.train.world import make_model
 
 
 @pytest.fixture
@@ -118,9 +122,29 @@ def test_flags_that_do_not_go_together(flags, message, command, capsys):
     assert message in error_line(capsys, 2)
 
 
-def test_disc_cache_wants_a_folder(command, capsys):
-    assert command("out", run=cache) == 1
-    assert "disc-cache: error: --teacher_cache: expected the folder to fill, got none" in error_line(capsys, 1)
+def test_disc_cache_wants_a_folder_and_no_more(command, model_folder, write_documents, sentences, tmp_path, capsys):
+    assert command("out", run=cache) == 2
+    assert "disc-cache: error: --teacher_cache: expected the folder to fill, got none" in error_line(capsys, 2)
+    documents = write_documents(" ".join(text) for text in sentences[:2])
+    flags = ("--model_name_or_path", model_folder, "--train_file", documents, "--teacher_cache", tmp_path / "cache")
+    assert cache([*map(str, flags), "--use_cpu", "true"]) == 0
+    assert (tmp_path / "cache" / "cache.json").is_file()
+
+
+def test_evaluated_documents_are_read_as_they_are_split_once(model_folder, write_documents, sentences, tmp_path):
+    """Behind a footer every split is a sequence of its own; those of an evaluation are the same in every epoch."""
+    texts = [" ".join(text) for text in sentences]
+    documents, held_out = write_documents(texts), tmp_path / "held_out.txt"
+    held_out.write_text(texts[2])
+    flags = ["--model_name_or_path", model_folder, "--train_file", documents, "--teacher_cache", tmp_path / "cache"]
+    flags += ["--eval_file", held_out, "--eval_strategy", "epoch", "--split_strategy", "random_token"]
+    flags += ["--num_splits", "1", "--teacher_template", "{{ prefix }} Go on:", "--use_cpu", "true"]
+    disc, loop = parse_arguments([*map(str, flags)], "disc-cache")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    data = load_training_data(disc, loop, tokenizer)
+    names = [reading.name for reading in teachers.teacher_cache(disc, loop, tokenizer, data, make_model()).readings]
+    assert names.count(str(held_out)) == 1
+    assert names.count(f"{documents}:3") > 1
 
 
 def test_two_processes_read_what_one_fills(start, tmp_path):
