@@ -7,6 +7,7 @@ from disc_kernels.linear_kl import (
     SuffixKLStats,
     fused_cross_entropy,
     fused_suffix_kl,
+    fused_topk_kl,
 )
 from disc_kernels.shared_prefix import SharedPrefixLayout, block_mask, dense_mask
 
@@ -21,5 +22,6 @@ __all__ = [
     "expected_embedding_kl",
     "fused_cross_entropy",
     "fused_suffix_kl",
+    "fused_topk_kl",
     "teacher_summary",
 ]

@@ -3,6 +3,7 @@
 from disc_kernels.linear_kl.api import FusedSuffixKLLoss, fused_suffix_kl
 from disc_kernels.linear_kl.cross_entropy import fused_cross_entropy
 from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLStats
+from disc_kernels.linear_kl.topk import fused_topk_kl
 
 __all__ = [
     "FusedSuffixKLLoss",
@@ -10,4 +11,5 @@ __all__ = [
     "SuffixKLStats",
     "fused_cross_entropy",
     "fused_suffix_kl",
+    "fused_topk_kl",
 ]

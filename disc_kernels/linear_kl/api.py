@@ -13,6 +13,7 @@ from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, Suffix
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.reference import reference_suffix_kl
+from disc_kernels.linear_kl.topk_values import check_topk_values
 from disc_kernels.linear_kl.validation import check_inputs, is_traced
 
 
@@ -143,6 +144,7 @@ def fused_suffix_kl(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
         teacher_bias=teacher_bias,
+        topk_ids=None,
         student_index=student_index,
         teacher_index=teacher_index,
         row_weight=row_weight,
@@ -157,22 +159,29 @@ def fused_suffix_kl(
         max_workspace_bytes=max_workspace_bytes,
         return_stats=return_stats,
         impl=impl,
+        tail="bucket",
         autocast_dtype=autocast_dtype(student_hidden),
     )
+    loss, stats = compute(inputs, vocab_group)
+    return (loss, stats) if return_stats else loss
+
+
+def compute(inputs: SuffixKLInputs, vocab_group: Any) -> tuple[Tensor, SuffixKLStats]:
+    """Compute the loss by the implementation that is asked for: in a graph, over the ranks of a group, or here."""
     vocab_group = vocabulary_group(inputs, vocab_group)
     if vocab_group is not None:
-        if is_traced(student_hidden):
+        if is_traced(inputs.student_hidden):
             raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
-        loss, stats = fused(*agree(vocab_group, inputs, prepare))
-    else:
-        inputs = local_tensors(inputs, None)
-        if impl == "reference":
-            loss, stats = reference_suffix_kl(check_inputs(inputs))
-        elif is_traced(student_hidden):
-            loss, stats = traced_suffix_kl(inputs)
-        else:
-            loss, stats = fused(*prepare(inputs))
-    return (loss, stats) if return_stats else loss
+        problem, plan = agree(vocab_group, inputs, prepare)
+        if problem.teacher.ids is not None and plan.group is not None:
+            check_topk_values(problem.teacher, plan.group.entries)
+        return fused(problem, plan)
+    inputs = local_tensors(inputs, None)
+    if inputs.impl == "reference":
+        return reference_suffix_kl(check_inputs(inputs))
+    if is_traced(inputs.student_hidden):
+        return traced_suffix_kl(inputs)
+    return fused(*prepare(inputs))
 
 
 class FusedSuffixKLLoss(nn.Module):

@@ -22,6 +22,7 @@ from disc_kernels.linear_kl.logits import Logits
 from disc_kernels.linear_kl.ranks.group import VocabGroup, compare_shard_rows
 from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
+from disc_kernels.linear_kl.rows.topk import compare_topk_rows
 from disc_kernels.linear_kl.teacher_rows import Chunk, choose_teacher_rows
 from disc_kernels.linear_kl.validation import check_inputs
 from disc_kernels.linear_kl.workspace import Plan, max_cached_rows, plan_problem
@@ -137,7 +138,9 @@ def _run_chunks(
 ) -> SuffixKLStats:
     """Compare all rows chunk by chunk; add to `gradients`, of rows times `row_scale` [M], where they are given."""
     compare_rows = plan.backend.compare_rows
-    if plan.group is not None:
+    if problem.teacher.ids is not None:
+        compare_rows = partial(compare_topk_rows, plan.backend, plan.group)
+    elif plan.group is not None:
         compare_rows = partial(compare_shard_rows, plan.backend, plan.group)
     wide, narrow, device = problem.accumulate_dtype, problem.student.product_dtype, problem.device
     stats = SuffixKLStats(*(torch.empty(problem.rows, dtype=wide, device=device) for _ in range(4)))
@@ -169,7 +172,7 @@ def _run_chunks(
                 gradients.add_rows(logits.student, group_rows.start, group_rows.stop, gradient)
         if gradients is not None:
             gradients.finish_groups()
-        if plan.group is not None and problem.rows > 0:
+        if plan.group is not None and problem.rows > 0 and problem.teacher.ids is None:
             plan.group.add_shares(stats, problem.statistics)
     return stats
 

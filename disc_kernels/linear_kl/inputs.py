@@ -70,6 +70,7 @@ class SuffixKLInputs:
     teacher_hidden: Tensor
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    topk_ids: Tensor | None  # then `teacher_hidden` are their log-probabilities, and there is no `teacher_weight`
     student_index: Tensor | None
     teacher_index: Tensor | None
     row_weight: Tensor | None
@@ -84,6 +85,7 @@ class SuffixKLInputs:
     max_workspace_bytes: int | None
     return_stats: bool
     impl: str | None
+    tail: str  # of `topk_ids`
     autocast_dtype: torch.dtype | None  # of the autocast that is on around the call
 
 
@@ -91,14 +93,15 @@ class SuffixKLInputs:
 class Projection:
     """Hold one model's hidden rows and the head that projects them to logits, checked."""
 
-    hidden: Tensor  # [..., D]; where the logits themselves were given, these: [..., vocab_size]
-    weight: Tensor  # [V_model, D]; [vocab_size, 0] for given logits
+    hidden: Tensor  # [..., D]; where the logits themselves were given, these: [..., vocab_size]; of a top k [..., K]
+    weight: Tensor  # [V_model, D]; [vocab_size, 0] for given logits, [K, 0] for a top k
     bias: Tensor | None  # [V_model]
     index: Tensor | None  # [M] int64, rows of hidden.flatten(0, -2); None: all of them, in order
     transform: LogitTransform
     operand_dtype: torch.dtype  # what hidden and weight are rounded to before they are multiplied
     accumulate_dtype: torch.dtype  # of logits, statistics, losses and sums of gradients
     vocab_size: int  # the first entries, those that are compared
+    ids: Tensor | None = None  # [..., K] the entries of a top k, of which `hidden` holds the log-probabilities
     copied: bool = False  # whether the weight is a copy that was made to be multiplied: rounded, widened, in order
 
     @property
@@ -141,18 +144,19 @@ class Problem:
     reduction: str
     statistics: bool  # whether more than the divergence is asked for
     sharded: bool  # whether the entries are one rank's shard of the vocabulary
+    tail: str  # of a top k
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return the tensors that autograd holds until the backward."""
         s, t = self.student, self.teacher
-        return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight
+        return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight, t.ids
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """Put in what `tensors()` gave, or None for all of them while autograd holds them."""
 
         names = ("hidden", "weight", "bias", "index")
         student = replace(self.student, **dict(zip(names, tensors[:4], strict=True)))
-        teacher = replace(self.teacher, **dict(zip(names, tensors[4:8], strict=True)))
+        teacher = replace(self.teacher, **dict(zip(names, tensors[4:8], strict=True)), ids=tensors[9])
         return replace(self, student=student, teacher=teacher, row_weight=tensors[8])
 
     def with_teacher_rows(self, teacher_rows: TeacherRows) -> Problem:

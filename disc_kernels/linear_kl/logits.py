@@ -25,7 +25,8 @@ class Logits:
         most_student = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
         most_teacher = max((chunk.last - chunk.first for chunk in self.chunks), default=0)
         self.student_buffer = new(most_student, plan.row_stride, dtype=problem.accumulate_dtype)
-        self.teacher_buffer = new(most_teacher, plan.row_stride, dtype=problem.accumulate_dtype)
+        teacher_stride = 0 if self.teacher.ids is not None else plan.row_stride
+        self.teacher_buffer = new(most_teacher, teacher_stride, dtype=problem.accumulate_dtype)
         self.projected: tuple[int, int] | None = None
 
     def of(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -34,7 +35,7 @@ class Logits:
         Returns:
             The student's, `[R, V]`, less the teacher's if `problem.one_head`; the teacher's, `[U, V]`, in the same
             memory and with the same values as before where the chunk before had the same teacher rows; `[R]` int64
-            rows of them, or None: U = R, in order.
+            rows of them, or None: U = R, in order. Of a top k instead its log-probabilities and its ids, `[R, K]`.
         """
         start, stop, first, last = chunk
         problem, vocab_size = self.problem, self.problem.vocab_size
@@ -43,6 +44,9 @@ class Logits:
         if problem.one_head:
             hidden = hidden - to_product_dtype(take_rows(problem.teacher, start, stop), problem.teacher)
         project(self.student, hidden, self.tile_rows, student)
+        if self.teacher.ids is not None:
+            ids = take_rows(replace(self.teacher, hidden=self.teacher.ids), first, last)
+            return student, take_rows(self.teacher, first, last), ids
         teacher = self.teacher_buffer[: last - first, :vocab_size]
         if self.projected != (first, last):
             teacher_hidden = take_rows(self.teacher, first, last)

@@ -14,10 +14,18 @@ from torch import Tensor
 from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
 from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 
+# A teacher's rest beside its top k is 1 less a sum of probabilities, which float32 knows to about 1e-7. With less than
+# that, reverse KL would be infinite wherever rounding made the sum 1. (TRL has this bound too.)
+SMALLEST_TAIL = 1e-7
+
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
     """Compute the loss (scalar, or `[M]` for reduction "none") and its statistics, in nats."""
     student_logits = reference_logits(problem.student)
+    if problem.teacher.ids is not None:
+        log_q, log_p = _topk_outcomes(problem, F.log_softmax(student_logits / problem.temperature, dim=-1))
+        divergence = _divergence(log_p, log_q, problem.divergence, problem.beta)
+        return _reduced(problem, divergence), SuffixKLStats(*(divergence.detach(),) * 4)
     teacher_logits = reference_logits(problem.teacher).detach()
     log_q = F.log_softmax(student_logits / problem.temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits / problem.temperature, dim=-1)
@@ -26,10 +34,37 @@ def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
         agreement = student_logits.argmax(-1) == teacher_logits.argmax(-1)
         entropies = reference_entropy(log_q), reference_entropy(log_p)
         stats = SuffixKLStats(divergence.detach(), *entropies, agreement.to(log_q.dtype))
+    return _reduced(problem, divergence), stats
+
+
+def _reduced(problem: Problem, divergence: Tensor) -> Tensor:
     if problem.reduction == "none":
-        return divergence, stats
+        return divergence
     factors = row_factors(problem.row_weight, problem.rows, problem.reduction, divergence.dtype, problem.device)
-    return weighted_sum(divergence, factors), stats
+    return weighted_sum(divergence, factors)
+
+
+def _topk_outcomes(problem: Problem, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the outcomes, student's and teacher's, from the student's of all entries [M, V]."""
+    teacher = problem.teacher
+    assert teacher.ids is not None
+    log_p, ids = (x.flatten(0, -2) for x in (teacher.hidden.detach().to(log_q.dtype), teacher.ids.to(torch.int64)))
+    if teacher.index is not None:
+        log_p, ids = log_p[teacher.index], ids[teacher.index]
+    listed = log_p > -torch.inf
+    ids = torch.where(listed, ids, 0)
+    named = log_q.gather(1, ids).masked_fill(~listed, -torch.inf)
+    if problem.tail == "renormalise":
+        log_q, log_p = (x.log_softmax(-1) for x in (named, log_p))
+        return log_q.masked_fill(~listed, -torch.inf), log_p.masked_fill(~listed, -torch.inf)
+    columns = torch.arange(log_q.shape[1], device=log_q.device)
+    taken_out = ((ids.unsqueeze(2) == columns) & listed.unsqueeze(2)).any(1)
+    all_listed = taken_out.all(1, keepdim=True)
+    tail = log_q.masked_fill(taken_out, -torch.inf).masked_fill(all_listed, 0.0).logsumexp(-1, keepdim=True)
+    tail = tail.masked_fill(all_listed, -torch.inf)
+    smallest = torch.where(tail == -torch.inf, 0.0, SMALLEST_TAIL)
+    rest = torch.maximum(1 - log_p.exp().sum(-1, keepdim=True), smallest).masked_fill(all_listed, 0.0)
+    return torch.cat([named, tail], 1).log_softmax(-1), torch.cat([log_p, rest.log()], 1).log_softmax(-1)
 
 
 def reference_rows(model: Projection) -> Tensor:

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from disc_kernels.host import to_device
 from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Projection, SuffixKLInputs
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
+from disc_kernels.linear_kl.topk_values import check_topk_values
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+TAILS = ("bucket", "renormalise")
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,22 +46,33 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
     given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, x.student_transform
     student = check_projection("student_", *given, device, autocast, sharded)
     head = x.teacher_bias, x.teacher_index, x.teacher_transform, device
-    if x.teacher_weight is None:
+    if x.topk_ids is not None:
+        check_choice("tail", x.tail, TAILS)
+        teacher = _check_topk(x.topk_ids, x.teacher_hidden, x.teacher_index, device)
+    elif x.teacher_weight is None:
         teacher = _check_logits(x.teacher_hidden, *head, sharded)
     else:
         teacher = check_projection("teacher_", x.teacher_hidden, x.teacher_weight, *head, autocast, sharded)
     compared = "student_hidden" if student.index is None else "student_index", student.rows
-    chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
-    check_same_rows(compared, chosen, "student_index and teacher_index")
-    entries = "teacher_hidden (logits, where teacher_weight is None)" if teacher.is_given else "teacher_weight"
-    heads = {"student_weight": len(student.weight), entries: len(teacher.weight)}
+    if teacher.ids is None:
+        chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
+        check_same_rows(compared, chosen, "student_index and teacher_index")
+    else:
+        check_same_rows(compared, ("topk_ids", teacher.rows), "student_index or mask")
+    heads = {"student_weight": len(student.weight)}
+    if teacher.ids is None:
+        logits = "teacher_hidden (logits, where teacher_weight is None)"
+        heads[logits if teacher.is_given else "teacher_weight"] = len(teacher.weight)
     vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
-    if teacher.is_given:
-        teacher = _compared_logits(teacher, vocab_size)
+    student = replace(student, vocab_size=vocab_size)
+    if teacher.ids is None:
+        teacher = _compared_logits(teacher, vocab_size) if teacher.is_given else replace(teacher, vocab_size=vocab_size)
+    elif not sharded and not is_traced(teacher.hidden):  # ranks look when they know how many entries all have
+        check_topk_values(teacher, vocab_size)
     wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
     return Problem(
-        student=replace(student, vocab_size=vocab_size, accumulate_dtype=wide),
-        teacher=replace(teacher, vocab_size=vocab_size, accumulate_dtype=wide),
+        student=replace(student, accumulate_dtype=wide),
+        teacher=replace(teacher, accumulate_dtype=wide),
         teacher_rows=TeacherRows(student.rows, teacher.index),
         row_weight=check_row_weight(x.row_weight, student),
         temperature=temperature,
@@ -68,6 +81,7 @@ def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
         reduction=reduction,
         statistics=x.return_stats,
         sharded=sharded,
+        tail=x.tail,
     )
 
 
@@ -92,7 +106,8 @@ def _check_logits(
 
 def _compared_logits(teacher: Projection, vocab_size: int) -> Projection:
     """Return the teacher with those entries of its logits that are compared; on the CPU, after a look at them."""
-    teacher = replace(teacher, hidden=teacher.hidden[..., :vocab_size], weight=teacher.weight[:vocab_size])
+    hidden, weight = teacher.hidden[..., :vocab_size], teacher.weight[:vocab_size]
+    teacher = replace(teacher, hidden=hidden, weight=weight, vocab_size=vocab_size)
     if teacher.hidden.device.type != "cpu" or is_traced(teacher.hidden):
         return teacher
     largest = teacher.hidden.amax(-1).flatten()
@@ -104,6 +119,22 @@ def _compared_logits(teacher: Projection, vocab_size: int) -> Projection:
             f"got {float(largest[row])} as the largest in row {row} of those that are compared"
         )
     return teacher
+
+
+def _check_topk(ids: Tensor, logprobs: Tensor, index: Tensor | None, device: torch.device) -> Projection:
+    """Return a teacher of which the K most likely entries of each row are known."""
+    logprobs = check_float_tensor("topk_logprobs", logprobs, device)
+    if logprobs.dim() < 2 or logprobs.shape[-1] == 0:
+        raise ValueError(f"topk_logprobs: expected shape [..., K], K not 0, got {list(logprobs.shape)}")
+    if check_tensor("topk_ids", ids).dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"topk_ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
+    if ids.shape != logprobs.shape:
+        raise ValueError(f"topk_ids: expected shape {list(logprobs.shape)}, as topk_logprobs, got {list(ids.shape)}")
+    if ids.device != device:
+        raise ValueError(f"topk_ids: expected device {device}, as the hidden states, got {ids.device}")
+    wide, no_head = torch.float32, logprobs.new_empty(logprobs.shape[-1], 0)
+    index = None if index is None else to_device(index, device)
+    return Projection(logprobs, no_head, None, index, LogitTransform(), wide, wide, logprobs.shape[-1], ids)
 
 
 def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:
@@ -118,12 +149,13 @@ def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:
 def check_mask(inputs: SuffixKLInputs) -> Tensor:
     """Return the mask of both models' rows, of the hidden states' leading shape."""
     mask = check_tensor("mask", inputs.mask)
-    for name in ("student", "teacher"):
-        if getattr(inputs, f"{name}_index") is not None:
-            raise ValueError(f"mask: expected None with a {name}_index, which chooses the rows itself, got a mask")
-        shape = check_tensor(f"{name}_hidden", getattr(inputs, f"{name}_hidden")).shape[:-1]
+    for model in ("student", "teacher"):
+        if getattr(inputs, f"{model}_index") is not None:
+            raise ValueError(f"mask: expected None with a {model}_index, which chooses the rows itself, got a mask")
+        name = "topk_logprobs" if model == "teacher" and inputs.topk_ids is not None else f"{model}_hidden"
+        shape = check_tensor(name, getattr(inputs, f"{model}_hidden")).shape[:-1]
         if mask.shape != shape:
-            raise ValueError(f"mask: expected shape {list(shape)}, as {name}_hidden's tokens, got {list(mask.shape)}")
+            raise ValueError(f"mask: expected shape {list(shape)}, as {name}'s tokens, got {list(mask.shape)}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
     _check_index_device("mask", mask, inputs.student_hidden.device)

@@ -38,6 +38,9 @@ ROW_ALIGNMENT = 8
 _ROW_VECTORS = 10
 _SHARED_ROW_VECTORS = 15
 
+# Numbers of 8 bytes for each of a row's K + 1 outcomes: log-probabilities, ids, and intermediates of `rows/topk.py`.
+_TOPK_NUMBERS = 16
+
 # What a rank with a shard sends and receives of a row: both models' maximum and sum.
 _SHARD_NUMBERS = 4
 _SHARED_STATISTICS = 3  # that ranks add up after the last chunk
@@ -103,9 +106,13 @@ def plan_problem(problem: Problem, max_bytes: int | None, backend: ModuleType, g
 def _teacher_row_bytes(problem: Problem) -> int:
     """Return the bytes of a projected teacher row: its logits, and what they come from.
 
-    That is a hidden state gathered, rounded and widened, or a row of given logits gathered.
+    That is a hidden state gathered, rounded and widened, or a row of given logits gathered. Of a top k it is what its
+    outcomes take; a softcap's gradient beside it.
     """
     teacher, size = problem.teacher, problem.accumulate_dtype.itemsize
+    if teacher.ids is not None:
+        softcapped = problem.student.transform.softcap is not None
+        return 8 * _TOPK_NUMBERS * (teacher.vocab_size + 1) + softcapped * size * row_stride(problem.vocab_size)
     gathered = teacher.hidden.itemsize * problem.vocab_size if teacher.is_given else 3 * size * teacher.hidden_size
     return size * row_stride(problem.vocab_size) + gathered
 

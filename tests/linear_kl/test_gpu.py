@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, teacher_summary
+from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, fused_topk_kl, teacher_summary
 from tests.gpu import DEVICE, needs_cuda
+from tests.linear_kl import topk_cases
 from tests.linear_kl.oracle import assert_accurate, build, build_everything, plain, run, smallest_workspace
 from tests.linear_kl.ranks import test_vocab_group, world
 
@@ -85,6 +86,26 @@ def test_expected_embedding(gpu_impl, dtype, reduction):
     assert_accurate(got, problem)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_top_k(gpu_impl, divergence, tail, dtype):
+    case = topk_cases.everything(dtype, divergence=divergence, tail=tail)
+    topk_cases.assert_accurate([x.cpu() for x in case.on(DEVICE).fused(gpu_impl)], case)
+
+
+def test_given_logits(gpu_impl, divergence):
+    """Of a cache in bfloat16, with entries that have no probability."""
+    problem = build(rows=33, width=64, vocab=3001, divergence=divergence).on(DEVICE)
+    logits = 2 * torch.randn(33, 3001, device=DEVICE).bfloat16()
+    if divergence != "reverse_kl":
+        logits[:, ::5] = -torch.inf
+    problem = problem.with_tensors(teacher_hidden=logits).with_options(teacher_weight=None)
+    got, on_cpu = run(problem, gpu_impl, device=DEVICE), run(problem.on("cpu"), "torch")
+    torch.testing.assert_close(got.loss, on_cpu.loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in got.gradients.items():
+        torch.testing.assert_close(gradient, on_cpu.gradients[name], rtol=1e-4, atol=1e-6)
+
+
 def test_two_ranks_on_one_gpu(tmp_path):
     """What `ranks/test_vocab_group.py` does with processes on the CPU: two ranks, over gloo, by Triton."""
     results = world.run(test_vocab_group.__name__, 2, tmp_path, DEVICE)
@@ -153,6 +174,21 @@ def test_host_does_not_wait(large, gpu_impl, index_device):
         loss = fused_suffix_kl(
             **large, student_index=rows, teacher_index=rows.flip(0), row_weight=weight, impl=gpu_impl
         )
+        assert isinstance(loss, torch.Tensor)
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda("the host's waiting")
+def test_host_does_not_wait_for_a_top_k_or_logits(large, gpu_impl):
+    student = {name: large[name] for name in ("student_hidden", "student_weight")}
+    logits = torch.randn(4096, 50_000, device="cuda", dtype=torch.bfloat16)
+    logprobs, ids = logits.float().log_softmax(-1).topk(20)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_topk_kl(**student, topk_ids=ids, topk_logprobs=logprobs, impl=gpu_impl).backward()
+        loss = fused_suffix_kl(**student, teacher_hidden=logits, teacher_weight=None, impl=gpu_impl)
         assert isinstance(loss, torch.Tensor)
         loss.backward()
     finally:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from disc_kernels import fused_suffix_kl
-from tests.linear_kl.oracle import build, loss_of, smallest_workspace
+from disc_kernels import LogitTransform, fused_suffix_kl, fused_topk_kl
+from tests.linear_kl import topk_cases
+from tests.linear_kl.oracle import Problem, build, loss_of, smallest_workspace
 
 STUDENT = ("student_hidden", "student_weight", "student_bias")
 ROWS = 48
@@ -233,6 +234,25 @@ def test_peak_of_given_logits(measure, problem, fused_impl, indexed):
     )
     given = given.with_options(max_workspace_bytes=smallest_workspace(given, fused_impl) + 5000)
     check(measure, given, fused_impl)
+
+
+@pytest.mark.parametrize(
+    "reduction, softcap, more", [("none", None, 15_000), ("mean", None, 30_000), ("mean", 5.0, 50_000)]
+)
+@pytest.mark.parametrize("tail", ["bucket", "renormalise"])
+def test_peak_of_a_top_k(measure, fused_impl, tail, reduction, softcap, more):
+    """One buffer of logits, another for a softcap's gradient, and some numbers for each of K + 1 outcomes."""
+    made = topk_cases.build(rows=ROWS, vocab=1003, width=8, bias=False, tail=tail, reduction=reduction)
+    options = {**made.options, "student_transform": LogitTransform(softcap=softcap), "impl": fused_impl}
+    p = Problem(made.tensors, options, asks=STUDENT)
+    with pytest.raises(ValueError, match="max_workspace_bytes") as refused:
+        fused_topk_kl(**p.leaves(), **p.options, max_workspace_bytes=1)
+    needed = int(str(refused.value).split("at least ")[1].split()[0])
+    p = p.with_options(max_workspace_bytes=needed + more)
+    _, work = forward_backward(p, fused_topk_kl, torch.rand(ROWS) if reduction == "none" else None)
+    seen = measure(work)
+    assert seen.largest < ROWS * 1003
+    assert seen.peak <= budget(p, ROWS if reduction == "none" else 1)
 
 
 def test_peak_where_weights_are_widened_once(measure, problem):

@@ -67,13 +67,15 @@ def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None],
     entries = _entries([rank.head_rows for rank in gathered], getattr(inputs, "vocab_size", None))
     # All ranks must divide the rows alike.
     chunk_rows, group_rows = (min(getattr(rank, name) for rank in gathered) for name in ("chunk_rows", "group_rows"))
-    plan = replace(plan, chunk_rows=chunk_rows, group_rows=group_rows)
-    return _with_entries(shard, entries[group.group.rank()]), plan
+    rank = group.group.rank()
+    group = replace(group, first=sum(entries[:rank]), entries=sum(entries))
+    plan = replace(plan, chunk_rows=chunk_rows, group_rows=group_rows, group=group)
+    return _with_entries(shard, entries[rank]), plan
 
 
 def _with_entries(problem: S, entries: int) -> S:
     """Compare the first `entries` entries of a problem's heads."""
-    heads = {name: value for name, value in vars(problem).items() if isinstance(value, Projection)}
+    heads = {name: x for name, x in vars(problem).items() if isinstance(x, Projection) and x.ids is None}
     return replace(problem, **{name: replace(head, vocab_size=entries) for name, head in heads.items()})
 
 
@@ -111,7 +113,8 @@ def _checked_group(group: Any) -> dist.ProcessGroup:
 
 def _head_rows(inputs: Inputs) -> dict[str, int]:
     heads = ("student_weight", "teacher_weight")
-    return {name: getattr(inputs, name).shape[0] for name in heads if name in inputs.__dataclass_fields__}
+    given = {name: getattr(inputs, name, None) for name in heads}
+    return {name: head.shape[0] for name, head in given.items() if head is not None}
 
 
 def _described(inputs: Inputs) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def _description(name: str, value: Any) -> Any:
     # A DTensor is here where it was refused: it has no values to read.
     index = (
         type(value) is Tensor
-        and (name.endswith("_index") or name in ("mask", "labels"))
+        and (name.endswith("_index") or name in ("mask", "labels", "topk_ids"))
         and not value.is_floating_point()
     )
     index = index and value.layout == torch.strided

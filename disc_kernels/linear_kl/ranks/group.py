@@ -3,6 +3,7 @@
 Each rank holds a shard of both heads and all hidden states. Numbers (4 bytes, 8 for float64) that it hands to
 collectives for M rows, a chunk at a time if nothing else is said:
 
+    fused_topk_kl           K + 1 gathered, 8 bytes each: the student's logits of the top k, logsumexp of the others
     fused_suffix_kl         4 M gathered, each model's maximum and sum over the shard; M added up, the mean score, for
                             the gradient of reverse KL and JSD only; once M (3 M with statistics) of divergences and
                             entropies added up
@@ -43,9 +44,11 @@ def with_all_ranks() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class VocabGroup:
-    """Know the ranks that share a vocabulary."""
+    """Know the ranks that share a vocabulary, and, once they have agreed, where this rank's shard is."""
 
     group: dist.ProcessGroup
+    first: int = 0  # the entry that the shard begins with
+    entries: int = 0  # that are compared, of all ranks together
 
     @property
     def ranks(self) -> int:
@@ -85,6 +88,24 @@ class VocabGroup:
             return merged[:4], merged[4]
 
         return merge
+
+    def merge_outcomes(self, named: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Merge the student's logits of a top k, see `rows/topk.py`.
+
+        Args:
+            named: `[R, K]` float64, -inf where another rank has the entry.
+            tail: `[R]` float64, the logsumexp of the shard's other entries; None where it does not count.
+
+        Returns:
+            `named` and `tail` of the whole vocabulary, and `[R]`, the shard's share of the tail.
+        """
+        part = named if tail is None else torch.cat([named, tail.unsqueeze(1)], 1)
+        gathered = self._start_gathering(part)()
+        named = gathered[..., : named.shape[1]].amax(0)
+        if tail is None:
+            return named, None, named.new_ones(())
+        whole = gathered[..., -1].logsumexp(0)
+        return named, whole, (tail - whole).exp_().masked_fill_(tail == -torch.inf, 0.0)
 
     def _start_gathering(self, part: Tensor) -> Callable[[], Tensor]:
         """Start to gather; return what waits and gives every rank's `part`, [ranks, *part.shape]."""

@@ -64,13 +64,13 @@ def compare_rows(
     for start in range(0, student.shape[0], block_rows):
         rows = slice(start, start + block_rows)
         z_t = teacher[rows] if inverse_index is None else teacher.index_select(0, inverse_index[rows])
-        u_t, _ = _scaled_logits(z_t, problem.teacher, problem.temperature)
+        u_t, _ = scaled_logits(z_t, problem.teacher, problem.temperature)
         softcap_gradient = difference = None
         if problem.one_head:
             difference = student[rows] * (problem.student.transform.scale / problem.temperature)
             u_s = u_t + difference
         else:
-            u_s, softcap_gradient = _scaled_logits(student[rows], problem.student, problem.temperature)
+            u_s, softcap_gradient = scaled_logits(student[rows], problem.student, problem.temperature)
         if shard_normalisers is not None:
             _fill_normalisers(shard_normalisers[rows], u_s, u_t, statistics)
             continue
@@ -89,7 +89,7 @@ def compare_rows(
             stats.student_entropy[rows] = _entropy(lq)
             stats.teacher_entropy[rows] = _entropy(lp)
         del z_t, u_s, u_t
-        divergence, score = _divergence_and_score(lq, lp, log_ratio, problem)
+        divergence, score = divergence_and_score(lq, lp, log_ratio, problem)
         if stats is not None:
             stats.divergence[rows] = divergence
         if problem.divergence != "forward_kl" and (gradient is not None or mean_score is not None):
@@ -150,7 +150,7 @@ def normalise_rows(
     maximum, log_sum, entropies, expected_bias, total = numbers
     for start in range(0, logits.shape[0], block_rows):
         rows = slice(start, start + block_rows)
-        u, _ = _scaled_logits(logits[rows], projection, temperature)
+        u, _ = scaled_logits(logits[rows], projection, temperature)
         maximum[rows] = u.amax(-1)
         base = maximum[rows].masked_fill(maximum[rows] == -torch.inf, 0.0)  # -inf - -inf would be NaN
         u = u - base.unsqueeze(1)
@@ -171,7 +171,7 @@ def normalise_rows(
                 total[rows] += remainder[rows].sum(-1, dtype=total.dtype)
 
 
-def _scaled_logits(z: Tensor, projection: Projection, temperature: float) -> tuple[Tensor, Tensor | None]:
+def scaled_logits(z: Tensor, projection: Projection, temperature: float) -> tuple[Tensor, Tensor | None]:
     """Return the model's own logits over T, and the gradient of its softcap if it has one."""
     if projection.bias is not None:
         z = z + projection.bias[: projection.vocab_size]
@@ -195,7 +195,7 @@ def _may_be_masked(problem: Problem) -> bool:
     return problem.student.bias is not None or problem.teacher.bias is not None or problem.teacher.is_given
 
 
-def _divergence_and_score(lq: Tensor, lp: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def divergence_and_score(lq: Tensor, lp: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Return divergences [R], or the shard's share of them, and scores [R, V]; overwrite `log_ratio`, lq - lp.
 
     The score is the gradient itself for forward KL.

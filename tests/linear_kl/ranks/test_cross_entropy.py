@@ -1,4 +1,4 @@
-"""Cross-entropy with a head whose vocabulary is divided over two processes: what one process has."""
+"""Cross-entropy and top-k divergences with a head that two processes divide: what one process has."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from disc_kernels import fused_cross_entropy
+from disc_kernels import LogitTransform, fused_cross_entropy, fused_topk_kl
 
 pytestmark = pytest.mark.slow
 
@@ -25,11 +25,37 @@ def call(rows: slice, **options: Any) -> tuple[torch.Tensor, ...]:
     return loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))
 
 
+# The second of two shards has no entry that is compared in the last case.
+TOPK = {
+    "bucket": {"divergence": "forward_kl"},
+    "renormalise": {"divergence": "jsd", "tail": "renormalise", "reduction": "none"},
+    "softcap": {"divergence": "reverse_kl", "student_transform": LogitTransform(softcap=3.0)},
+    "one shard": {"divergence": "jsd", "vocab_size": 18},
+}
+
+
+def topk(rows: slice, options: dict[str, Any], **group: Any) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(6, 8, dtype=torch.float64), torch.randn(53, 8, dtype=torch.float64)
+    options = {"vocab_size": 50, **options, **group}
+    logprobs, ids = torch.randn(6, options["vocab_size"]).log_softmax(-1).topk(4)
+    logprobs[1, 2:], ids[1, 2:] = -torch.inf, -7
+    hidden, weight = hidden.requires_grad_(), weight[rows].clone().requires_grad_()
+    loss = fused_topk_kl(hidden, weight, ids, logprobs, **options)
+    return loss.detach(), *torch.autograd.grad(loss.sum(), (hidden, weight))
+
+
 def compute(rank: int, ranks: int, device: str) -> dict[str, Any]:
     rows = slice(FIRST) if rank == 0 else slice(FIRST, None)
     results: dict[str, Any] = {}
     for reduction in ("mean", "none"):
         results[reduction] = call(rows, reduction=reduction, vocab_group=dist.group.WORLD)
+    results |= {name: topk(rows, options, vocab_group=dist.group.WORLD) for name, options in TOPK.items()}
+    try:  # only all ranks together know how many entries there are
+        ids = torch.tensor([[10]])
+        fused_topk_kl(torch.zeros(1, 8), torch.zeros(5, 8), ids, torch.zeros(1, 1), vocab_group=dist.group.WORLD)
+    except ValueError as error:
+        results["outside"] = str(error)
     try:  # which one rank alone finds wrong
         weight = torch.zeros(5, 8) if rank == 0 else torch.zeros(5, 7)
         fused_cross_entropy(torch.zeros(2, 8), weight, torch.zeros(2).long(), vocab_group=dist.group.WORLD)
@@ -55,6 +81,15 @@ def test_two_processes_are_one(worlds, reduction):
     got_all = loss, hidden, torch.cat([first, second])
     for got, want in zip(got_all, call(slice(None), reduction=reduction), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", TOPK)
+def test_the_top_k_of_two_processes_is_that_of_one(worlds, name):
+    (loss, hidden, first), (_, other_hidden, second) = (result[name] for result in worlds[2])
+    assert torch.equal(hidden, other_hidden)
+    for got, want in zip((loss, hidden, torch.cat([first, second])), topk(slice(None), TOPK[name]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert all(result["outside"].startswith("topk_ids: expected entries from 0 to 9, got 10") for result in worlds[2])
 
 
 def test_what_one_process_finds_wrong_all_raise(worlds):

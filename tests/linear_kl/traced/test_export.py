@@ -80,6 +80,7 @@ def test_opcheck(dtype, reduction, return_stats):
         teacher_hidden=torch.randn(2, 5, D).to(dtype),
         teacher_weight=torch.randn(V + 2, D).to(dtype),
         teacher_bias=None,
+        topk_ids=None,
         student_index=torch.tensor([3, 1, 1]),
         teacher_index=torch.tensor([0, 9, 4]),
         row_weight=torch.rand(3),
@@ -94,6 +95,7 @@ def test_opcheck(dtype, reduction, return_stats):
         max_workspace_bytes=None,
         return_stats=return_stats,
         impl=None,
+        tail="bucket",
         autocast_dtype=None,
     )
     torch.library.opcheck(compile_module.operator, (*compile_module.flatten(inputs), [True, True, True]))
