@@ -87,7 +87,7 @@ def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> Cach
     """Fill a cache, in bfloat16, as disc-train would."""
     head = head_of(teacher)
     summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
-    size = row_bytes(head.weight.shape[1], summarised, torch.bfloat16)
+    size = row_bytes(head.weight.shape[1], frozen, torch.bfloat16)
     with writer(folder) as store:
         fill(store, readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
     kept = None if frozen else Head(head.weight.detach().clone(), head.bias, LogitTransform())

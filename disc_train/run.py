@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments, LoopArguments
+from disc_train.cost import Cost, measure_cost
 from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import Lines, TrainingData, load_training_data
 from disc_train.evaluation.in_training import AskProbes
@@ -84,8 +85,9 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         return measure_signal(trainer.student, live(trainer.teacher), examples, temperature=disc.temperature)
 
     before = signal_now()
+    cost = measure_cost(trainer, inputs.data.dataset) if disc.dry_run else None
     if main_process:
-        print_section("What will run", *_describe_run(disc, trainer, inputs, before))
+        print_section("What will run", *_describe_run(disc, trainer, inputs, before, cost))
     if disc.dry_run:
         return
     if inputs.checkpoint is not None and finished:  # the run was stopped between its last step and here
@@ -240,25 +242,27 @@ class _LogLastStep(TrainerCallback):
         control.should_log |= state.global_step == state.max_steps
 
 
-def _describe_run(disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, signal: Signal | None) -> Lines:
+def _describe_run(
+    disc: DiscArguments, trainer: DiscTrainer, inputs: Inputs, signal: Signal | None, cost: Cost | None
+) -> Lines:
     """Describe the data, the models and the steps."""
     dataset, student, teacher = inputs.data.dataset, trainer.student, trainer.teacher
     compared = disc.method in WITH_TEACHER
     collate = collator(student, read_by(teacher, student), compared)
-    cache = []
+    cache = None
     cached = isinstance(teacher, CachedTeacher) and disc.method in AT_TEMPERATURE
     if disc.teacher == "cache" and disc.dry_run:  # the teacher is in memory, so that the signal can be measured
-        cache = [("cache", teacher_cache(disc, trainer.args, inputs.tokenizer, inputs.data, student).describe())]
+        cache = teacher_cache(disc, trainer.args, inputs.tokenizer, inputs.data, student)
     return [
         *inputs.data.description,
         ("method", f"{disc.method}: {describe_method(disc)}"),
         describe_packing(dataset, trainer.args.train_batch_size, collate),
         ("student", describe_model(student)),
         ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
-        *cache,
         ("head", describe_head(student, teacher, compared or dataset.replays_by_kl, disc.divergence)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
+        *(cost.describe(cache) if cost else []),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *([("probes", trainer.probes.describe())] if trainer.probes else []),
         *(signal.describe(dataset.noun, disc.temperature) if signal else []),

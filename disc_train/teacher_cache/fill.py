@@ -107,6 +107,6 @@ def _divide(readings: Sequence[Reading], rows: int) -> list[list[Reading]]:
     return shards
 
 
-def row_bytes(hidden_size: int, frozen: FrozenHead | None, dtype: torch.dtype) -> int:
+def row_bytes(hidden_size: int, summarised: bool, dtype: torch.dtype) -> int:
     """Count the bytes of a token's rows."""
-    return hidden_size * dtype.itemsize + (0 if frozen is None else 8)
+    return hidden_size * dtype.itemsize + (8 if summarised else 0)

@@ -81,9 +81,9 @@ class TeacherCache:
         self._description = read_description(settings.folder)
         self._student_head = head_of(student)
         no_cap = self._student_head.transform.softcap is None
-        self._summarises = head_is_frozen(student) and no_cap and settings.forward_kl
+        self.summarises = head_is_frozen(student) and no_cap and settings.forward_kl
         # Hidden states serve any head, a frozen one too.
-        self._summarises &= self._description is None or self._description.get("rows") != HIDDEN
+        self.summarises &= self._description is None or self._description.get("rows") != HIDDEN
         self.identity = identity or self._identify([source for source, _ in read], tokenizer)
         self._store = Store(settings.folder)
         if self._description is not None:
@@ -97,7 +97,7 @@ class TeacherCache:
             if isinstance(source, DocumentDataset) and source.templates.longest > source.templates.start
         ]
         identity: dict[str, Any] = {
-            "rows": SUMMARIES if self._summarises else HIDDEN,
+            "rows": SUMMARIES if self.summarises else HIDDEN,
             "teacher": weights_checksum(settings.teacher_name_or_path),
             "dtype": _name(settings.dtype),
             "tokenizer": tokenizer_checksum(tokenizer),
@@ -106,7 +106,7 @@ class TeacherCache:
             "documents": digest(reading for source in read for reading in texts(source)),
             "stored": _name(settings.stored),
         }
-        if self._summarises:
+        if self.summarises:
             identity |= {
                 "temperature": settings.temperature,
                 "student_head": head_checksum(head),
@@ -122,7 +122,16 @@ class TeacherCache:
     @property
     def complete(self) -> bool:
         """Tell whether the cache can be used: no sequence is missing, nor the teacher's head."""
-        return not self.missing and (self._summarises or Path(self.settings.folder, HEAD).is_file())
+        return not self.missing and (self.summarises or Path(self.settings.folder, HEAD).is_file())
+
+    def disk_bytes(self, hidden_size: int) -> int:
+        """Count the bytes of all rows on disk.
+
+        Args:
+            hidden_size: the teacher's.
+        """
+        width = self._student_head.weight.shape[1] if self.summarises else hidden_size
+        return sum(reading.rows for reading in self.readings) * row_bytes(width, self.summarises, self.settings.stored)
 
     def describe(self) -> str:
         """Say what the cache holds once it is filled, and how much of that is missing."""
@@ -144,7 +153,7 @@ class TeacherCache:
         """
         settings, student_head, teacher_head = self.settings, self._student_head, head_of(teacher)
         frozen = None
-        if self._summarises:
+        if self.summarises:
             vocab_size = common_vocabulary(student_head, teacher_head)
             head = move_head(student_head, teacher.device)
             frozen = FrozenHead(head, settings.temperature, vocab_size, settings.autocast)
@@ -154,7 +163,7 @@ class TeacherCache:
             self._description = read_description(settings.folder)  # another run may have begun it since
             if self._description is not None:
                 check_identity(settings.folder, self._description, self.identity, self.missing)
-            if not self._summarises and not (self._description and (store.folder / HEAD).is_file()):
+            if not self.summarises and not (self._description and (store.folder / HEAD).is_file()):
                 self._write_head(teacher_head, store.folder)
             if self._description is None:
                 self._begin(teacher_head, store.folder)
@@ -163,13 +172,13 @@ class TeacherCache:
                 self.readings,
                 lambda some: rows_of(teacher, some, frozen, settings.stored),
                 batch_size,
-                row_bytes(width, frozen, settings.stored),
+                row_bytes(width, self.summarises, settings.stored),
             )
 
     def _begin(self, teacher_head: Head, folder: Path) -> None:
         """Write which teacher, texts and settings the rows of the cache belong to."""
         self._description = {**self.identity, "vocab_size": common_vocabulary(self._student_head, teacher_head)}
-        if not self._summarises:
+        if not self.summarises:
             scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
             self._description |= {"scale": scale, "softcap": softcap, "head": head_checksum(teacher_head)}
         write_description(folder, self._description)
@@ -189,7 +198,7 @@ class TeacherCache:
         description, folder = self._description, Path(self.settings.folder)
         assert description is not None and not self.missing
         head = None
-        if not self._summarises:
+        if not self.summarises:
             with explain_damage(folder / HEAD):
                 tensors = load_file(folder / HEAD)
                 transform = LogitTransform(description["scale"], description["softcap"])

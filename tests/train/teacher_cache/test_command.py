@@ -51,7 +51,11 @@ def test_a_run_from_a_cache_is_that_of_a_live_teacher(command, tmp_path, capsys,
     assert command("live", "--freeze_head", *cached[-4:]) == 0
     assert command("dry", *cached, "--dry_run") == 0
     out = capsys.readouterr().out
-    assert re.search(r"cache +summaries of \d+ tokens in float32, in \S+; 5 of 5 sequences are missing\n", out)
+    assert re.search(
+        r"cache +summaries of \d+ tokens in float32, in \S+; 5 of 5 sequences are missing; [\d.]+ KiB on disk\n", out
+    )
+    assert re.search(r"memory +about [\d.]+ MiB a process: .* teacher 0 bytes,", out)
+    assert re.search(r"a step +a process reads \d+ of the student tokens at most", out)
     assert "signal        0." in out and not (tmp_path / "cache").exists()
     assert command("nowhere", *cached, run=cache) == 0
     assert re.search(
