@@ -26,7 +26,7 @@ from disc_kernels.linear_kl.validation import (
 
 
 def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> SummaryProblem:
-    """Return the problem that the inputs pose, or raise; see `linear_kl.validation.check_inputs` for `sharded`."""
+    """Return the problem that the inputs pose, or raise; see `linear_kl.problem.check_inputs` for `sharded`."""
     x, autocast = inputs, inputs.autocast_dtype
     temperature = check_temperature(x.temperature)
     check_workspace(x.max_workspace_bytes)
@@ -45,7 +45,7 @@ def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> Summar
 
 
 def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:
-    """Return the problem that the inputs pose, or raise; see `linear_kl.validation.check_inputs` for `sharded`."""
+    """Return the problem that the inputs pose, or raise; see `linear_kl.problem.check_inputs` for `sharded`."""
     x, summary, index = inputs, inputs.summary, inputs.summary_index
     reduction, temperature = check_reduction(x.reduction), check_temperature(x.temperature)
     check_workspace(x.max_workspace_bytes)

@@ -10,11 +10,12 @@ from disc_kernels.autocast import autocast_dtype
 from disc_kernels.linear_kl.compile import traced_suffix_kl
 from disc_kernels.linear_kl.function import fused, prepare
 from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, SuffixKLStats
+from disc_kernels.linear_kl.problem import check_inputs
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.reference import reference_suffix_kl
-from disc_kernels.linear_kl.topk_values import check_topk_values
-from disc_kernels.linear_kl.validation import check_inputs, is_traced
+from disc_kernels.linear_kl.teacher import check_topk_values
+from disc_kernels.linear_kl.validation import is_traced
 
 
 def fused_suffix_kl(

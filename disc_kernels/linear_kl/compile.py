@@ -25,8 +25,9 @@ from disc_kernels.linear_kl.function import (
 )
 from disc_kernels.linear_kl.gradients import Wanted
 from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, SuffixKLStats
+from disc_kernels.linear_kl.problem import check_inputs, check_mask
 from disc_kernels.linear_kl.rows import choose_implementation
-from disc_kernels.linear_kl.validation import check_inputs, check_mask, check_tensor, check_transform
+from disc_kernels.linear_kl.validation import check_tensor, check_transform
 
 # A LogitTransform becomes [scale] or [scale, softcap].
 _SCHEMA_TYPES = {

@@ -19,12 +19,12 @@ from torch import Tensor
 from disc_kernels.linear_kl.gradients import GradientSums, Wanted
 from disc_kernels.linear_kl.inputs import Problem, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.logits import Logits
+from disc_kernels.linear_kl.problem import check_inputs
 from disc_kernels.linear_kl.ranks.group import VocabGroup, compare_shard_rows
 from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
 from disc_kernels.linear_kl.rows.topk import compare_topk_rows
 from disc_kernels.linear_kl.teacher_rows import Chunk, choose_teacher_rows
-from disc_kernels.linear_kl.validation import check_inputs
 from disc_kernels.linear_kl.workspace import Plan, max_cached_rows, plan_problem
 
 

@@ -1,4 +1,4 @@
-"""Check user input: raise ValueError or TypeError with what was expected and got. Knows no backend.
+"""Check one argument: raise ValueError or TypeError with what was expected and got. Knows no backend.
 
 Nothing here reads a tensor's values on an accelerator, which would make the host wait for it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,150 +15,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.inputs import LogitTransform, Problem, Projection, SuffixKLInputs
-from disc_kernels.linear_kl.teacher_rows import TeacherRows
-from disc_kernels.linear_kl.topk_values import check_topk_values
+from disc_kernels.linear_kl.inputs import LogitTransform, Projection
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-TAILS = ("bucket", "renormalise")
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_inputs(inputs: SuffixKLInputs, sharded: bool = False) -> Problem:
-    """Return the problem that the inputs pose, or raise an error that names the argument.
-
-    Where it is `sharded`, weights and biases are one rank's shard of the vocabulary, which may be empty, and
-    `vocab_size`, which counts over all of them, is left to who knows all: all entries of the shard are compared.
-    """
-    x = inputs if inputs.mask is None else _masked(inputs)
-    check_choice("divergence", x.divergence, DIVERGENCES)
-    reduction, temperature = check_reduction(x.reduction), check_temperature(x.temperature)
-    divergence, beta = x.divergence, check_number("beta", x.beta)
-    if divergence == "jsd":
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta: expected a number from 0 to 1, got {beta}")
-        # As in TRL and Liger: the limits of JSD / (beta (1 - beta)), where JSD itself is zero.
-        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, divergence)
-    check_workspace(x.max_workspace_bytes)
-    device, autocast = check_tensor("student_hidden", x.student_hidden).device, x.autocast_dtype
-    given = x.student_hidden, x.student_weight, x.student_bias, x.student_index, x.student_transform
-    student = check_projection("student_", *given, device, autocast, sharded)
-    head = x.teacher_bias, x.teacher_index, x.teacher_transform, device
-    if x.topk_ids is not None:
-        check_choice("tail", x.tail, TAILS)
-        teacher = _check_topk(x.topk_ids, x.teacher_hidden, x.teacher_index, device)
-    elif x.teacher_weight is None:
-        teacher = _check_logits(x.teacher_hidden, *head, sharded)
-    else:
-        teacher = check_projection("teacher_", x.teacher_hidden, x.teacher_weight, *head, autocast, sharded)
-    compared = "student_hidden" if student.index is None else "student_index", student.rows
-    if teacher.ids is None:
-        chosen = "teacher_hidden" if teacher.index is None else "teacher_index", teacher.rows
-        check_same_rows(compared, chosen, "student_index and teacher_index")
-    else:
-        check_same_rows(compared, ("topk_ids", teacher.rows), "student_index or mask")
-    heads = {"student_weight": len(student.weight)}
-    if teacher.ids is None:
-        logits = "teacher_hidden (logits, where teacher_weight is None)"
-        heads[logits if teacher.is_given else "teacher_weight"] = len(teacher.weight)
-    vocab_size = check_vocab_size(x.vocab_size, heads, sharded)
-    student = replace(student, vocab_size=vocab_size)
-    if teacher.ids is None:
-        teacher = _compared_logits(teacher, vocab_size) if teacher.is_given else replace(teacher, vocab_size=vocab_size)
-    elif not sharded and not is_traced(teacher.hidden):  # ranks look when they know how many entries all have
-        check_topk_values(teacher, vocab_size)
-    wide = torch.promote_types(student.accumulate_dtype, teacher.accumulate_dtype)
-    return Problem(
-        student=replace(student, accumulate_dtype=wide),
-        teacher=replace(teacher, accumulate_dtype=wide),
-        teacher_rows=TeacherRows(student.rows, teacher.index),
-        row_weight=check_row_weight(x.row_weight, student),
-        temperature=temperature,
-        divergence=divergence,
-        beta=beta,
-        reduction=reduction,
-        statistics=x.return_stats,
-        sharded=sharded,
-        tail=x.tail,
-    )
-
-
-def _check_logits(
-    logits: Tensor,
-    bias: Tensor | None,
-    index: Tensor | None,
-    transform: LogitTransform | None,
-    device: torch.device,
-    sharded: bool,
-) -> Projection:
-    """Return a teacher that has no head because `teacher_hidden` are its logits."""
-    if sharded:
-        raise ValueError("teacher_weight: expected a tensor with a vocab_group, got None")
-    logits = check_float_tensor("teacher_hidden", logits, device)
-    if logits.dim() < 2 or logits.shape[-1] == 0:
-        raise ValueError(f"teacher_hidden: expected logits [..., V], V not 0, got shape {list(logits.shape)}")
-    head = logits.new_empty(logits.shape[-1], 1)  # logits are never rounded, by autocast neither
-    model = check_projection("teacher_", logits[..., :1], head, bias, index, transform, device, None)
-    return replace(model, hidden=logits, weight=head[:, :0])
-
-
-def _compared_logits(teacher: Projection, vocab_size: int) -> Projection:
-    """Return the teacher with those entries of its logits that are compared; on the CPU, after a look at them."""
-    hidden, weight = teacher.hidden[..., :vocab_size], teacher.weight[:vocab_size]
-    teacher = replace(teacher, hidden=hidden, weight=weight, vocab_size=vocab_size)
-    if teacher.hidden.device.type != "cpu" or is_traced(teacher.hidden):
-        return teacher
-    largest = teacher.hidden.amax(-1).flatten()
-    largest = largest if teacher.index is None else largest[teacher.index]
-    if not largest.isfinite().all():
-        row = int(largest.isfinite().int().argmin())
-        raise ValueError(
-            "teacher_hidden: expected logits of which none is NaN and the largest of each row is finite, "
-            f"got {float(largest[row])} as the largest in row {row} of those that are compared"
-        )
-    return teacher
-
-
-def _check_topk(ids: Tensor, logprobs: Tensor, index: Tensor | None, device: torch.device) -> Projection:
-    """Return a teacher of which the K most likely entries of each row are known."""
-    logprobs = check_float_tensor("topk_logprobs", logprobs, device)
-    if logprobs.dim() < 2 or logprobs.shape[-1] == 0:
-        raise ValueError(f"topk_logprobs: expected shape [..., K], K not 0, got {list(logprobs.shape)}")
-    if check_tensor("topk_ids", ids).dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"topk_ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
-    if ids.shape != logprobs.shape:
-        raise ValueError(f"topk_ids: expected shape {list(logprobs.shape)}, as topk_logprobs, got {list(ids.shape)}")
-    if ids.device != device:
-        raise ValueError(f"topk_ids: expected device {device}, as the hidden states, got {ids.device}")
-    wide, no_head = torch.float32, logprobs.new_empty(logprobs.shape[-1], 0)
-    index = None if index is None else to_device(index, device)
-    return Projection(logprobs, no_head, None, index, LogitTransform(), wide, wide, logprobs.shape[-1], ids)
-
-
-def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:
-    """Put the indices of the rows that the mask keeps in its place."""
-    mask = check_mask(inputs)
-    if is_traced(mask):
-        raise ValueError('mask: expected None with impl="reference" or symbolic values, got a mask without values')
-    kept = mask.flatten().nonzero().squeeze(1)
-    return replace(inputs, mask=None, student_index=kept, teacher_index=kept)
-
-
-def check_mask(inputs: SuffixKLInputs) -> Tensor:
-    """Return the mask of both models' rows, of the hidden states' leading shape."""
-    mask = check_tensor("mask", inputs.mask)
-    for model in ("student", "teacher"):
-        if getattr(inputs, f"{model}_index") is not None:
-            raise ValueError(f"mask: expected None with a {model}_index, which chooses the rows itself, got a mask")
-        name = "topk_logprobs" if model == "teacher" and inputs.topk_ids is not None else f"{model}_hidden"
-        shape = check_tensor(name, getattr(inputs, f"{model}_hidden")).shape[:-1]
-        if mask.shape != shape:
-            raise ValueError(f"mask: expected shape {list(shape)}, as {name}'s tokens, got {list(mask.shape)}")
-    if mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected dtype torch.bool, got {mask.dtype}")
-    _check_index_device("mask", mask, inputs.student_hidden.device)
-    return mask
 
 
 def is_traced(x: Any) -> bool:
@@ -283,7 +143,7 @@ def check_index(argument: str, index: Any, rows: int, of: str, device: torch.dev
     index = check_tensor(argument, index)
     if index.dtype not in (torch.int64, torch.int32, torch.bool):
         raise TypeError(f"{argument}: expected dtype torch.int64, torch.int32 or torch.bool, got {index.dtype}")
-    _check_index_device(argument, index, device)
+    check_index_device(argument, index, device)
     if index.dtype == torch.bool:
         if index.numel() != rows:
             raise ValueError(f"{argument}: expected {rows} entries, one for each row of {of}, got {list(index.shape)}")
@@ -305,7 +165,7 @@ def check_index(argument: str, index: Any, rows: int, of: str, device: torch.dev
     return to_device(index, device)
 
 
-def _check_index_device(argument: str, index: Tensor, device: torch.device) -> None:
+def check_index_device(argument: str, index: Tensor, device: torch.device) -> None:
     """Raise unless an index or a mask is on the CPU or where the hidden states are."""
     if index.device not in (device, torch.device("cpu")):
         raise ValueError(f"{argument}: expected device {device}, as the hidden states, or cpu, got {index.device}")

@@ -118,7 +118,10 @@ def _head_rows(inputs: Inputs) -> dict[str, int]:
 
 
 def _described(inputs: Inputs) -> dict[str, Any]:
-    return {name: _description(name, getattr(inputs, name)) for name in inputs.__dataclass_fields__}
+    described = {name: _description(name, getattr(inputs, name)) for name in inputs.__dataclass_fields__}
+    if getattr(inputs, "topk_ids", None) is not None:  # which `fused_topk_kl` calls so
+        described["topk_logprobs"] = described.pop("teacher_hidden")
+    return described
 
 
 def _description(name: str, value: Any) -> Any:
