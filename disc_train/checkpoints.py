@@ -220,7 +220,8 @@ class CheckpointingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, unless its last step left weights that are not finite."""
-        names, parameters = zip(*self.student.named_parameters(), strict=True)
+        trained = [(name, value) for name, value in self.student.named_parameters() if value.requires_grad]
+        names, parameters = zip(*trained, strict=True)
         broken = torch.stack([~torch.isfinite(local_part(parameter)).all() for parameter in parameters]).int()
         if self.is_fsdp_enabled:
             broken = self.accelerator.reduce(broken.to(self.args.device))

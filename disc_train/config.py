@@ -17,6 +17,7 @@ from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
+from disc_train.models.pretrained import TRUST_HELP
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
 from disc_train.parallel.launch import check_launch, processes_started
 
@@ -45,6 +46,8 @@ FLAG_NEEDED_BY = {
     "lora_target_modules": "lora_rank",
     "lora_use_rslora": "lora_rank",
     "lora_use_dora": "lora_rank",
+    "load_in_4bit": "lora_rank",
+    "load_in_8bit": "lora_rank",
     "replay_share": "replay_file",
     "replay_objective": "replay_file",
     "teacher_cache_dtype": "teacher_cache",
@@ -65,6 +68,7 @@ class DiscArguments:
             " --lora_rank it is merged into its model first, and new ones are trained."
         }
     )
+    trust_remote_code: bool = flag(TRUST_HELP, False)
     teacher_name_or_path: str | None = flag("A teacher other than the model itself; needs the same tokenizer.")
     student_dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "Of the trained weights. At small learning rates 16-bit weights lose most updates to rounding; for speed use"
@@ -128,6 +132,8 @@ class DiscArguments:
     lora_use_rslora: bool = flag("Scale the adapters by --lora_alpha over the square root of their rank.", False)
     lora_use_dora: bool = flag("Train the norms of adapted weights beside the adapters (DoRA); not of experts.", False)
     lora_dropout: float = flag("Of what the adapters read; none where experts have adapters.", 0.1)
+    load_in_4bit: bool = flag("--lora_rank beside weights of 4 bits (QLoRA): nf4, by bitsandbytes.", False)
+    load_in_8bit: bool = flag("The same in 8 bits: by bitsandbytes, or else by torchao.", False)
     freeze_head: bool = flag(
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
         False,
@@ -227,6 +233,8 @@ class DiscArguments:
                 )
             if needed and needed not in given:
                 raise ValueError(f"--{name} needs --{needed}, got it without")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("expected one of --load_in_4bit and --load_in_8bit, got both")
         if "beta" in given and self.divergence != "jsd":
             raise ValueError(f"--beta is for --divergence jsd, got it with {self.divergence}")
         if (self.teacher == "cache") != (self.teacher_cache is not None):

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.models.adapters import base_of_adapter
-from disc_train.models.causal_lm import explain_load_errors, load_model, use_attention
+from disc_train.models.causal_lm import load_model, use_attention
+from disc_train.models.pretrained import explain_load_errors, load_pretrained
 
 
 def load_for_inference(
@@ -47,10 +48,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError, OSError: there is none.
     """
-    with _flag_named("--model_name_or_path"), explain_load_errors(name_or_path):
-        while not Path(name_or_path, "tokenizer_config.json").is_file() and (base := base_of_adapter(name_or_path)):
-            name_or_path = base
-        return AutoTokenizer.from_pretrained(name_or_path)
+    with _flag_named("--model_name_or_path"):
+        with explain_load_errors(name_or_path):
+            while not Path(name_or_path, "tokenizer_config.json").is_file() and (base := base_of_adapter(name_or_path)):
+                name_or_path = base
+        tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name_or_path)
+        return tokenizer
 
 
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:

@@ -22,6 +22,7 @@ from disc_train.loading import load_tokenizer
 from disc_train.models.adapters import add_lora, base_of_adapter, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, load_model
 from disc_train.models.frozen_head import freeze_head
+from disc_train.models.pretrained import load_pretrained, quantisation, quantised_by, trust_remote_code
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
 from disc_train.packing.collator import collator
@@ -115,7 +116,7 @@ def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
     """
     disc.dry_run = True  # no checkpoint is looked for, and nothing is written to --output_dir
     inputs = load_inputs(disc, loop)
-    student = load_student(disc)
+    student = load_student(disc, loop)
     check_vocabulary(student, inputs.data.tokens[-1])
     teacher = load_cached_teacher(disc, loop, inputs.tokenizer, inputs.data, student)
     if loop.process_index == 0:
@@ -124,6 +125,7 @@ def fill_cache(disc: DiscArguments, loop: LoopArguments) -> None:
 
 def load_inputs(disc: DiscArguments, loop: LoopArguments) -> Inputs:
     """Find the checkpoint, read the data, and check both, before the models, which may take minutes to load."""
+    trust_remote_code(disc.trust_remote_code)
     with same_on_all_processes(loop) as must_agree:
         if loop.push_to_hub and not disc.dry_run:
             check_hub_login(loop.hub_token)
@@ -150,7 +152,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
     dataset = inputs.data.dataset
     with same_on_all_processes(loop):
         set_seed(loop.seed)  # the Trainer's own comes too late for adapters, which begin at random
-        student = load_student(disc)
+        student = load_student(disc, loop)
         check_vocabulary(student, inputs.data.tokens[-1])
     teacher: Teacher = None
     if disc.method in WITH_TEACHER or dataset.replays_by_kl:
@@ -186,10 +188,18 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
     return trainer
 
 
-def load_student(disc: DiscArguments) -> PreTrainedModel:
+def load_student(disc: DiscArguments, loop: LoopArguments) -> PreTrainedModel:
     """Load the model, with adapters if asked for; an adapter is trained on, or merged where new ones are asked for."""
     dtype: torch.dtype = getattr(torch, disc.student_dtype)
-    student = load_model(disc.model_name_or_path, dtype, "merged" if disc.lora_rank else "trained")
+    how = None
+    if disc.load_in_4bit or disc.load_in_8bit:
+        how = quantisation(4 if disc.load_in_4bit else 8, torch.bfloat16 if loop.bf16 else dtype)
+    student = load_model(disc.model_name_or_path, dtype, "merged" if disc.lora_rank else "trained", how)
+    if not (disc.lora_rank or has_adapters(student)) and (method := quantised_by(student)):
+        raise ValueError(
+            f"--model_name_or_path: expected weights that can be trained, got some that are quantised ({method}): train"
+            " adapters beside them, with --lora_rank"
+        )
     if disc.lora_rank:
         add_lora(
             *(student, disc.lora_rank, disc.lora_alpha or 2 * disc.lora_rank),
@@ -206,7 +216,7 @@ def find_save_dtype(disc: DiscArguments) -> torch.dtype | None:
         dtype: torch.dtype = getattr(torch, disc.save_dtype)
         return dtype
     adapters = disc.lora_rank or base_of_adapter(disc.model_name_or_path)
-    return None if adapters else AutoConfig.from_pretrained(disc.model_name_or_path).dtype
+    return None if adapters else load_pretrained(AutoConfig, disc.model_name_or_path).dtype
 
 
 def check_hub_login(token: str | None) -> None:

@@ -19,6 +19,7 @@ from disc_train.models.adapters import base_of_adapter, describe_unadapted, has_
 from disc_train.models.attention import Attention
 from disc_train.models.causal_lm import head_of
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
+from disc_train.models.pretrained import quantised_by
 from disc_train.packing.collator import PackedBatch, PackingStats
 from disc_train.packing.drawing import sample_batches
 from disc_train.teacher_cache.teacher import CachedTeacher, Teacher
@@ -233,12 +234,14 @@ def describe_method(disc: DiscArguments) -> str:
 
 def describe_model(model: PreTrainedModel) -> str:
     """Say a model's class, size and dtype, and how much of it is trained."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = model.num_parameters()  # of 4 bits there are two in an entry
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     dtype = str(model.dtype).removeprefix("torch.")
     adapted = has_adapters(model) and trained > 0
     what = "trained, in adapters" if adapted else "trained"
     name = type(model).__name__.removeprefix("FSDP")  # PyTorch's mark on models that are divided over processes
+    if method := quantised_by(model):
+        dtype += f", the rest quantised ({method})"
     return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}" + (describe_unadapted(model) if adapted else "")
 
 

@@ -89,8 +89,10 @@ def teacher_cache(
 
 
 def _is_its_own_teacher(disc: DiscArguments) -> bool:
-    # Adapters that a run begins with are trained on: without them the student is not what it was.
-    return bool(disc.lora_rank) and disc.teacher != "copy" and disc.teacher_name_or_path is None
+    # Adapters that a run begins with are trained on: without them the student is not what it was. And a cache is of the
+    # model as its files are, not as a student's weights are quantised.
+    cache_of_files = disc.teacher == "cache" and (disc.load_in_4bit or disc.load_in_8bit)
+    return bool(disc.lora_rank) and disc.teacher != "copy" and disc.teacher_name_or_path is None and not cache_of_files
 
 
 def _fill(

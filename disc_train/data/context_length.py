@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from disc_train.data.dataset import ExampleDataset
 from disc_train.models.adapters import model_below
-from disc_train.models.causal_lm import explain_load_errors
+from disc_train.models.pretrained import explain_load_errors, load_pretrained
 
 LONGROPE = " (its original context: beyond it, longrope positions depend on the longest text of a batch)"
 DOGE = " (its keep_window_size: beyond it, which of equal tokens it reads depends on what else a batch holds)"
@@ -25,9 +25,10 @@ def context_length(model: str, teacher: str | None) -> ContextLength | None:
     readers = {"model": model} | ({} if teacher is None else {"teacher": teacher})
     lengths = []
     for reader, name in readers.items():
-        with explain_load_errors(name, f"--{reader}_name_or_path"):
-            config = AutoConfig.from_pretrained(model_below(name))
-        lengths.append(length_of(config, reader))
+        flag = f"--{reader}_name_or_path"
+        with explain_load_errors(name, flag):
+            below = model_below(name)
+        lengths.append(length_of(load_pretrained(AutoConfig, below, flag), reader))
     return smaller(*lengths)
 
 

@@ -22,6 +22,7 @@ from disc_train.evaluation.tasks import run_tasks
 from disc_train.evaluation.texts import text_sums
 from disc_train.loading import check_same_tokens, load_for_inference, load_tokenizer
 from disc_train.models.causal_lm import check_vocabulary
+from disc_train.models.pretrained import trust_remote_code
 
 
 def run(arguments: EvalArguments) -> None:
@@ -43,6 +44,7 @@ def run(arguments: EvalArguments) -> None:
 def evaluate(arguments: EvalArguments) -> Evaluation:
     """Measure what the arguments ask of their model."""
     name, reference_name = str(arguments.model_name_or_path), arguments.reference_name_or_path
+    trust_remote_code(arguments.trust_remote_code)
     # The data come before the models, which may take minutes: what is wrong with them shows at once.
     tokenizer = load_tokenizer(name)
     prefix = bos_prefix(tokenizer, arguments.add_bos)

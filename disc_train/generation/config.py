@@ -8,6 +8,7 @@ from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
 from disc_train.generation.batches import MAX_BATCH_TOKENS
+from disc_train.models.pretrained import TRUST_HELP
 
 
 @dataclass
@@ -33,6 +34,7 @@ class InferenceArguments:
         "The dtype of the models. auto: bfloat16 on CUDA, float32 elsewhere.", "auto"
     )
     use_cpu: bool = flag("Leave an accelerator alone.", False)
+    trust_remote_code: bool = flag(TRUST_HELP, False)
 
     def __post_init__(self) -> None:
         check_literals(self)

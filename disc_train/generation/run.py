@@ -17,6 +17,7 @@ from disc_train.generation.sources import Source, read_sources
 from disc_train.generation.texts import count_done, list_texts
 from disc_train.loading import load_for_inference, load_tokenizer
 from disc_train.models.causal_lm import check_vocabulary
+from disc_train.models.pretrained import trust_remote_code
 from disc_train.summary import print_section
 
 
@@ -27,6 +28,7 @@ def run(arguments: GenerateArguments) -> None:
         ValueError, OSError, ImportError, FloatingPointError: what the user can mend, with a message that says how.
     """
     name, path = str(arguments.model_name_or_path), Path(str(arguments.output_file))
+    trust_remote_code(arguments.trust_remote_code)
     tokenizer = load_tokenizer(name)
     sources = read_sources(arguments, tokenizer)
     model = load_for_inference(name, arguments.dtype, arguments.use_cpu, arguments.attention)

@@ -1,6 +1,5 @@
 """Take from a causal language model what the loss needs: hidden states of a packed sequence, and the output head."""
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,15 +7,16 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from disc_kernels import LogitTransform, SharedPrefixLayout
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
 from disc_train.models.adapters import base_of_adapter, merge_adapter, put_adapter
 from disc_train.models.parts import decoder_of
+from disc_train.models.pretrained import explain_load_errors, load_pretrained
 from disc_train.parallel.sharding import run_as_forward
 
 
@@ -29,47 +29,35 @@ class Head(NamedTuple):
 
 
 def load_model(
-    name_or_path: str, dtype: torch.dtype, adapter: Literal["as_it_is", "trained", "merged"] = "as_it_is"
+    name_or_path: str,
+    dtype: torch.dtype,
+    adapter: Literal["as_it_is", "trained", "merged"] = "as_it_is",
+    quantisation: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, or an adapter on the model that it was trained on.
 
     Args:
         adapter: what becomes of an adapter, if it is one. The base of an adapter may be an adapter: it is merged.
+        quantisation: how the weights of a model that is no adapter are quantised.
 
     Raises:
         ImportError: it is an adapter, and peft is not installed.
         ValueError, OSError: there is none, it is of another kind, or its files are damaged.
     """
     with explain_load_errors(name_or_path):
-        try:
-            base = base_of_adapter(name_or_path)
-            if base is None:
-                return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        base = base_of_adapter(name_or_path)
+        if base is not None:
             if find_spec("peft") is None:
                 raise ImportError(f"{name_or_path} is an adapter, which needs peft: pip install peft")
+            if quantisation is not None:
+                raise ValueError("it is an adapter, which quantised weights cannot take in: merge and save it first")
             model = load_model(base, dtype, "merged")
             if adapter == "merged":
                 return merge_adapter(model, name_or_path)
             return put_adapter(model, name_or_path, trained=adapter == "trained")
-        except SafetensorError as error:
-            raise ValueError(f"the weights cannot be read, a file is damaged: {error}") from error
-        except ValueError as error:  # it lists the names of all configs
-            if (config := re.search(r"'transformers\.\S+\.(\w+)'> for this kind of AutoModel", str(error))) is None:
-                raise
-            raise ValueError(
-                f"transformers has no causal language model for a {config[1]}, which is of models that read more than"
-                " text or predict no next token; name a text model"
-            ) from None
-
-
-@contextmanager
-def explain_load_errors(name_or_path: str, flag: str | None = None) -> Iterator[None]:
-    """Add to an error in loading which model and flag it was about, which many of transformers' errors do not say."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        wrong = f"expected a model's folder, or its name on the Hub, got {name_or_path}: {error}"
-        raise ValueError(f"{flag}: {wrong}" if flag else wrong) from error
+    options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantisation}
+    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
+    return model
 
 
 def head_of(model: PreTrainedModel) -> Head:

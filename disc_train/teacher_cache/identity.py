@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from disc_train.models.causal_lm import Head, explain_load_errors
+from disc_train.models.causal_lm import Head
+from disc_train.models.pretrained import load_pretrained
 from disc_train.teacher_cache.readings import Reading
 
 WEIGHT_FILES = (".safetensors", ".bin")
@@ -57,8 +58,7 @@ def weights_checksum(name_or_path: str) -> str:
     """
     folder = Path(name_or_path)
     if not folder.is_dir():
-        with explain_load_errors(name_or_path):
-            commit = getattr(AutoConfig.from_pretrained(name_or_path), "_commit_hash", None)
+        commit = getattr(load_pretrained(AutoConfig, name_or_path), "_commit_hash", None)
         if not commit:
             raise ValueError(f"--teacher_cache: expected the commit of {name_or_path} on the Hub, got none")
         return f"commit {commit}"
