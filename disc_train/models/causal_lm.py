@@ -56,8 +56,8 @@ def load_model(
                 return merge_adapter(model, name_or_path)
             return put_adapter(model, name_or_path, trained=adapter == "trained")
     options: dict[str, Any] = {} if quantisation is None else {"quantization_config": quantisation}
-    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
-    return model
+    whole: PreTrainedModel = load_pretrained(AutoModelForCausalLM, name_or_path, dtype=dtype, **options)
+    return whole
 
 
 def head_of(model: PreTrainedModel) -> Head:
