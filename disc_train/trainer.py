@@ -22,7 +22,7 @@ from disc_train.data.dataset import ExampleDataset, ReplayDataset
 from disc_train.evaluation.in_training import AskProbes
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
-from disc_train.models.parts import freeze_unread
+from disc_train.models.parts import freeze_unread, uses_all_parameters
 from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.objectives.held_out import held_out_sums
@@ -130,6 +130,7 @@ class DiscTrainer(CheckpointingTrainer):
         self.model_accepts_loss_kwargs = True
         freeze_unread(model)
         self._move_to_device(model, trained=True)
+        self._expect_all_gradients(model)
         self.teacher: Teacher = None
         if isinstance(teacher, CachedTeacher):
             self.teacher = teacher.to(args.device)
@@ -154,6 +155,13 @@ class DiscTrainer(CheckpointingTrainer):
             shard(model, self.accelerator, trained=trained)
         else:
             model.to(self.args.device)  # type: ignore[arg-type]
+
+    def _expect_all_gradients(self, model: PreTrainedModel) -> None:
+        """Keep DDP from looking at every step for parameters without a gradient where there are none."""
+        ddp, args = self.accelerator.ddp_handler, self.args
+        if ddp is None or args.world_size == 1 or self.is_fsdp_enabled or args.ddp_find_unused_parameters is not None:
+            return
+        ddp.find_unused_parameters = ddp.find_unused_parameters and not uses_all_parameters(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name all parameters, as torch and the method's authors have it; the Trainer would spare biases and norms."""

@@ -1,5 +1,6 @@
 """Find the parts of a causal language model: what reads text, and the output head."""
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,3 +31,28 @@ def freeze_unread(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter not in read:
             parameter.requires_grad_(False)
+
+
+def uses_all_parameters(model: PreTrainedModel) -> bool:
+    """Tell whether every parameter that is trained has a part in the logits after a single token.
+
+    Most of a layer's experts have none, nor has what chooses among earlier tokens: whether those get a gradient depends
+    on the text.
+    """
+    if any(rate for name, rate in vars(model.config.get_text_config()).items() if "layerdrop" in name):
+        return False
+    training = model.training
+    model.eval()
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    with torch.enable_grad():
+        hidden = decoder_of(model)(input_ids=token, use_cache=False).last_hidden_state
+        pending = [model.get_output_embeddings()(hidden).grad_fn]
+    model.train(training)
+    used, seen = set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            used.add(getattr(node, "variable", None))  # of what adds up a parameter's gradient
+            pending += [following for following, _ in node.next_functions]
+    return all(parameter in used for parameter in model.parameters() if parameter.requires_grad)

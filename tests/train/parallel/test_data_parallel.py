@@ -21,6 +21,7 @@ def train(start, tmp_path):
     def run(name, *flags, **options):
         started = start(*STEPS, *LOGS, *flags, "--output_dir", tmp_path / name, **options)
         assert set(started.wait()) == {0}, started.logs
+        assert "find_unused_parameters" not in "".join(started.logs)  # PyTorch warns of it where all are used
         return tmp_path / name
 
     return run
