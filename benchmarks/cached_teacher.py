@@ -29,10 +29,10 @@ from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import Head, head_of, use_attention
 from disc_train.models.frozen_head import freeze_head
+from disc_train.teacher_cache.cached_teacher import CachedTeacher
 from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
 from disc_train.teacher_cache.readings import Reading, readings
 from disc_train.teacher_cache.store import Store, writer
-from disc_train.teacher_cache.teacher import CachedTeacher
 from disc_train.trainer import DiscTrainer
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "cached_teacher.json"

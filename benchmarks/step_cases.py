@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
-from disc_train.models.teacher import freeze
+from disc_train.models.live_teacher import freeze
 
 DOCUMENTS = 64  # there are; a step takes the next ones, and after the last the first
 SENTENCES, LEAST, MOST = 16, 15, 35  # a document's sentences, and a sentence's tokens: 400 a document in the mean

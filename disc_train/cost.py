@@ -20,8 +20,8 @@ from disc_train.models.parts import decoder_of
 from disc_train.objectives.predictions import predict_as_student, predict_as_teacher
 from disc_train.packing.drawing import sample_batches
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
+from disc_train.teacher_cache.cached_teacher import live
 from disc_train.teacher_cache.open import TeacherCache
-from disc_train.teacher_cache.teacher import live
 from disc_train.trainer import DiscTrainer
 
 # Numbers that an optimizer keeps of a parameter, in the parameter's dtype; what is not here is not counted.

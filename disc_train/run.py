@@ -41,8 +41,8 @@ from disc_train.summary import (
     describe_teacher,
     print_section,
 )
-from disc_train.teacher_cache.teacher import CachedTeacher, Teacher, live, read_by
-from disc_train.teachers import load_cached_teacher, load_teacher_for, teacher_cache
+from disc_train.teacher_cache.cached_teacher import CachedTeacher, Teacher, live, read_by
+from disc_train.teacher_from_flags import load_cached_teacher, load_teacher_for, teacher_cache
 from disc_train.trainer import DiscTrainer
 
 

@@ -22,7 +22,7 @@ from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.models.pretrained import quantised_by
 from disc_train.packing.collator import PackedBatch, PackingStats
 from disc_train.packing.drawing import sample_batches
-from disc_train.teacher_cache.teacher import CachedTeacher, Teacher
+from disc_train.teacher_cache.cached_teacher import CachedTeacher, Teacher
 
 MAX_LOST = 0.05  # of the tokens, before a warning
 

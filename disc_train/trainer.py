@@ -22,8 +22,8 @@ from disc_train.data.dataset import ExampleDataset, ReplayDataset
 from disc_train.evaluation.in_training import AskProbes
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
+from disc_train.models.live_teacher import freeze
 from disc_train.models.parts import freeze_unread, uses_all_parameters
-from disc_train.models.teacher import freeze
 from disc_train.objectives import methods
 from disc_train.objectives.held_out import held_out_sums
 from disc_train.packing.collator import PackedBatch, PackingStats, collator
@@ -33,7 +33,7 @@ from disc_train.parallel.launch import check_launch
 from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
 from disc_train.parallel.termination import StopOnSignal, collate_in_own_process_group
 from disc_train.progress import show_progress
-from disc_train.teacher_cache.teacher import CachedTeacher, Teacher, live, read_by
+from disc_train.teacher_cache.cached_teacher import CachedTeacher, Teacher, live, read_by
 
 
 class DiscTrainer(CheckpointingTrainer):

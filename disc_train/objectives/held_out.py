@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER, Settings
 from disc_train.objectives.predictions import cross_entropy, divergence, predict
 from disc_train.packing.collator import PackedBatch
-from disc_train.teacher_cache.teacher import Teacher
+from disc_train.teacher_cache.cached_teacher import Teacher
 
 
 @torch.no_grad()

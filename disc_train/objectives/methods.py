@@ -20,7 +20,7 @@ from disc_train.objectives.predictions import (
     sequence_means,
 )
 from disc_train.packing.collator import PackedBatch
-from disc_train.teacher_cache.teacher import Teacher
+from disc_train.teacher_cache.cached_teacher import Teacher
 
 MIN_TALR_WEIGHT = 0.01
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from disc_kernels import TeacherSummary, expected_embedding_kl, fused_suffix_kl
 from disc_train.models.causal_lm import Head, common_vocabulary, head_of, hidden_states
-from disc_train.models.teacher import teacher_or_base_model
+from disc_train.models.live_teacher import teacher_or_base_model
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.packing.collator import PackedBatch
-from disc_train.teacher_cache.teacher import CachedTeacher, Teacher
+from disc_train.teacher_cache.cached_teacher import CachedTeacher, Teacher
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from disc_kernels import LogitTransform
 from disc_train.data.dataset import DocumentDataset, ExampleDataset
 from disc_train.models.causal_lm import Head, common_vocabulary, head_of
 from disc_train.models.frozen_head import head_is_frozen
+from disc_train.teacher_cache.cached_teacher import CachedTeacher, move_head
 from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
 from disc_train.teacher_cache.identity import check_identity, head_checksum, tokenizer_checksum, weights_checksum
 from disc_train.teacher_cache.readings import Reading, digest, merge, readings, texts
@@ -25,7 +26,6 @@ from disc_train.teacher_cache.store import (
     write_tensors,
     writer,
 )
-from disc_train.teacher_cache.teacher import CachedTeacher, move_head
 
 HIDDEN, SUMMARIES = "hidden states", "summaries"
 

@@ -10,7 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from disc_train.models.adapters import add_lora, load_adapters
-from disc_train.models.teacher import teacher_or_base_model
+from disc_train.models.live_teacher import teacher_or_base_model
 from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
 from disc_train.packing.collator import pack
 from disc_train.summary import describe_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from disc_train import teachers
+from disc_train import teacher_from_flags
 from disc_train.cli import cache, main
 from disc_train.config import parse_arguments
 from disc_train.data.training_data import load_training_data
@@ -65,7 +65,7 @@ def test_a_run_from_a_cache_is_that_of_a_live_teacher(command, tmp_path, capsys,
     assert not (tmp_path / "nowhere").exists()
     files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("*.*")}
 
-    monkeypatch.setattr("disc_train.teachers.load_teacher", None)  # no teacher is loaded
+    monkeypatch.setattr("disc_train.teacher_from_flags.load_teacher", None)  # no teacher is loaded
     assert command("cached", *cached) == 0
     out = capsys.readouterr().out
     assert "frozen; the KL takes 2 products with it a step, from cached summaries of the teacher" in out
@@ -82,7 +82,7 @@ def test_a_run_from_a_cache_is_that_of_a_live_teacher(command, tmp_path, capsys,
 
 @pytest.mark.parametrize("method", ["ft_kl", "disc"])
 def test_adapters_fill_a_cache_without_a_second_model(method, command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("disc_train.teachers.load_teacher", None)
+    monkeypatch.setattr("disc_train.teacher_from_flags.load_teacher", None)
     flags = ("--method", method, "--lora_rank", 2, "--lora_dropout", 0)
     assert command("live", *flags) == 0
     cached = ("--teacher", "cache", "--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32")
@@ -92,7 +92,7 @@ def test_adapters_fill_a_cache_without_a_second_model(method, command, tmp_path,
 
 
 def test_hidden_states_keep_the_head_and_say_so(command, tmp_path, capsys, monkeypatch):
-    loaded, load, step = [], teachers.load_teacher, DiscTrainer.training_step
+    loaded, load, step = [], teacher_from_flags.load_teacher, DiscTrainer.training_step
 
     def keep_track(*args):
         teacher = load(*args)
@@ -104,7 +104,7 @@ def test_hidden_states_keep_the_head_and_say_so(command, tmp_path, capsys, monke
         return step(self, *args, **kwargs)
 
     assert command("live") == 0
-    monkeypatch.setattr(teachers, "load_teacher", keep_track)
+    monkeypatch.setattr(teacher_from_flags, "load_teacher", keep_track)
     monkeypatch.setattr(DiscTrainer, "training_step", check)
     assert command("cached", "--teacher", "cache", "--teacher_cache", tmp_path / "cache") == 0
     assert "teacher       not in memory, but for its head; hidden states of" in capsys.readouterr().out
@@ -146,7 +146,9 @@ def test_evaluated_documents_are_read_as_they_are_split_once(model_folder, write
     disc, loop = parse_arguments([*map(str, flags)], "disc-cache")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     data = load_training_data(disc, loop, tokenizer)
-    names = [reading.name for reading in teachers.teacher_cache(disc, loop, tokenizer, data, make_model()).readings]
+    names = [
+        reading.name for reading in teacher_from_flags.teacher_cache(disc, loop, tokenizer, data, make_model()).readings
+    ]
     assert names.count(str(held_out)) == 1
     assert names.count(f"{documents}:3") > 1
 

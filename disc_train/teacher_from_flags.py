@@ -12,13 +12,13 @@ from disc_train.config import DiscArguments, LoopArguments
 from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import TrainingData
 from disc_train.models.causal_lm import check_vocabulary, use_attention
-from disc_train.models.teacher import load_teacher, teacher_dtype, teacher_or_base_model
+from disc_train.models.live_teacher import load_teacher, teacher_dtype, teacher_or_base_model
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.parallel.agreement import same_on_all_processes
 from disc_train.summary import count_steps
+from disc_train.teacher_cache.cached_teacher import CachedTeacher
 from disc_train.teacher_cache.open import CacheSettings, TeacherCache
 from disc_train.teacher_cache.readings import sources
-from disc_train.teacher_cache.teacher import CachedTeacher
 
 
 def load_teacher_for(
