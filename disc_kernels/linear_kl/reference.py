@@ -62,7 +62,7 @@ def _topk_outcomes(problem: Problem, log_q: Tensor) -> tuple[Tensor, Tensor]:
     all_listed = taken_out.all(1, keepdim=True)
     tail = log_q.masked_fill(taken_out, -torch.inf).masked_fill(all_listed, 0.0).logsumexp(-1, keepdim=True)
     tail = tail.masked_fill(all_listed, -torch.inf)
-    smallest = torch.where(tail == -torch.inf, 0.0, SMALLEST_TAIL)
+    smallest = torch.full_like(tail, SMALLEST_TAIL).masked_fill(tail == -torch.inf, 0.0)
     rest = torch.maximum(1 - log_p.exp().sum(-1, keepdim=True), smallest).masked_fill(all_listed, 0.0)
     return torch.cat([named, tail], 1).log_softmax(-1), torch.cat([log_p, rest.log()], 1).log_softmax(-1)
 

@@ -130,7 +130,7 @@ def _outcomes(
         outcomes = (x.log_softmax(-1).masked_fill_(~listed, -torch.inf) for x in (named, logits))
     else:
         # Where a student has no rest either, rounding alone should not say that the teacher has one.
-        smallest = torch.where(tail == -torch.inf, 0.0, SMALLEST_TAIL)
+        smallest = torch.full_like(tail, SMALLEST_TAIL).masked_fill(tail == -torch.inf, 0.0)
         rest = torch.maximum(1 - logits.exp().sum(-1), smallest)
         rest = torch.where(listed.sum(-1) == entries, 0.0, rest).log()
         pairs = (named, tail), (logits, rest)
