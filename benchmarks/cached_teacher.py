@@ -25,9 +25,10 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from benchmarks import environment
 from disc_kernels import LogitTransform
+from disc_kernels.hf import OutputHead, output_head
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
-from disc_train.models.causal_lm import Head, head_of, use_attention
+from disc_train.models.causal_lm import use_attention
 from disc_train.models.frozen_head import freeze_head
 from disc_train.teacher_cache.cached_teacher import CachedTeacher
 from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
@@ -85,12 +86,12 @@ def documents(count: int, vocabulary: int) -> DocumentDataset:
 
 def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> CachedTeacher:
     """Fill a cache, in bfloat16, as disc-train would."""
-    head = head_of(teacher)
+    head = output_head(teacher)
     summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
     size = row_bytes(head.weight.shape[1], frozen, torch.bfloat16)
     with writer(folder) as store:
         fill(store, readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
-    kept = None if frozen else Head(head.weight.detach().clone(), head.bias, LogitTransform())
+    kept = None if frozen else OutputHead(head.weight.detach().clone(), head.bias, LogitTransform())
     return CachedTeacher(Store(folder), kept, TEMPERATURE if frozen else None, None, "")
 
 

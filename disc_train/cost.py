@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from transformers.training_args import OptimizerNames
 
+from disc_kernels.hf import output_head
+from disc_kernels.hf.forward import decoder_of
 from disc_kernels.linear_kl.workspace import DEFAULT_BYTES
 from disc_train.data.dataset import ExampleDataset
-from disc_train.models.causal_lm import head_of
-from disc_train.models.parts import decoder_of
 from disc_train.objectives.predictions import predict_as_student, predict_as_teacher
 from disc_train.packing.drawing import sample_batches
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
@@ -118,9 +118,9 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset) -> Cost:
         )
         activations = activations // layers + layers * batch["input_ids"].numel() * hidden * student.dtype.itemsize
         backward += forward
-    rows, head = len(batch["student_index"]), head_of(student).weight
+    rows, head = len(batch["student_index"]), output_head(student).weight
     vocabulary, width = head.shape
-    teachers_head = head_of(student if teacher is None else teacher).weight
+    teachers_head = output_head(student if teacher is None else teacher).weight
     loss = of_all.get_total_flops() - forward - of_teacher.get_total_flops()
     per_batch = {"teacher": of_teacher.get_total_flops(), "student": forward + backward, "loss": loss}
     tokens = {"teacher": batch["teacher_input_ids"].numel() if reads else 0, "student": batch["input_ids"].numel()}

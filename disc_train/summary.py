@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedModel, TrainingArguments
 
+from disc_kernels.hf import output_head
 from disc_train.config import DiscArguments
 from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
 from disc_train.data.example import Example, Ids
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.models.adapters import base_of_adapter, describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
-from disc_train.models.causal_lm import head_of
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
 from disc_train.models.pretrained import quantised_by
 from disc_train.packing.collator import PackedBatch, PackingStats
@@ -266,7 +266,7 @@ def describe_head(student: PreTrainedModel, teacher: Teacher, compared: bool, di
         return f"{what}; the KL takes 2 products with it a step, from cached summaries of the teacher"
     if divergence != "forward_kl":
         why = "summaries are for the forward KL"
-    elif head_of(student).transform.softcap is not None:
+    elif output_head(student).transform.softcap is not None:
         why = "summaries are for students without a soft cap on their logits"
     elif cached:
         why = "the cache has hidden states, not summaries"

@@ -16,6 +16,7 @@ from torch.utils.data import RandomSampler, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import speed_metrics
 
+from disc_kernels.hf.forward import run_as_forward
 from disc_train.checkpoints import CheckpointingTrainer
 from disc_train.data.context_length import check_lengths, length_of, smaller
 from disc_train.data.dataset import ExampleDataset, ReplayDataset
@@ -30,7 +31,7 @@ from disc_train.packing.collator import PackedBatch, PackingStats, collator
 from disc_train.packing.drawing import are_shared, group_contexts
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 from disc_train.parallel.launch import check_launch
-from disc_train.parallel.sharding import free_gathered_parameters, run_as_forward, shard
+from disc_train.parallel.sharding import free_gathered_parameters, shard
 from disc_train.parallel.termination import StopOnSignal, collate_in_own_process_group
 from disc_train.progress import show_progress
 from disc_train.teacher_cache.cached_teacher import CachedTeacher, Teacher, live, read_by

@@ -18,9 +18,9 @@ from disc_kernels.autocast import autocast_dtype
 from disc_kernels.frozen_head.graph_break import outside_graphs
 from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, TeacherSummary
 from disc_kernels.frozen_head.softmax import normalise, numbers_per_row, projected_chunks
-from disc_kernels.frozen_head.validation import check_loss_inputs
+from disc_kernels.frozen_head.validation import check_frozen_head, check_loss_inputs
 from disc_kernels.linear_kl.function import refuse_double_backward, save_tensors, saved_tensors
-from disc_kernels.linear_kl.inputs import SuffixKLStats
+from disc_kernels.linear_kl.inputs import OutputHead, SuffixKLStats
 from disc_kernels.linear_kl.products import multiply_weights, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
@@ -28,6 +28,7 @@ from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
 from disc_kernels.linear_kl.reduction import weighted_sum
 from disc_kernels.linear_kl.reference import reference_entropy, reference_logits, reference_rows
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
+from disc_kernels.linear_kl.validation import check_entries
 from disc_kernels.linear_kl.workspace import Plan, divide_workspace, row_stride
 
 # Whole-call vectors, each M accumulate-dtype numbers: divergence, entropy, row factor and its product with the
@@ -38,7 +39,7 @@ _ROW_VECTORS = 10
 @outside_graphs
 def expected_embedding_kl(
     student_hidden: Tensor,  # [..., D_s]
-    student_weight: Tensor,  # [V_s, D_s]
+    student_weight: Tensor | OutputHead,  # [V_s, D_s]
     summary: TeacherSummary,
     *,
     student_index: Tensor | None = None,  # [M] int64
@@ -75,6 +76,7 @@ def expected_embedding_kl(
     Args:
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
         student_weight: `[V_s, D_s]`, the dtype of `student_hidden` or a wider one (any under autocast); frozen.
+            Or an `OutputHead` without a softcap, a whole head in place of `student_bias` and `student_scale`.
         summary: of `teacher_summary`: `TeacherSummary(embedding [S, D_s], entropy [S], bias [S])`, float32 or float64.
         student_index, row_weight, temperature, reduction, impl: as for `fused_suffix_kl`.
         summary_index: `[M]` int64, the summary row each student row is compared with; None: all. Rows may repeat.
@@ -102,6 +104,9 @@ def expected_embedding_kl(
         TypeError, ValueError: else as for `fused_suffix_kl`.
         RuntimeError: when the backward is differentiated; with a `vocab_group`, as for `fused_suffix_kl`.
     """
+    student_weight, student_bias, student_scale, entries = check_frozen_head(
+        student_weight, student_bias, student_scale
+    )
     inputs = LossInputs(
         student_hidden=student_hidden,
         student_weight=student_weight,
@@ -113,7 +118,7 @@ def expected_embedding_kl(
         temperature=temperature,
         reduction=reduction,
         student_scale=student_scale,
-        vocab_size=vocab_size,
+        vocab_size=check_entries(vocab_size, entries),
         max_workspace_bytes=max_workspace_bytes,
         return_stats=return_stats,
         impl=impl,

@@ -22,21 +22,22 @@ from disc_kernels.frozen_head.graph_break import outside_graphs
 from disc_kernels.frozen_head.inputs import SummaryInputs, SummaryProblem, TeacherSummary
 from disc_kernels.frozen_head.softmax import normalise, numbers_per_row, projected_chunks
 from disc_kernels.frozen_head.validation import check_summary_inputs
-from disc_kernels.linear_kl.inputs import LogitTransform, Projection
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead, Projection
 from disc_kernels.linear_kl.products import multiply_weights, with_copied_weight
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.ranks.group import PendingSum, VocabGroup
 from disc_kernels.linear_kl.reference import reference_entropy, reference_logits
 from disc_kernels.linear_kl.rows import choose_implementation, load_backend
+from disc_kernels.linear_kl.validation import check_entries, check_head
 from disc_kernels.linear_kl.workspace import Plan, divide_workspace, row_stride
 
 
 @outside_graphs
 def teacher_summary(
     teacher_hidden: Tensor,  # [..., D_t]
-    teacher_weight: Tensor,  # [V_t, D_t]
-    student_weight: Tensor,  # [V_s, D_s]
+    teacher_weight: Tensor | OutputHead,  # [V_t, D_t]
+    student_weight: Tensor | OutputHead,  # [V_s, D_s]
     *,
     teacher_index: Tensor | None = None,  # [M] int64
     temperature: float = 1.0,
@@ -60,8 +61,10 @@ def teacher_summary(
 
     Args:
         teacher_hidden: `[..., D_t]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
-        teacher_weight: `[V_t, D_t]`, the dtype of `teacher_hidden` or a wider one (any under autocast).
-        student_weight: `[V_s, D_s]`, the frozen head; its dtype and size may differ from the teacher's.
+        teacher_weight: `[V_t, D_t]`, the dtype of `teacher_hidden` or a wider one (any under autocast); or an
+            `OutputHead`, a whole head in place of `teacher_bias` and `teacher_transform`.
+        student_weight: `[V_s, D_s]`, the frozen head, or an `OutputHead`; its dtype and size may differ from the
+            teacher's.
         teacher_index: `[M]` int64, the rows that are summarised; None: all, in order. Rows may repeat, but one summary
             can serve many student rows: see `summary_index` of `expected_embedding_kl`.
         temperature: T > 0; the loss must be taken at the same.
@@ -83,6 +86,16 @@ def teacher_summary(
         TypeError, ValueError: as for `fused_suffix_kl`.
         RuntimeError: with a `vocab_group`, as for `fused_suffix_kl`.
     """
+    student_weight, student_bias, _, student_entries = check_head("student_", student_weight, student_bias, None)
+    teacher_weight, teacher_bias, teacher_transform, teacher_entries = check_head(
+        "teacher_", teacher_weight, teacher_bias, teacher_transform
+    )
+    entries = check_entries(vocab_size, student_entries, teacher_entries)
+    if vocab_size is None and student_entries not in (None, entries):
+        raise ValueError(
+            f"vocab_size: expected an int, which expected_embedding_kl must be given too, because the OutputHeads have "
+            f"{student_entries} and {teacher_entries} entries; got None"
+        )
     inputs = SummaryInputs(
         teacher_hidden=teacher_hidden,
         teacher_weight=teacher_weight,
@@ -92,7 +105,7 @@ def teacher_summary(
         teacher_index=teacher_index,
         temperature=temperature,
         teacher_transform=teacher_transform,
-        vocab_size=vocab_size,
+        vocab_size=entries,
         max_workspace_bytes=max_workspace_bytes,
         impl=impl,
         autocast_dtype=autocast_dtype(teacher_hidden),

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from disc_kernels.frozen_head.inputs import LossInputs, LossProblem, SummaryInputs, SummaryProblem, TeacherSummary
-from disc_kernels.linear_kl.inputs import LogitTransform, Projection
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead, Projection
 from disc_kernels.linear_kl.reduction import row_factors
 from disc_kernels.linear_kl.validation import (
     check_float_tensor,
+    check_head,
     check_index,
     check_number,
     check_projection,
@@ -42,6 +44,25 @@ def check_summary_inputs(inputs: SummaryInputs, sharded: bool = False) -> Summar
     wide = torch.promote_types(head.accumulate_dtype, teacher.accumulate_dtype)
     teacher, head = (replace(model, vocab_size=vocab_size, accumulate_dtype=wide) for model in (teacher, head))
     return SummaryProblem(teacher, head, temperature)
+
+
+def check_frozen_head(
+    weight: Tensor | OutputHead, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None, float, int | None]:
+    """Return weight, bias, scale and entries of a student's head that is given as one argument, or in parts."""
+    weight, bias, transform, entries = check_head("student_", weight, bias, None)
+    if transform is None:
+        return weight, bias, scale, entries
+    if scale != 1.0:
+        raise ValueError(
+            f"student_scale: expected 1.0, because student_weight is an OutputHead, which brings its own, got {scale}"
+        )
+    if transform.softcap is not None:
+        raise ValueError(
+            f"student_weight: expected a head without a softcap, because a summary holds for a linear one, got softcap "
+            f"{transform.softcap}; use fused_suffix_kl"
+        )
+    return weight, bias, transform.scale, entries
 
 
 def check_loss_inputs(inputs: LossInputs, sharded: bool = False) -> LossProblem:

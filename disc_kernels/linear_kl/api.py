@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.linear_kl.compile import traced_suffix_kl
 from disc_kernels.linear_kl.function import fused, prepare
-from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs, SuffixKLStats
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead, SuffixKLInputs, SuffixKLStats
 from disc_kernels.linear_kl.problem import check_inputs
 from disc_kernels.linear_kl.ranks.agreement import agree
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.reference import reference_suffix_kl
 from disc_kernels.linear_kl.teacher import check_topk_values
-from disc_kernels.linear_kl.validation import is_traced
+from disc_kernels.linear_kl.validation import check_entries, check_head, is_traced
 
 
 def fused_suffix_kl(
     student_hidden: Tensor,  # [..., D_s]
-    student_weight: Tensor,  # [V_s, D_s]
+    student_weight: Tensor | OutputHead,  # [V_s, D_s]
     teacher_hidden: Tensor,  # [..., D_t], or logits [..., V_t]
-    teacher_weight: Tensor | None,  # [V_t, D_t]
+    teacher_weight: Tensor | OutputHead | None,  # [V_t, D_t]
     *,
     student_index: Tensor | None = None,  # [M] int64
     teacher_index: Tensor | None = None,  # [M] int64
@@ -60,13 +60,15 @@ def fused_suffix_kl(
         student_hidden: `[..., D_s]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
         student_weight: `[V_s, D_s]`, the dtype of `student_hidden` (any under autocast), or a wider one, which is
             rounded to it, as autocast does: a logit is off by at most u sum_d |h_d W_vd|, u = 2^-8 for bfloat16 and
-            2^-11 for float16. Its gradient has its own dtype.
+            2^-11 for float16. Its gradient has its own dtype. Or an `OutputHead`, a whole head: then `student_bias` and
+            `student_transform` are None, and `vocab_size` is the smaller of the heads', unless it says fewer.
         teacher_hidden: `[..., D_t]`; gets no gradient. Its dtype and size may differ from the student's.
-        teacher_weight: `[V_t, D_t]`; gets no gradient; may be the student's own. None: `teacher_hidden` are the
-            teacher's logits, `[..., V_t]`, as a cache has them, and are never rounded. An entry of -inf has probability
-            0 and counts nothing in forward KL and JSD; where the student gives it any, reverse KL is inf and its
-            gradient NaN. A row with NaN, or with nothing but -inf, is a ValueError on the CPU; on CUDA, where looking
-            for one would wait for the device, its divergence is NaN. Not with a `vocab_group`.
+        teacher_weight: `[V_t, D_t]`, or an `OutputHead`; gets no gradient; may be the student's own. None:
+            `teacher_hidden` are the teacher's logits, `[..., V_t]`, as a cache has them, and are never rounded. An
+            entry of -inf has probability 0 and counts nothing in forward KL and JSD; where the student gives it any,
+            reverse KL is inf and its gradient NaN. A row with NaN, or with nothing but -inf, is a ValueError on the
+            CPU; on CUDA, where looking for one would wait for the device, its divergence is NaN. Not with a
+            `vocab_group`.
         student_index: `[M]` int64 or int32, the student rows that count; None: all, in order. Rows may repeat. It may
             be on the CPU whatever the other tensors' device. Or bool, an entry a row: those that are True, for which
             the host waits where they are on CUDA.
@@ -138,6 +140,12 @@ def fused_suffix_kl(
             computes gradients again; when a rank of the `vocab_group` does not take part within the group's timeout
             (with NCCL alone its watchdog ends the process).
     """
+    student_weight, student_bias, student_transform, student_entries = check_head(
+        "student_", student_weight, student_bias, student_transform
+    )
+    teacher_weight, teacher_bias, teacher_transform, teacher_entries = check_head(
+        "teacher_", teacher_weight, teacher_bias, teacher_transform
+    )
     inputs = SuffixKLInputs(
         student_hidden=student_hidden,
         student_weight=student_weight,
@@ -156,7 +164,7 @@ def fused_suffix_kl(
         reduction=reduction,
         student_transform=student_transform,
         teacher_transform=teacher_transform,
-        vocab_size=vocab_size,
+        vocab_size=check_entries(vocab_size, student_entries, teacher_entries),
         max_workspace_bytes=max_workspace_bytes,
         return_stats=return_stats,
         impl=impl,
@@ -206,9 +214,9 @@ class FusedSuffixKLLoss(nn.Module):
     def forward(
         self,
         student_hidden: Tensor,
-        student_weight: Tensor,
+        student_weight: Tensor | OutputHead,
         teacher_hidden: Tensor,
-        teacher_weight: Tensor | None,
+        teacher_weight: Tensor | OutputHead | None,
         **options: Any,
     ) -> Tensor | tuple[Tensor, SuffixKLStats]:
         return fused_suffix_kl(

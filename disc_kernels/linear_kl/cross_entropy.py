@@ -20,10 +20,12 @@ from torch import Tensor
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.host import to_device
 from disc_kernels.linear_kl.api import fused_suffix_kl
-from disc_kernels.linear_kl.inputs import LogitTransform
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead
 from disc_kernels.linear_kl.ranks.agreement import divided_vocabulary
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
 from disc_kernels.linear_kl.validation import (
+    check_entries,
+    check_head,
     check_index,
     check_projection,
     check_row_weight,
@@ -47,7 +49,7 @@ class _Head:
 
 def fused_cross_entropy(
     hidden: Tensor,  # [..., D]
-    weight: Tensor,  # [V, D]
+    weight: Tensor | OutputHead,  # [V, D]
     labels: Tensor,  # [...] int64
     *,
     ignore_index: int = -100,
@@ -71,7 +73,8 @@ def fused_cross_entropy(
 
     Args:
         hidden: `[..., D]`, float16, bfloat16, float32 or float64.
-        weight: `[V, D]`, of the dtype of `hidden` or a wider one; see `fused_suffix_kl`.
+        weight: `[V, D]`, of the dtype of `hidden` or a wider one; or an `OutputHead`, a whole head in place of `bias`
+            and `transform`; see `fused_suffix_kl`.
         labels: `[...]`, the leading shape of `hidden`, int64 or int32. On the CPU, ignored tokens cost nothing with
             "mean" and "sum"; on a device, where looking for them would wait for it, they are computed and not counted.
         ignore_index: the label of tokens that do not count.
@@ -98,6 +101,8 @@ def fused_cross_entropy(
             device stops with the message.
         NotImplementedError, RuntimeError: as for `fused_suffix_kl`.
     """
+    weight, bias, transform, entries = check_head("", weight, bias, transform)
+    vocab_size = check_entries(vocab_size, entries)
     head = _Head(weight, bias)
     vocab_group = vocabulary_group(head, vocab_group)
     head = local_tensors(head, vocab_group)

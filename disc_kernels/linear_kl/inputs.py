@@ -43,6 +43,19 @@ class LogitTransform:
             raise ValueError(f"LogitTransform: softcap must be positive and finite, or None, got {self.softcap}")
 
 
+class OutputHead(NamedTuple):
+    """Hold a model's output head: its logits are `transform(hidden @ weight.T + bias)[..., :vocab_size]`.
+
+    It may stand wherever a loss takes a weight, and brings the rest with it. `disc_kernels.hf.output_head` reads it
+    from a Hugging Face model.
+    """
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+    transform: LogitTransform = LogitTransform()
+    vocab_size: int | None = None  # how many entries are logits, at most V; None: all
+
+
 class SuffixKLStats(NamedTuple):
     """Hold statistics of each row, each `[M]`, float32 (float64 for float64 inputs), detached.
 

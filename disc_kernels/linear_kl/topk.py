@@ -8,12 +8,13 @@ from torch import Tensor
 
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.linear_kl.api import compute
-from disc_kernels.linear_kl.inputs import LogitTransform, SuffixKLInputs
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead, SuffixKLInputs
+from disc_kernels.linear_kl.validation import check_entries, check_head
 
 
 def fused_topk_kl(
     student_hidden: Tensor,  # [..., D]
-    student_weight: Tensor,  # [V, D]
+    student_weight: Tensor | OutputHead,  # [V, D]
     topk_ids: Tensor,  # [M, K] int64 or int32
     topk_logprobs: Tensor,  # [M, K]
     *,
@@ -55,7 +56,8 @@ def fused_topk_kl(
 
     Args:
         student_hidden: `[..., D]`, float16, bfloat16, float32 or float64; its rows are those of `flatten(0, -2)`.
-        student_weight: `[V, D]`, of the dtype of `student_hidden` or a wider one; see `fused_suffix_kl`.
+        student_weight: `[V, D]`, of the dtype of `student_hidden` or a wider one, or an `OutputHead`; see
+            `fused_suffix_kl`.
         topk_ids: `[M, K]`, or `[..., K]` of M rows in all, int64 or int32: K different entries of each row, in any
             order. They need not be the teacher's most likely ones: TRL's SDFT names the student's.
         topk_logprobs: the same shape, float: the teacher's log-probabilities of them, over its whole vocabulary, at the
@@ -84,6 +86,9 @@ def fused_topk_kl(
             (0.001, and that of their dtype). On CUDA the device stops with the message.
         NotImplementedError, RuntimeError: as for `fused_suffix_kl`.
     """
+    student_weight, student_bias, student_transform, entries = check_head(
+        "student_", student_weight, student_bias, student_transform
+    )
     inputs = SuffixKLInputs(
         student_hidden=student_hidden,
         student_weight=student_weight,
@@ -102,7 +107,7 @@ def fused_topk_kl(
         reduction=reduction,
         student_transform=student_transform,
         teacher_transform=None,
-        vocab_size=vocab_size,
+        vocab_size=check_entries(vocab_size, entries),
         max_workspace_bytes=max_workspace_bytes,
         return_stats=False,
         impl=impl,

@@ -8,17 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.inputs import LogitTransform, Projection
+from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead, Projection
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none", "batchmean")
+W = TypeVar("W", Tensor, Tensor | None)
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -81,6 +83,31 @@ def check_transform(prefix: str, value: Any) -> LogitTransform:
     if not isinstance(value, LogitTransform):
         raise TypeError(f"{prefix}transform: expected a LogitTransform, got {type(value).__name__}")
     return value
+
+
+def check_head(
+    prefix: str, weight: W | OutputHead, bias: Tensor | None, transform: LogitTransform | None
+) -> tuple[Tensor | W, Tensor | None, LogitTransform | None, int | None]:
+    """Return weight, bias, transform and entries of a head that is given as one argument, or in parts."""
+    if not isinstance(weight, OutputHead):
+        return weight, bias, transform, None
+    for name, value in (("bias", bias), ("transform", transform)):
+        if value is not None:
+            raise ValueError(
+                f"{prefix}{name}: expected None, because {prefix}weight is an OutputHead, which brings its own, "
+                f"got {type(value).__name__}"
+            )
+    return weight
+
+
+def check_entries(vocab_size: int | None, *entries: int | None) -> int | None:
+    """Return how many entries are compared of heads that have so many: `vocab_size`, or as many as all have."""
+    known = [each for each in entries if each is not None]
+    if not known or vocab_size is None:
+        return min(known) if known else vocab_size
+    if check_count("vocab_size", vocab_size) > min(known):
+        raise ValueError(f"vocab_size: expected at most {min(known)}, as the OutputHead says, got {vocab_size}")
+    return vocab_size
 
 
 def check_projection(

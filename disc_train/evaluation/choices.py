@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from disc_kernels.hf import output_head
 from disc_train.data.example import Context
 from disc_train.evaluation.probes import Probe, encode_probes
 from disc_train.evaluation.texts import check_numbers
 from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length
-from disc_train.models.causal_lm import head_of, hidden_states
+from disc_train.models.causal_lm import hidden_states
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.packing.branch_inputs import make_branch_inputs
 from disc_train.packing.rows import arrange, row_rule
@@ -73,7 +74,7 @@ def choice_scores(
         targets = np.concatenate([choice for *_, choice in together])
         losses = linear_cross_entropy(
             hidden,
-            head_of(model),
+            output_head(model),
             torch.from_numpy(targets).long().to(model.device),
             index=torch.from_numpy(np.concatenate(ends)),
             reduction="none",

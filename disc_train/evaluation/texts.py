@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_kernels import SuffixKLStats, fused_suffix_kl
+from disc_kernels.hf import last_hidden_states, output_head
 from disc_train.evaluation.results import TextSums, exp
 from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.models.causal_lm import common_vocabulary, head_of
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.progress import show_progress
 
@@ -80,7 +80,7 @@ def text_sums(
 
 def _hidden_states(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return the hidden states of all tokens that are not padding, text after text."""
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = last_hidden_states(model, input_ids=ids, use_cache=False)
     return torch.cat([hidden[row, :length] for row, length in enumerate(lengths)])
 
 
@@ -88,7 +88,7 @@ def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Sequen
     last = torch.tensor(lengths).cumsum(0) - 1  # predict nothing
     rows = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, last, False).nonzero().flatten()
     targets = torch.cat([ids[row, 1:length] for row, length in enumerate(lengths)])
-    nats = linear_cross_entropy(hidden, head_of(model), targets, index=rows, reduction="none")
+    nats = linear_cross_entropy(hidden, output_head(model), targets, index=rows, reduction="none")
     return [float(each) for each in _sum_texts(nats, [length - 1 for length in lengths])]
 
 
@@ -96,14 +96,8 @@ def _compare(
     model: PreTrainedModel, hidden: Tensor, reference: PreTrainedModel, ids: Tensor, lengths: Sequence[int]
 ) -> list[dict[str, float]]:
     """Return what `TextSums` has of each text beside a reference."""
-    head, reference_head = head_of(model), head_of(reference)
     stats: SuffixKLStats = fused_suffix_kl(  # type: ignore[assignment]
-        *(hidden, head.weight, _hidden_states(reference, ids, lengths), reference_head.weight),
-        student_bias=head.bias,
-        teacher_bias=reference_head.bias,
-        student_transform=head.transform,
-        teacher_transform=reference_head.transform,
-        vocab_size=common_vocabulary(head, reference_head),
+        *(hidden, output_head(model), _hidden_states(reference, ids, lengths), output_head(reference)),
         return_stats=True,
     )[1]
     names = ("kl", "entropy", "reference_entropy", "agreement")

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from disc_kernels.hf.forward import decoder_of
 from disc_train.models.frozen_head import head_is_tied
-from disc_train.models.parts import decoder_of
 
 # Layers of these take the weights of some linear layers without calling them, so that adapters would change nothing.
 STATE_SPACE = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}

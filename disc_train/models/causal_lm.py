@@ -1,31 +1,23 @@
-"""Take from a causal language model what the loss needs: hidden states of a packed sequence, and the output head."""
+"""Load a causal language model, run it on packed sequences, and check that it computes what the loss expects."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from disc_kernels import LogitTransform, SharedPrefixLayout
+from disc_kernels import SharedPrefixLayout
+from disc_kernels.hf import output_head
+from disc_kernels.hf.forward import decoder_of, run_as_forward
+from disc_kernels.hf.head import check_logits, logits_of
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
 from disc_train.models.adapters import base_of_adapter, merge_adapter, put_adapter
-from disc_train.models.parts import decoder_of
 from disc_train.models.pretrained import explain_load_errors, load_pretrained
-from disc_train.parallel.sharding import run_as_forward
-
-
-class Head(NamedTuple):
-    """Hold an output head: logits are `transform(hidden @ weight.T + bias)`."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    transform: LogitTransform
 
 
 def load_model(
@@ -60,36 +52,6 @@ def load_model(
     return whole
 
 
-def head_of(model: PreTrainedModel) -> Head:
-    """Return the output head of a causal language model, with what its config says is done to the logits.
-
-    Raises:
-        ValueError: the model has no output head with a weight of shape [V, D].
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = None if get_head is None else get_head()
-    weight = getattr(head, "weight", None)
-    if weight is None or weight.ndim != 2:
-        got = "no such method" if get_head is None else type(head).__name__
-        raise ValueError(
-            f"{type(model).__name__}: expected a causal language model whose get_output_embeddings() is a linear layer,"
-            f" got {got}"
-        )
-    return Head(weight, getattr(head, "bias", None), _logit_transform(model))
-
-
-def _logit_transform(model: PreTrainedModel) -> LogitTransform:
-    """Read what a config does to the logits: a factor (Cohere, Granite, Falcon-H1), a soft cap (Gemma, xLSTM)."""
-    config = model.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    softcap = next((cap for name in names if (cap := getattr(config, name, None))), None)
-    return LogitTransform(scale=scale, softcap=softcap)
-
-
 def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
     """Raise ValueError if a token of the documents is none of the model's; a GPU would fail without saying so."""
     entries = _vocabulary(model)
@@ -103,20 +65,14 @@ def check_vocabulary(model: PreTrainedModel, largest_token: int) -> None:
 def _vocabulary(model: PreTrainedModel) -> int:
     """Count the tokens that a model can both read and predict."""
     embeddings: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
-    return min(embeddings.shape[0], head_of(model).weight.shape[0])
-
-
-def common_vocabulary(student: Head, teacher: Head) -> int | None:
-    """Return the loss's `vocab_size`: the smaller number of rows where the heads differ in padding, else None."""
-    sizes = {student.weight.shape[0], teacher.weight.shape[0]}
-    return None if len(sizes) == 1 else min(sizes)
+    return min(embeddings.shape[0], output_head(model).weight.shape[0])
 
 
 def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> Tensor:
     """Compute the decoder's last hidden states [rows, L, D] of packed rows; the head is not run.
 
-    Where a model's parameters are divided over processes, `head_of` gives a whole weight after this, until the backward
-    pass.
+    Where a model's parameters are divided over processes, `output_head` gives a whole weight after this, until the
+    backward pass.
 
     Args:
         model: a causal language model that `use_attention` has prepared; it runs with what that picked.
@@ -225,23 +181,16 @@ def _plain_hidden_states(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     with _explain_run_errors(model, model.config._attn_implementation):
         logits = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = hidden_states(model, input_ids, alone)
-    head = head_of(model)
+    head = output_head(model)
     if hidden.shape[-1] != head.weight.shape[1]:
         raise ValueError(
             f"{type(model).__name__}: expected an output head that takes hidden states of {hidden.shape[-1]} entries,"
             f" got one that takes {head.weight.shape[1]}: there are layers between the two that the loss would leave"
             " out, so models of this family cannot be trained or read"
         )
-
-    # Values that are not finite pass: the first training step reports those, with its documents. The bounds leave room
-    # for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real faults are further off.
-    difference, largest = (_logits(head, hidden) - logits).abs().max(), logits.abs().max()
-    if difference > (0.1 if _low_precision(model) else 1e-3) * largest:
-        raise ValueError(
-            f"{type(model).__name__}: expected logits equal to its head's output on its hidden states with"
-            f" {head.transform}, but they differ by up to {difference:.3g} (largest logit {largest:.3g}): the model"
-            " does something else to its logits, and the loss would be wrong"
-        )
+    # The bounds leave room for rounding, in 16 bits or in TF32, and for kernels that differ between lengths; real
+    # faults are further off.
+    check_logits(model, head, logits_of(head, hidden), logits, 0.1 if _low_precision(model) else 1e-3)
     return hidden
 
 
@@ -295,10 +244,3 @@ def _explain_run_errors(model: PreTrainedModel, implementation: str) -> Iterator
 def _low_precision(model: PreTrainedModel) -> bool:
     # Variable-length attention rounds to 16 bits whatever the model's dtype.
     return torch.finfo(model.dtype).bits < 32 or model.config._attn_implementation == VARLEN
-
-
-def _logits(head: Head, hidden: Tensor) -> Tensor:
-    """Compute logits, float32 [..., V], of hidden states [..., D]."""
-    scale, softcap = head.transform.scale, head.transform.softcap
-    logits = scale * linear(hidden, head.weight, head.bias).float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -1,25 +1,10 @@
-"""Find the parts of a causal language model: what reads text, and the output head."""
+"""Find what of a model text reaches, and freeze the rest."""
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """Return the part of a model that reads text and gives the hidden states that its head takes.
-
-    Raises:
-        ValueError: the model has none, or does not say which it is.
-    """
-    decoder: nn.Module | None = model.get_decoder()
-    if decoder in (model, model.get_output_embeddings()):  # Llama 4, ModernBERT: they find no better, or the head
-        decoder = getattr(model, "model", None)
-    if decoder is None:
-        raise ValueError(
-            f"{type(model).__name__}: expected a model whose get_decoder() gives the layers below its head, got none:"
-            " the loss needs their hidden states, so models of this family cannot be trained or read"
-        )
-    return decoder
+from disc_kernels.hf.forward import decoder_of
 
 
 def freeze_unread(model: PreTrainedModel) -> None:

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from disc_kernels import fused_cross_entropy
+from disc_kernels.hf import OutputHead
 from disc_kernels.host import to_device
-from disc_train.models.causal_lm import Head
 
 
 def linear_cross_entropy(
     hidden: Tensor,  # [..., D]
-    head: Head,
+    head: OutputHead,
     targets: Tensor,  # [M] int64
     *,
     index: Tensor | None = None,  # [M] int64
@@ -28,9 +28,7 @@ def linear_cross_entropy(
     if index is not None:
         rows = rows.index_select(0, to_device(index, hidden.device))
     return fused_cross_entropy(
-        *(rows, head.weight, targets),
+        *(rows, head, targets),
         row_weight=weight,
         reduction=reduction,
-        bias=head.bias,
-        transform=head.transform,
     )

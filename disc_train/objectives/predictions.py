@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from disc_kernels import TeacherSummary, expected_embedding_kl, fused_suffix_kl
-from disc_train.models.causal_lm import Head, common_vocabulary, head_of, hidden_states
+from disc_kernels.hf import OutputHead, output_head
+from disc_train.models.causal_lm import hidden_states
 from disc_train.models.live_teacher import teacher_or_base_model
 from disc_train.objectives.cross_entropy import linear_cross_entropy
 from disc_train.packing.collator import PackedBatch
@@ -21,7 +22,7 @@ class ModelPredictions:
     """Hold what one model predicts for M tokens, as hidden states and the head that makes logits of them."""
 
     hidden: Tensor  # [rows, L, D]
-    head: Head
+    head: OutputHead
     index: np.ndarray  # [M] int64, of the flattened hidden states
 
 
@@ -102,7 +103,8 @@ def predict_as_teacher(
     ):
         assert batch["teacher_input_ids"] is not None and batch["teacher_layout"] is not None
         hidden = hidden_states(model, batch["teacher_input_ids"], batch["teacher_layout"])
-    return ModelPredictions(hidden, head_of(model), batch["teacher_index"])
+        head = output_head(model)  # here, where adapters are off: one may have a head of its own
+    return ModelPredictions(hidden, head, batch["teacher_index"])
 
 
 def _predictions_of_cached(
@@ -121,7 +123,7 @@ def _predictions_of_cached(
 def predict_as_student(student: PreTrainedModel, batch: PackedBatch) -> ModelPredictions:
     """Run the student on its rows of a batch."""
     hidden = hidden_states(student, batch["input_ids"], batch["layout"])
-    return ModelPredictions(hidden, head_of(student), batch["student_index"])
+    return ModelPredictions(hidden, output_head(student), batch["student_index"])
 
 
 def cross_entropy(predictions: Predictions, reduction: str = "sum") -> Tensor:
@@ -159,9 +161,9 @@ def divergence(
         return _divergence_of_summary(predictions, teacher, temperature, reduction, kind)
     return fused_suffix_kl(  # type: ignore[return-value]
         student.hidden,
-        student.head.weight,
+        student.head,
         teacher.hidden,
-        teacher.head.weight,
+        teacher.head,
         student_index=torch.from_numpy(student.index),
         teacher_index=torch.from_numpy(teacher.index),
         row_weight=predictions.weight,
@@ -169,11 +171,6 @@ def divergence(
         divergence=kind,
         beta=beta,
         reduction=reduction,
-        student_bias=student.head.bias,
-        teacher_bias=teacher.head.bias,
-        student_transform=student.head.transform,
-        teacher_transform=teacher.head.transform,
-        vocab_size=common_vocabulary(student.head, teacher.head),
     )
 
 
@@ -185,17 +182,13 @@ def _divergence_of_summary(
         raise ValueError(f"temperature: expected {teacher.temperature}, the cached summaries', got {temperature}")
     if kind != "forward_kl":
         raise ValueError(f"divergence: expected forward_kl, which the cached summaries are for, got {kind}")
-    if student.head.transform.softcap is not None:
-        raise ValueError(f"softcap: expected none, which summaries cannot have, got {student.head.transform.softcap}")
     return expected_embedding_kl(  # type: ignore[return-value]
-        *(student.hidden, student.head.weight, teacher.summary),
+        *(student.hidden, student.head, teacher.summary),
         student_index=torch.from_numpy(student.index),
         summary_index=torch.from_numpy(teacher.index),
         row_weight=predictions.weight,
         temperature=temperature,
         reduction=reduction,
-        student_bias=student.head.bias,
-        student_scale=student.head.transform.scale,
         vocab_size=teacher.vocab_size,
     )
 

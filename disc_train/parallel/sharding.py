@@ -1,13 +1,11 @@
-"""Divide models over the processes (FSDP2), and run functions as the forward pass of a module.
+"""Divide models over the processes (FSDP2).
 
 PyTorch gathers a module's parameters when its forward is called, and reduces and divides their gradients after it. The
 loss takes a head's weight without calling the head, and a model's decoder without calling the model, so both run by way
-of `run_as_forward`.
+of `disc_kernels.hf.forward.run_as_forward`.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,28 +16,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from disc_train.models.adapters import has_adapters
-
-
-def run_as_forward(
-    module: nn.Module, function: Callable[..., Any], *inputs: Any, wrapper: nn.Module | None = None
-) -> Any:
-    """Run `function(*inputs)` in place of a module's forward, with all hooks of the module and of what wraps it.
-
-    TRL calls this forward redirection. PyTorch's `register_fsdp_forward_method` is not enough: it does nothing for DDP,
-    and a head that shares a group of parameters with the last norm has to be called itself before the group is done.
-
-    Args:
-        wrapper: the module that is called, such as DDP around `module`; None: `module`.
-    """
-    before = module.__dict__.get("forward")  # accelerate may have put one there
-    module.forward = function
-    try:
-        return (wrapper or module)(*inputs)
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) -> None:

@@ -7,16 +7,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from disc_kernels.hf import OutputHead
 from disc_train.data.example import Branch, Example
-from disc_train.models.causal_lm import Head
 from disc_train.teacher_cache.readings import reading_of
 from disc_train.teacher_cache.store import Rows, Store
 
 
-def move_head(head: Head, device: torch.device) -> Head:
+def move_head(head: OutputHead, device: torch.device) -> OutputHead:
     """Move a head, without gradients, to a device."""
     bias = None if head.bias is None else head.bias.detach().to(device)
-    return Head(head.weight.detach().to(device), bias, head.transform)
+    return head._replace(weight=head.weight.detach().to(device), bias=bias)
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CachedTeacher:
     """
 
     store: Store
-    head: Head | None
+    head: OutputHead | None
     temperature: float | None
     vocab_size: int | None
     note: str

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from disc_kernels import teacher_summary
+from disc_kernels.hf import OutputHead, output_head
 from disc_train.data.example import Context
-from disc_train.models.causal_lm import Head, head_of, hidden_states
+from disc_train.models.causal_lm import hidden_states
 from disc_train.packing.branch_inputs import make_branch_inputs
 from disc_train.packing.rows import arrange, row_rule
 from disc_train.progress import show_progress
@@ -21,7 +22,7 @@ from disc_train.teacher_cache.store import Rows, Store, write_shard
 class FrozenHead(NamedTuple):
     """Hold what a summary is made with, beside the teacher."""
 
-    head: Head  # the student's
+    head: OutputHead  # the student's
     temperature: float
     vocab_size: int | None
     autocast: torch.dtype | None  # of the training, which rounds both heads in its products
@@ -53,16 +54,12 @@ def rows_of(model: PreTrainedModel, readings: Sequence[Reading], frozen: FrozenH
     hidden, index = read_as_teacher(model, readings)
     if frozen is None:
         return {"hidden": hidden.flatten(0, -2)[index].to("cpu", dtype)}
-    teacher, head = head_of(model), frozen.head
     device = hidden.device
     with torch.autocast(device.type, dtype=frozen.autocast, enabled=frozen.autocast is not None):
         summary = teacher_summary(
-            *(hidden, teacher.weight, head.weight),
+            *(hidden, output_head(model), frozen.head),
             teacher_index=index,
             temperature=frozen.temperature,
-            teacher_bias=teacher.bias,
-            student_bias=head.bias,
-            teacher_transform=teacher.transform,
             vocab_size=frozen.vocab_size,
         )
     return {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from disc_train.models.causal_lm import Head
+from disc_kernels.hf import OutputHead
 from disc_train.models.pretrained import load_pretrained
 from disc_train.teacher_cache.readings import Reading
 
@@ -79,7 +79,7 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(entries).hexdigest()
 
 
-def head_checksum(head: Head) -> str:
+def head_checksum(head: OutputHead) -> str:
     """Compute a checksum of a head's weight and bias, as they are in memory."""
     checksum = hashlib.sha256()
     for tensor in (head.weight, head.bias):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_kernels import LogitTransform
+from disc_kernels.hf import OutputHead, output_head
 from disc_train.data.dataset import DocumentDataset, ExampleDataset
-from disc_train.models.causal_lm import Head, common_vocabulary, head_of
 from disc_train.models.frozen_head import head_is_frozen
 from disc_train.teacher_cache.cached_teacher import CachedTeacher, move_head
 from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
@@ -79,7 +79,7 @@ class TeacherCache:
         self.settings = settings
         self.readings = merge(reading for source, epochs in read for reading in readings(source, epochs))
         self._description = read_description(settings.folder)
-        self._student_head = head_of(student)
+        self._student_head = output_head(student)
         no_cap = self._student_head.transform.softcap is None
         self.summarises = head_is_frozen(student) and no_cap and settings.forward_kl
         # Hidden states serve any head, a frozen one too.
@@ -151,10 +151,10 @@ class TeacherCache:
             ValueError: another process is filling the cache, or another run has begun it since it was opened.
             OSError: it cannot be written.
         """
-        settings, student_head, teacher_head = self.settings, self._student_head, head_of(teacher)
+        settings, student_head, teacher_head = self.settings, self._student_head, output_head(teacher)
         frozen = None
         if self.summarises:
-            vocab_size = common_vocabulary(student_head, teacher_head)
+            vocab_size = _common_vocabulary(student_head, teacher_head)
             head = move_head(student_head, teacher.device)
             frozen = FrozenHead(head, settings.temperature, vocab_size, settings.autocast)
         width = (student_head if frozen else teacher_head).weight.shape[1]
@@ -175,15 +175,15 @@ class TeacherCache:
                 row_bytes(width, self.summarises, settings.stored),
             )
 
-    def _begin(self, teacher_head: Head, folder: Path) -> None:
+    def _begin(self, teacher_head: OutputHead, folder: Path) -> None:
         """Write which teacher, texts and settings the rows of the cache belong to."""
-        self._description = {**self.identity, "vocab_size": common_vocabulary(self._student_head, teacher_head)}
+        self._description = {**self.identity, "vocab_size": _common_vocabulary(self._student_head, teacher_head)}
         if not self.summarises:
             scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
             self._description |= {"scale": scale, "softcap": softcap, "head": head_checksum(teacher_head)}
         write_description(folder, self._description)
 
-    def _write_head(self, teacher_head: Head, folder: Path) -> None:
+    def _write_head(self, teacher_head: OutputHead, folder: Path) -> None:
         """Write the teacher's head, which hidden states are multiplied with."""
         tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
         on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
@@ -202,7 +202,7 @@ class TeacherCache:
             with explain_damage(folder / HEAD):
                 tensors = load_file(folder / HEAD)
                 transform = LogitTransform(description["scale"], description["softcap"])
-                head = Head(tensors["weight"], tensors.get("bias"), transform)
+                head = OutputHead(tensors["weight"], tensors.get("bias"), transform, description["vocab_size"])
                 if head_checksum(head) != description["head"]:
                     raise ValueError("it does not have the checksum that it was written with")
         return CachedTeacher(
@@ -216,3 +216,7 @@ class TeacherCache:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _common_vocabulary(*heads: OutputHead) -> int:
+    return min(head.vocab_size or len(head.weight) for head in heads)

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from disc_kernels import LogitTransform
+from disc_kernels.hf import output_head
 from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
-from disc_train.models.causal_lm import head_of, hidden_states, use_attention
+from disc_train.models.causal_lm import hidden_states, use_attention
 from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
@@ -166,7 +167,7 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num
 def test_what_is_done_to_the_logits_is_known(config, transform):
     model = AutoModelForCausalLM.from_config(config)
     use_attention(model, "auto")
-    assert head_of(model).transform == transform
+    assert output_head(model).transform == transform
 
 
 class _ShiftedLogits(LlamaForCausalLM):

@@ -9,9 +9,10 @@ import transformers
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from disc_kernels.hf import output_head
 from disc_train.cli import main
 from disc_train.models.adapters import add_lora, base_of_adapter
-from disc_train.models.causal_lm import head_of, load_model, use_attention
+from disc_train.models.causal_lm import load_model, use_attention
 from tests.train.commands import error_line
 from tests.train.runs import losses
 from tests.train.world import make_model
@@ -96,7 +97,7 @@ def test_adapters_on_the_head(save_adapter):
         use_attention(model, "auto")
         assert torch.allclose(logits(model), expected, atol=1e-4)
         hidden = model.model(TOKENS).last_hidden_state
-        assert torch.allclose(hidden @ head_of(model).weight.T, expected, atol=1e-4)
+        assert torch.allclose(hidden @ output_head(model).weight.T, expected, atol=1e-4)
     with pytest.raises(ValueError, match=r"got adapters on the head; --lora_rank merges them"):
         load_model(str(folder), torch.float32, "trained")
     _, folder, expected = save_adapter("tied", architecture="qwen2", config=on_head)

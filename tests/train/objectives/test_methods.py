@@ -13,9 +13,10 @@ from torch.nn.functional import cross_entropy, log_softmax
 from transformers import TrainingArguments
 
 from disc_kernels import LogitTransform
+from disc_kernels.hf import OutputHead
 from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
-from disc_train.models.causal_lm import Head, use_attention
+from disc_train.models.causal_lm import use_attention
 from disc_train.objectives.methods import WITH_TEACHER, Settings, batch_loss, median, talr
 from disc_train.objectives.predictions import ModelPredictions, Predictions
 from disc_train.packing.collator import collator, pack
@@ -161,7 +162,7 @@ def _rows(losses, lengths):
     logits = torch.stack([-losses, (-torch.expm1(-losses)).log().clamp(min=-1e4)], dim=1).requires_grad_()
     weight = torch.cat([torch.full((length,), 1 / length) for length in lengths]).double()
     student = ModelPredictions(
-        logits[None], Head(torch.eye(2, dtype=torch.float64), None, LogitTransform()), np.arange(len(losses))
+        logits[None], OutputHead(torch.eye(2, dtype=torch.float64), None, LogitTransform()), np.arange(len(losses))
     )
     return Predictions(student, None, torch.zeros(len(losses), dtype=torch.int64), weight, lengths)
 

@@ -1,0 +1,119 @@
+"""Find the parts of a causal language model, and run it without its output head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def last_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """Run a causal language model without its output head; return what the head would have been given, `[..., D]`.
+
+    The model runs as it does by itself, with everything around it: DDP, FSDP2, `torch.compile`, peft, and the autocast
+    that accelerate put into its forward. Only the head, called at the end, hands through what it reads.
+
+    Args:
+        model: as for `output_head`.
+        **inputs: what the model is called with, such as `input_ids`, `attention_mask` and `position_ids`; `labels` are
+            left out, since there are no logits.
+
+    Raises:
+        ValueError: the model has no output head, or does not call it.
+    """
+    causal_lm = unwrapped(model)
+    head, forward = head_module(causal_lm), causal_lm.forward
+    inputs.pop("labels", None)
+
+    def without_head(*args: Any, **kwargs: Any) -> Tensor:
+        read: list[Tensor] = []
+
+        def hand_through(hidden: Tensor) -> Tensor:
+            read.append(hidden)
+            return hidden
+
+        run_as_forward(head, hand_through, *args, wrapper=forward, **kwargs)
+        if not read:
+            raise ValueError(not_called(causal_lm))
+        return read[-1]
+
+    # What is returned must be the output of all that wraps the model, whose hooks prepare the backward pass.
+    return run_as_forward(causal_lm, without_head, wrapper=model, **inputs)
+
+
+def run_as_forward(
+    module: nn.Module,
+    function: Callable[..., Any],
+    *args: Any,
+    wrapper: Callable[..., Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Run `function(*args, **kwargs)` in place of a module's forward, with all hooks of the module and what wraps it.
+
+    TRL calls this forward redirection. PyTorch's `register_fsdp_forward_method` is not enough: it does nothing for DDP,
+    and a head that shares a group of parameters with the last norm has to be called itself before the group is done.
+
+    Args:
+        wrapper: what is called, such as DDP around `module`; None: `module`.
+    """
+    before = module.__dict__.get("forward")  # accelerate may have put one there
+    module.forward = function
+    try:
+        return (module if wrapper is None else wrapper)(*args, **kwargs)
+    finally:
+        if before is not None:
+            module.forward = before
+        elif torch.compiler.is_compiling():  # which cannot delete what it has only noted to set
+            module.forward = type(module).forward.__get__(module)
+        else:
+            del module.forward
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """Return the causal language model inside DDP, FSDP or DeepSpeed's engine; other wrappers pass attributes on."""
+    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def head_module(model: Any) -> Any:
+    """Return the module that makes logits of hidden states.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    name = type(model).__name__
+    get_head = getattr(model, "get_output_embeddings", None)
+    encoder = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.can_generate()
+    head = None if get_head is None or encoder else get_head()
+    if getattr(head, "weight", None) is None:
+        got = "an encoder" if encoder else "no such method" if get_head is None else type(head).__name__
+        raise ValueError(
+            f"{name}: expected a causal language model whose get_output_embeddings() is a linear layer, got {got}"
+        )
+    return head
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part of a model that reads text and gives the hidden states that its head takes.
+
+    Raises:
+        ValueError: the model has none, or does not say which it is.
+    """
+    decoder: nn.Module | None = model.get_decoder()
+    if decoder in (model, model.get_output_embeddings()):  # Llama 4, ModernBERT: they find no better, or the head
+        decoder = getattr(model, "model", None)
+    if decoder is None:
+        raise ValueError(
+            f"{type(model).__name__}: expected a model whose get_decoder() gives the layers below its head, got none:"
+            " the loss needs their hidden states, so models of this family cannot be trained or read"
+        )
+    return decoder
+
+
+def not_called(model: nn.Module) -> str:
+    """Say that a model's forward left out its head."""
+    return f"{type(model).__name__}: expected a model that calls its get_output_embeddings(), got one that does not"
