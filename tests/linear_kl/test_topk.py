@@ -52,7 +52,7 @@ def test_gradcheck(divergence, tail):
     torch.autograd.gradcheck(call, [case.tensors[name].requires_grad_() for name in STUDENT], fast_mode=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 9),
     vocab=st.integers(2, 70),

@@ -56,6 +56,11 @@ def compute(rank: int, ranks: int, device: str) -> dict[str, Any]:
         fused_topk_kl(torch.zeros(1, 8), torch.zeros(5, 8), ids, torch.zeros(1, 1), vocab_group=dist.group.WORLD)
     except ValueError as error:
         results["outside"] = str(error)
+    try:
+        logprobs = torch.zeros(1, 1, dtype=(torch.float32, torch.float64)[rank])
+        fused_topk_kl(torch.zeros(1, 8), torch.zeros(5, 8), ids, logprobs, vocab_group=dist.group.WORLD)
+    except ValueError as error:
+        results["topk_logprobs"] = str(error)
     try:  # which one rank alone finds wrong
         weight = torch.zeros(5, 8) if rank == 0 else torch.zeros(5, 7)
         fused_cross_entropy(torch.zeros(2, 8), weight, torch.zeros(2).long(), vocab_group=dist.group.WORLD)
@@ -97,7 +102,7 @@ def test_what_one_process_finds_wrong_all_raise(worlds):
         assert result["error"].startswith("vocab_group: rank 1 cannot take part: ValueError: hidden: expected last dim")
 
 
-@pytest.mark.parametrize("name", ["labels", "ignore_index", "vocab_size"])
+@pytest.mark.parametrize("name", ["labels", "ignore_index", "vocab_size", "topk_logprobs"])
 def test_processes_that_disagree_raise_the_same(worlds, name):
     first, second = (result[name] for result in worlds[2])
     assert first == second and first.startswith(f"{name}: expected the same on all ranks of vocab_group, got ")
