@@ -11,7 +11,7 @@ from functools import partial
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `disc-train [CONFIG.yaml] [--flag value ...]`. Errors a user can mend are one line on stderr."""
+    """Run `disc-train [CONFIG.yaml] [--flag value ...]`, or a sweep. Errors a user can mend are one line on stderr."""
     return _run("disc-train", _train, argv)
 
 
@@ -36,8 +36,9 @@ def generate(argv: Sequence[str] | None = None) -> int:
 def _train(argv: Sequence[str]) -> Callable[[], None]:
     from disc_train.config import parse_arguments
     from disc_train.run import run
+    from disc_train.sweep import parse_sweep
 
-    return partial(run, *parse_arguments(argv))
+    return parse_sweep(argv) or partial(run, *parse_arguments(argv))
 
 
 def _cache(argv: Sequence[str]) -> Callable[[], None]:

@@ -80,8 +80,7 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
         SystemExit: from argparse, after it has printed help or the version.
     """
-    first = _Parser((), add_help=False, allow_abbrev=False)
-    first.add_argument("--config", metavar="CONFIG.yaml", help="Read flags from this file; others win over it.")
+    first = _config_parser()
     first.add_argument("--version", action="version", version=f"{command} {_version()}", help="Print it, and stop.")
     parser = _Parser(
         classes,  # type: ignore[arg-type]
@@ -92,17 +91,38 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
         parents=[first],
     )
     known = {item.name for arguments in classes for item in fields(arguments) if item.init}
-    chosen, given = first.parse_known_args(argv)
-    file = chosen.config
-    if file is None and given and not given[0].startswith("-"):
-        file, *given = given
+    file, given = _split_config(first, argv)
     if file is not None:
-        over = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in given if argument[:1] == "-"}
-        given = _yaml_flags(Path(file), known, over) + given
+        given = _yaml_flags(file, known, flag_names(given)) + given
     _, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
     return parser.parse_args_into_dataclasses(given, look_for_args_file=False)[: len(classes)]
+
+
+def read_config(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return what the YAML file of a command line says, if there is one, and the arguments beside it."""
+    file, given = _split_config(_config_parser(), argv)
+    return ({} if file is None else _read_yaml(file)), given
+
+
+def _config_parser() -> _Parser:
+    parser = _Parser((), add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="Read flags from this file; others win over it.")
+    return parser
+
+
+def _split_config(parser: _Parser, argv: Sequence[str]) -> tuple[Path | None, list[str]]:
+    chosen, given = parser.parse_known_args(argv)
+    file = chosen.config
+    if file is None and given and not given[0].startswith("-"):
+        file, *given = given
+    return (None if file is None else Path(file)), given
+
+
+def flag_names(given: Sequence[str]) -> set[str]:
+    """Return the names of the flags among command-line arguments."""
+    return {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in given if argument[:1] == "-"}
 
 
 def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
@@ -110,14 +130,8 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
 
     Those in `over` are left out: lists would be added to each other.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected 'flag: value' lines, got {type(settings).__name__}")
     given: list[str] = []
-    for key, value in settings.items():
+    for key, value in _read_yaml(path).items():
         if key not in known:
             raise ValueError(f"{path}: unknown key {key}{_nearest(str(key), known)}")
         if key in over:
@@ -127,6 +141,16 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
         elif value is not None:
             given.append(f"--{key}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
     return given
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected 'flag: value' lines, got {type(settings).__name__}")
+    return settings
 
 
 def _nearest(name: str, known: set[str]) -> str:
