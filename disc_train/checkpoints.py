@@ -82,12 +82,13 @@ def steps_done(checkpoint: str | None, steps: int) -> int:
     return done
 
 
-def is_finished(output_dir: str, steps: int) -> bool:
-    """Tell whether the model in a folder was saved at the end of a training, after so many steps."""
+def is_finished(output_dir: str, done: int, steps: int) -> bool:
+    """Tell whether the model in a folder was saved at the end of a training, after `done` of `steps` steps."""
     try:
-        return load_state(output_dir).global_step == steps
+        state = load_state(output_dir)
     except (OSError, ValueError):
         return False
+    return (state.global_step, state.max_steps) == (done, steps)
 
 
 def load_state(checkpoint: str) -> TrainerState:

@@ -273,6 +273,10 @@ class LoopArguments(TrainingArguments):
             " models from 500 million parameters on. None elsewhere: it would take a core from the training."
         },
     )
+    early_stopping_patience: int = flag(
+        "--load_best_model_at_end: stop after so many evaluations in a row that are no better than the best; 0: never.",
+        0,
+    )
     resume_from_checkpoint: str | None = flag(
         "A checkpoint, a folder of them, or true: the last one in --output_dir. Where there is none yet, true begins"
         " anew, so it can always be given."
@@ -322,6 +326,9 @@ class LoopArguments(TrainingArguments):
         for name in ("do_eval", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
             if getattr(self, name) and self.eval_strategy == "no":
                 raise ValueError(f"--{name} needs --eval_file and --eval_strategy, got it without")
+        check_flag(self, "early_stopping_patience", self.early_stopping_patience >= 0, "0 (never) or more")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError("--early_stopping_patience needs --load_best_model_at_end true, got it without")
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("--save_strategy best needs --eval_file and --eval_strategy, got it without")
         # transformers takes all but losses for what should be large.

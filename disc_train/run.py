@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import whoami
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    AutoConfig,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
@@ -71,9 +78,13 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     inputs = load_inputs(disc, loop)
     finished, steps = inputs.resumed_step == inputs.steps, inputs.steps
     main_process = loop.process_index == 0
-    if finished and is_finished(str(loop.output_dir), steps):  # no error: a scheduler may repeat a command
+    done = inputs.resumed_step
+    if inputs.checkpoint and is_finished(
+        str(loop.output_dir), done, steps
+    ):  # no error: a scheduler may repeat a command
         if main_process:
-            print_section("Nothing is left to train", ("saved", f"after all {steps:,} steps, in {loop.output_dir}"))
+            of = f"all {steps:,} steps" if finished else f"{done:,} of {steps:,} steps, stopped early"
+            print_section("Nothing is left to train", ("saved", f"after {of}, in {loop.output_dir}"))
         return
     trainer = make_trainer(disc, loop, inputs)
     examples = take_evenly(inputs.data.own, disc.signal_examples)
@@ -163,6 +174,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
                 teacher = load_teacher_for(disc, student, loop, inputs.data.tokens[-1])
     if disc.dry_run:  # the Trainer makes the folder that it is given, and the repository on the Hub
         loop.output_dir, loop.push_to_hub = os.curdir, False
+    patience = loop.early_stopping_patience
     trainer = DiscTrainer(
         student,
         teacher,
@@ -177,7 +189,7 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         beta=disc.beta,
         attention=disc.attention,
         processing_class=inputs.tokenizer,
-        callbacks=[_LogLastStep()],
+        callbacks=[_LogLastStep(), *([EarlyStoppingCallback(patience)] if patience else [])],
     )
     trainer.save_dtype = find_save_dtype(disc)
     trainer.run_settings = inputs.settings
@@ -295,6 +307,8 @@ def _describe_outcome(
             f"; {trainer.examples_read:,} {noun}s in {seconds:.1f} s, a second {trainer.examples_read / seconds:.1f}"
             f" {noun}s and {trainer.packing.tokens / seconds:,.0f} tokens"
         )
+    if trainer.state.global_step < trainer.state.max_steps:
+        pace += f"; stopped early, of {trainer.state.max_steps:,}: evaluations got no better"
     lines = [("steps", f"{steps}{pace}")]
     if losses:
         ends = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
