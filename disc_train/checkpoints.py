@@ -4,7 +4,6 @@ One is written in a folder `unfinished` beside its place and moved there when ev
 killed while it saves leaves that folder, which is never read; the next save begins by removing it.
 """
 
-import os
 import shutil
 import warnings
 import zipfile
@@ -21,6 +20,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from disc_train.config import LoopArguments
+from disc_train.flags import check_folder
 from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.models.saving import convert, copy_processor, write_dtype
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
@@ -42,9 +42,7 @@ def find_checkpoint(loop: LoopArguments) -> str | None:
         ValueError: a new run in a folder that holds one, a folder that cannot be written to, or nothing to go on from.
     """
     folder, wanted = Path(str(loop.output_dir)), loop.resume_from_checkpoint
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--output_dir: expected a folder that can be written to, got {folder}")
+    check_folder("--output_dir", folder)
     if wanted is not None and wanted.lower() != "true":  # YAML's true arrives as True
         checkpoint = wanted if _is_complete(Path(wanted)) else _last_checkpoint(Path(wanted))
         if checkpoint is None:

@@ -1,5 +1,6 @@
 """Define the settings of `disc-train`: what is trained on what, and transformers' own for the loop."""
 
+import json
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
@@ -286,24 +288,15 @@ class LoopArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if self.output_dir is None:
+        if not self.output_dir:
             raise ValueError("--output_dir: expected the folder for checkpoints and the trained model, got none")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_flag(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "weight_decay"):
-            check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        check_flag(
+            *(self, "train_sampling_strategy", self.train_sampling_strategy in ("random", "sequential")),
+            "random or sequential (documents of any lengths are packed with hardly any padding)",
+        )
+        self._check_numbers()
+        self._check_json()
         self._check_evaluation()
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                "--train_sampling_strategy: expected random or sequential (documents of any lengths are packed with"
-                f" hardly any padding), got {self.train_sampling_strategy}"
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"--label_smoothing_factor: expected 0, no method has it, got {self.label_smoothing_factor}"
-            )
-        if self.max_steps <= 0:
-            check_flag(self, "num_train_epochs", 0 < self.num_train_epochs < math.inf, "a positive, finite number")
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if processes_started() > 1 and not torch.accelerator.is_available():
@@ -321,6 +314,35 @@ class LoopArguments(TrainingArguments):
                 " pip install 'disc-kernels[log]' installs TensorBoard"
             )
 
+    def _check_numbers(self) -> None:
+        """Raise ValueError for a number that transformers or PyTorch would refuse late, or without naming its flag."""
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            check_flag(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
+            check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        for name in ("adam_beta1", "adam_beta2"):
+            check_flag(self, name, 0 <= getattr(self, name) < 1, "a number from 0 to 1, less than 1")
+        for name in ("save_steps", "eval_steps", "logging_steps"):
+            check_flag(self, name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number")
+        check_flag(self, "label_smoothing_factor", self.label_smoothing_factor == 0, "0, no method has it")
+        if self.max_steps <= 0:
+            check_flag(self, "num_train_epochs", 0 < self.num_train_epochs < math.inf, "a positive, finite number")
+
+    def _check_json(self) -> None:
+        """Raise ValueError for a flag that should be JSON and is none, or has fields that accelerate does not know."""
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    value = json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"--{name}: expected JSON, got {value}: {error}") from error
+            if name == "accelerator_config" and isinstance(value, dict):
+                try:
+                    AcceleratorConfig(**value)
+                except TypeError as error:
+                    raise ValueError(f"--{name}: expected fields of AcceleratorConfig, got: {error}") from error
+
     def _check_evaluation(self) -> None:
         """Raise ValueError for a flag that needs an evaluation where there is none; the best model has the least."""
         for name in ("do_eval", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
@@ -331,6 +353,8 @@ class LoopArguments(TrainingArguments):
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end true, got it without")
         if self.save_strategy == "best" and self.eval_strategy == "no":
             raise ValueError("--save_strategy best needs --eval_file and --eval_strategy, got it without")
+        if self.save_strategy == "best" and not (self.metric_for_best_model or self.load_best_model_at_end):
+            raise ValueError("--save_strategy best needs --metric_for_best_model, got it without")
         # transformers takes all but losses for what should be large.
         if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in MEASURED:
             self.greater_is_better = False

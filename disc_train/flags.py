@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -35,6 +36,13 @@ def check_flag(arguments: Any, name: str, holds: bool, expected: str) -> None:
     """Raise ValueError, saying what was expected of a flag and what it is, unless `holds`."""
     if not holds:
         raise ValueError(f"--{name}: expected {expected}, got {getattr(arguments, name)}")
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    """Raise ValueError, naming the flag, if a folder cannot be written to, nor made where it is not there yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"{flag}: expected a folder that can be written to, got {folder}")
 
 
 # What other trainers and libraries call the same.

@@ -40,7 +40,7 @@ class EvalArguments(InferenceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.output_dir is None:
+        if not self.output_dir:
             raise ValueError("--output_dir: expected the folder for the results, got none")
         check_flag(self, "max_new_tokens", self.max_new_tokens >= 0, "at least 0")
         asked = [*self.probes_file, *self.texts_file, *([self.tasks] if self.tasks else [])]

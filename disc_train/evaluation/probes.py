@@ -122,7 +122,7 @@ def read_questions(
             questions.append(question)
     if bad:
         verb = "is" if len(bad) == 1 else "are"
-        raise ValueError(f"{bad[0]} ({len(bad):,} of {len(bad) + len(questions):,} probes {verb} bad)")
+        raise ValueError(f"--probes_file: {bad[0]} ({len(bad):,} of {len(bad) + len(questions):,} probes {verb} bad)")
     return questions
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 
 from disc_train.evaluation.chart import draw
 from disc_train.evaluation.results import FILE_NAME, Evaluation, Series, difference
+from disc_train.flags import check_folder
 
 Cell = tuple[str, str, str]  # table, row, measure
 COMPARISON = "comparison.md"
 
 
 def check_nothing_is_there(folder: Path) -> None:
-    """Raise ValueError if a folder has the results of an earlier run, which would be lost."""
+    """Raise ValueError if a folder has the results of an earlier run, which would be lost, or cannot be written to."""
+    check_folder("--output_dir", folder)
     for name in (FILE_NAME, COMPARISON):
         if Path(folder, name).exists():
             raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from disc_train.data.context_length import length_of
+from disc_train.flags import check_folder
 from disc_train.generation.config import GenerateArguments
 from disc_train.generation.decoding import continue_prompts
 from disc_train.generation.sources import Source, read_sources
@@ -29,6 +30,9 @@ def run(arguments: GenerateArguments) -> None:
     """
     name, path = str(arguments.model_name_or_path), Path(str(arguments.output_file))
     trust_remote_code(arguments.trust_remote_code)
+    check_folder("--output_file", path.parent)
+    if path.is_dir():
+        raise ValueError(f"--output_file: expected a file, got the folder {path}")
     tokenizer = load_tokenizer(name)
     sources = read_sources(arguments, tokenizer)
     model = load_for_inference(name, arguments.dtype, arguments.use_cpu, arguments.attention)

@@ -88,6 +88,9 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
     assert (disc.train_file, disc.replay_file) == (["a", "b", "c"], ["d"])
 
 
+EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -114,6 +117,20 @@ def test_several_files_behind_one_flag_or_several(write_yaml):
         (["--eval_on_start"], "--eval_on_start needs --eval_file and --eval_strategy, got it without"),
         (["--metric_for_best_model", "loss"], "--metric_for_best_model needs --eval_file and --eval_strat"),
         (["--save_strategy", "best"], "--save_strategy best needs --eval_file and --eval_strat"),
+        (
+            [*EVALUATION, "--save_strategy", "best"],
+            "--save_strategy best needs --metric_for_best_model, got it without",
+        ),
+        ([*EVALUATION, "--eval_steps", "-1"], "--eval_steps: expected a positive number, got -1.0"),
+        (["--save_steps", "0"], "--save_steps: expected a positive number, got 0"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm: expected 0 or a positive, finite number, got nan"),
+        (["--adam_beta1", "1"], "--adam_beta1: expected a number from 0 to 1, less than 1, got 1.0"),
+        (["--output_dir", ""], "--output_dir: expected the folder for checkpoints and the trained model, got none"),
+        (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs: expected JSON, got {bad: "),
+        (
+            ["--accelerator_config", '{"foo": 1}'],
+            "--accelerator_config: expected fields of .*unexpected keyword .*'foo'",
+        ),
         (["--learning_rate", "-1"], "--learning_rate: expected 0 or a positive, finite number, got -1.0"),
         (["--weight_decay", "nan"], "--weight_decay: expected 0 or a positive, finite number, got nan"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps: expected at least 1, got 0"),
@@ -160,7 +177,7 @@ def test_what_is_wrong_is_named(flags, message):
         parse_arguments([*REQUIRED, *flags])
 
 
-EVALUATED = [*REQUIRED, "--eval_file", "e.jsonl", "--eval_strategy", "steps", "--load_best_model_at_end"]
+EVALUATED = [*REQUIRED, *EVALUATION, "--load_best_model_at_end"]
 
 
 @pytest.mark.parametrize(

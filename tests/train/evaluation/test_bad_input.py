@@ -55,6 +55,14 @@ def test_an_adapter_without_a_base(text, fails, facts, tmp_path):
     assert "adapter_config.json: expected JSON with a base_model_name_or_path" in line
 
 
+def test_an_output_that_is_no_folder_ends_the_run_before_the_model_is_loaded(fails, facts, model_folder, tmp_path):
+    (model_folder / "model.safetensors").write_text("damaged")
+    for output in ("file", "file/out"):
+        (tmp_path / "file").touch()
+        line = fails("--probes_file", facts, output=output)[1]
+        assert f"--output_dir: expected a folder that can be written to, got {tmp_path / output}" in line
+
+
 def test_tasks_need_lm_eval(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, line = fails("--tasks", "ifeval")
@@ -123,7 +131,8 @@ def test_bad_probes_end_the_run_before_the_model_is_loaded(fails, facts, model_f
     (model_folder / "model.safetensors").write_text("damaged")
     record = {"question": "When?", "choices": CHOICES, "answer": 0, "document": "news-1"}
     line = fails("--probes_file", facts, write_jsonl(tmp_path / "more.jsonl", record))[1]
-    assert "more.jsonl:1: expected --documents_file for a probe that names a document, 'news-1', got none" in line
+    missing = "expected --documents_file for a probe that names a document, 'news-1', got none"
+    assert f"--probes_file: {tmp_path}/more.jsonl:1: {missing}" in line
     assert "(1 of 5 probes is bad)" in line
     documents = write_jsonl(tmp_path / "documents.jsonl", {"id": "news-2", "text": "It opened in the spring."})
     line = fails("--probes_file", tmp_path / "more.jsonl", "--documents_file", documents)[1]

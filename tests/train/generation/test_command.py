@@ -239,6 +239,10 @@ def test_wrong_usage_is_code_2(flags, message, fails):
 def test_what_is_missing_is_named_by_its_flag(fails, tmp_path):
     for flag in ("--train_file", "--model_name_or_path"):
         assert f"disc-generate: error: {flag}: " in fails(flag, tmp_path / "none")[1]
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.jsonl").mkdir()
+    for path in (tmp_path / "folder.jsonl", tmp_path / "file" / "out.jsonl"):
+        assert "disc-generate: error: --output_file: expected a f" in fails("--output_file", path)[1]
 
 
 def test_a_model_that_needs_eager_attention_writes(disc_generate, model_folder, make_model):
