@@ -7,6 +7,7 @@ anew after every row, so that a run that is killed loses one measurement; Markdo
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -39,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[TABLES] = {}
     config.stash[START] = time.monotonic()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.interpreter import patch_language_once_a_launch
+
+        patch_language_once_a_launch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

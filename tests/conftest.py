@@ -7,16 +7,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import interpreter
+
 if not torch.cuda.is_available():
     # Read once, when Triton is first imported, so it has to be set before any test imports a kernel.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from tests.interpreter import patch_language_once_a_launch
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-    patch_language_once_a_launch()
+if INTERPRETED and importlib.util.find_spec("triton"):
+    interpreter.patch_language_once_a_launch()
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,10 @@ def lonely_group(tmp_path):
 
 
 def pytest_collection_modifyitems(config, items):
+    if INTERPRETED:
+        deselected = set(interpreter.left_out(items))
+        config.hook.pytest_deselected(items=list(deselected))
+        items[:] = [item for item in items if item not in deselected]
     if torch.cuda.is_available() or config.getoption("rehearsal"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -31,9 +31,9 @@ def test_the_base_shares_no_paragraph_with_what_is_held_out(example):
 def test_the_student_moves_towards_the_teacher_that_reads_the_context(example, tmp_path):
     rows = example["run"](
         tmp_path / "run",
-        ["--num_train_epochs=30", "--learning_rate=2e-3"],
+        ["--num_train_epochs=15", "--learning_rate=2e-3"],
         num_new=4,
-        steps=250,
+        steps=120,
         vocab_size=1024,
         hidden_size=64,
     )

@@ -1,5 +1,6 @@
 """The demo's model, data and promise: it reads facts in its context, does not know them, and learns them."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -68,20 +69,22 @@ def test_disc_eval_asks_what_the_example_asks(tiny, initial_model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_teaches_new_facts_and_keeps_the_old(tiny, initial_model, tmp_path, monkeypatch, capsys):
-    """A quarter of the demo's epochs."""
+def test_demo_teaches_new_facts_and_keeps_the_old(tiny, tmp_path, monkeypatch, capsys):
+    """A quarter of the demo's epochs, and a quarter of its probes."""
     import demo
-    from probes import load_probes
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--num_train_epochs", "10"])
+    load_probes = demo.load_probes
+    monkeypatch.setattr(demo, "load_probes", lambda *files: load_probes(*files)[::4])
     threads = torch.get_num_threads()
     try:
         assert demo.main() == 0
     finally:
         torch.set_num_threads(threads)
-    assert "new facts, without the document" in capsys.readouterr().out
-    taught, tokenizer = demo.load(tmp_path / demo.OUTPUT), initial_model[1]
-    assert choice_accuracy(taught, tokenizer, load_probes(tiny / "new_facts.jsonl")) >= 0.30
-    assert choice_accuracy(taught, tokenizer, load_probes(tiny / "old_facts.jsonl")) >= 0.85
-    assert choice_accuracy(taught, tokenizer, load_probes(tiny / "skills.jsonl")) >= 0.85
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^(new facts|old facts|skills)\b.* ([\d.]+)%\s+\S+$", printed, re.MULTILINE))
+    assert float(rows["new facts"]) >= 30
+    assert float(rows["old facts"]) >= 85
+    assert float(rows["skills"]) >= 85
+    assert "KL to the initial model, the documents" in printed
