@@ -79,9 +79,8 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
     finished, steps = inputs.resumed_step == inputs.steps, inputs.steps
     main_process = loop.process_index == 0
     done = inputs.resumed_step
-    if inputs.checkpoint and is_finished(
-        str(loop.output_dir), done, steps
-    ):  # no error: a scheduler may repeat a command
+    # No error: a scheduler may repeat a command.
+    if inputs.checkpoint and is_finished(str(loop.output_dir), done, steps):
         if main_process:
             of = f"all {steps:,} steps" if finished else f"{done:,} of {steps:,} steps, stopped early"
             print_section("Nothing is left to train", ("saved", f"after {of}, in {loop.output_dir}"))
