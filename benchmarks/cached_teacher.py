@@ -1,11 +1,11 @@
-"""Measure whole steps with a live teacher and with a cached one, on the CPU.
+"""Measure whole steps with a live teacher and with a cached one, in bfloat16 autocast where there is a GPU.
 
     python -m benchmarks.cached_teacher --seconds 60
 
 All variants of a shape are in one process, and take their steps in turn, so that what else the machine does slows all
 alike: what counts is the ratio. A step is `DiscTrainer.training_step` and the optimizer's, with the batch's collation;
 the cache is filled before, so this is the speed from the second epoch on. Results go to
-`benchmarks/results/cpu/cached_teacher.json`.
+`benchmarks/results/<device>/cached_teacher.json`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from benchmarks import environment
@@ -36,8 +37,8 @@ from disc_train.teacher_cache.readings import Reading, readings
 from disc_train.teacher_cache.store import Store, writer
 from disc_train.trainer import DiscTrainer
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "cached_teacher.json"
-OPENING = RESULTS.with_name("teacher_cache_opening.json")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RESULTS = Path(__file__).parent / "results"
 TEMPERATURE = 2.0
 
 
@@ -65,7 +66,8 @@ def gemma_270m():
     )
 
 
-SHAPES: dict[str, tuple[Callable, int]] = {"tiny": (tiny, 4), "gemma-270m": (gemma_270m, 1)}
+# With the documents of a step.
+SHAPES: dict[str, tuple[Callable, int]] = {"tiny": (tiny, 4), "gemma-270m": (gemma_270m, 16 if DEVICE == "cuda" else 1)}
 VARIANTS = (
     "live, frozen head",
     "cached summaries, frozen head",
@@ -98,7 +100,12 @@ def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> Cach
 def stepper(student, teacher, dataset: DocumentDataset, batch_size: int, folder: str) -> Callable[[], None]:
     """Make a function that takes one step on the next documents."""
     args = TrainingArguments(
-        folder, use_cpu=True, report_to="none", per_device_train_batch_size=batch_size, learning_rate=1e-5
+        folder,
+        use_cpu=DEVICE == "cpu",
+        bf16=DEVICE == "cuda",
+        report_to="none",
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-5,
     )
     trainer = DiscTrainer(student, teacher, args, dataset, temperature=TEMPERATURE)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
@@ -108,10 +115,12 @@ def stepper(student, teacher, dataset: DocumentDataset, batch_size: int, folder:
         nonlocal number
         examples = [dataset[(number + i) % len(dataset)] for i in range(batch_size)]
         number += batch_size
-        batch = trainer.data_collator(examples)
+        batch = send_to_device(trainer.data_collator(examples), DEVICE)
         trainer.training_step(student, batch, num_items_in_batch=batch_size)
         optimizer.step()
         optimizer.zero_grad()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
@@ -120,9 +129,9 @@ def measure(shape: str, seconds: float, chosen: tuple[str, ...]) -> list[dict]:
     """Time one variant after another, round by round; return a row for each."""
     make, batch_size = SHAPES[shape]
     torch.manual_seed(0)
-    teacher = make().eval()
+    teacher = make().to(DEVICE).eval()
     dataset = documents(4 * batch_size, teacher.config.vocab_size)
-    use_attention(teacher, "sdpa")
+    use_attention(teacher, "auto")
     with tempfile.TemporaryDirectory() as folder:
         caches = {frozen: cache(teacher, dataset, Path(folder, str(frozen)), frozen) for frozen in (True, False)}
         rounds: dict[str, list[float]] = {name: [] for name in chosen}
@@ -193,17 +202,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
     parser.add_argument("--opening", action="store_true", help="measure how a large cache is opened, and nothing else")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: %(default)s)")
     options = parser.parse_args()
+    folder = options.results / environment.folder_name()
+    folder.mkdir(parents=True, exist_ok=True)
     if options.opening:
         result = {"environment": environment.describe(), "opening": opening()}
-        OPENING.write_text(json.dumps(result, indent=2) + "\n")
+        (folder / "teacher_cache_opening.json").write_text(json.dumps(result, indent=2) + "\n")
         return
     rows = []
     for shape in options.shapes:
         rows += measure(shape, options.seconds, VARIANTS[: options.variants])
         for row in rows[-options.variants :]:
             print(row, flush=True)
-        RESULTS.write_text(json.dumps({"environment": environment.describe(), "rows": rows}, indent=2) + "\n")
+        (folder / "cached_teacher.json").write_text(json.dumps({"environment": environment.describe(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

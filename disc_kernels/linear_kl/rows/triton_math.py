@@ -10,22 +10,29 @@ DIVERGENCE_CODES = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOWEST: tl.constexpr = tl.constexpr(-1e38)  # below every logit, and its difference from one does not overflow
+
+
+@triton.jit
+def exp(x):
+    """Return exp(x), 0 below the smallest normal number: `tl.exp` takes three more instructions for those."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def one_minus_exp(x):
     """Return 1 - exp(-x) for x >= 0, to full accuracy near 0."""
-    # Reciprocals are constants of the compiler; it would divide by whole numbers.
-    series = 1 - x * (1 / 5) * (1 - x * (1 / 6) * (1 - x * (1 / 7) * (1 - x * (1 / 8))))
-    series = 1 - x * (1 / 2) * (1 - x * (1 / 3) * (1 - x * (1 / 4) * series))
-    return tl.where(x < 0.5, x * series, 1 - tl.exp(-x))
+    series = 1 / 120 - x * (1 / 720 - x * (1 / 5040 - x * (1 / 40320)))
+    series = 1 - x * (1 / 2 - x * (1 / 6 - x * (1 / 24 - x * series)))
+    return tl.where(x < 0.5, x * series, 1 - exp(-x))
 
 
 @triton.jit
 def expm1(x):
     """Return exp(x) - 1, to full accuracy near 0."""
     shrink = one_minus_exp(tl.abs(x))
-    return tl.where(x > 0, tl.exp(x) * shrink, -shrink)
+    return tl.where(x > 0, exp(x) * shrink, -shrink)
 
 
 @triton.jit
@@ -45,31 +52,38 @@ def zero_where(a, x):
 
 
 @triton.jit
-def online_logsumexp(u, maximum, total):
-    """Return the running maximum and the sum of exp above it, with the entries `u` added."""
-    new = tl.maximum(maximum, tl.max(u, axis=0))
-    # While every entry seen is -inf (masked by a bias) there is nothing to rescale, and -inf - -inf would be NaN.
-    base = tl.where(new == float("-inf"), 0.0, new)
-    total = total * tl.exp(maximum - base) + tl.sum(tl.exp(u - base), axis=0)
-    return new, total
+def online_exp(u, maximum):
+    """Return the maximum of each lane with its entry `u`, and exp above it of the old maximum and of the entry.
+
+    One of the two is 1, so one exponential is enough. Lanes begin at `LOWEST`: of -inf, which a bias or a mask gives,
+    the difference from a maximum of -inf would be NaN.
+    """
+    difference = u - maximum
+    smaller = exp(-tl.abs(difference))
+    return tl.maximum(maximum, u), tl.where(difference > 0, smaller, 1.0), tl.where(difference > 0, 1.0, smaller)
 
 
 @triton.jit
-def first_maximum(u, offsets, best, best_index):
-    """Return the index of the running maximum; the lowest of equals, as `torch.argmax` gives on the CPU."""
-    top = tl.max(u, axis=0)
-    index = tl.min(tl.where(u == top, offsets, 2147483647), axis=0)
-    return tl.where(top > best, index, best_index)
+def merge_lanes(maximum):
+    """Return the maximum over all lanes, -inf where none has an entry, and what each lane's sum is multiplied by."""
+    top = tl.max(maximum, axis=0)
+    return tl.where(top == LOWEST, float("-inf"), top), exp(maximum - top)
+
+
+@triton.jit
+def first_maximum(maximum, index):
+    """Return the index of the largest lane; the lowest of equals, as `torch.argmax` gives on the CPU."""
+    return tl.min(tl.where(maximum == tl.max(maximum, axis=0), index, 2147483647), axis=0)
 
 
 @triton.jit
 def generalised_kl_terms(la, lb, log_ratio):
     """Return (a (la - lb) + (b - a), b - a), where log_ratio = lb - la"""
-    larger = tl.exp(tl.maximum(la, lb))
+    larger = exp(tl.maximum(la, lb))
     x = tl.abs(log_ratio)
     shrink = larger * one_minus_exp(x)  # max(a, b) - min(a, b)
     difference = zero_where(larger, tl.where(log_ratio > 0, shrink, -shrink))
-    a = tl.where(log_ratio > 0, larger * tl.exp(-x), larger)
+    a = tl.where(log_ratio > 0, larger * exp(-x), larger)
     return tl.where(a == 0, difference, difference - a * log_ratio), difference
 
 

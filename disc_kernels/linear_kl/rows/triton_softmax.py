@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from disc_kernels.linear_kl.inputs import Projection
-from disc_kernels.linear_kl.rows.triton_math import online_logsumexp, tanh, zero_where
+from disc_kernels.linear_kl.rows.triton_math import LOWEST, exp, merge_lanes, online_exp, tanh, zero_where
 
 # One program holds one tile of both rows in registers. On an H200, 2048 rows of 152064 entries took 1.49 ms so, 1.42 ms
 # over 4 warps, which makes variants with statistics and biases spill, and 1.43 to 2.4 ms with other tiles from 1024 to
@@ -33,13 +33,14 @@ def load_logits(model, offsets, mask, inverse_temperature):
     z = tl.load(row_ptr + offsets, mask=mask, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + offsets.to(tl.int64) * stride_b, mask=mask, other=0.0).to(z.dtype)
-    u = z * scale
     softcap_gradient = tl.full(z.shape, 1.0, z.dtype)
-    if softcap is not None:
-        t = tanh(u / softcap)
+    if softcap is None:
+        u = z * (scale * inverse_temperature)
+    else:
+        t = tanh(z * (scale / softcap))
         softcap_gradient = 1.0 - t * t
-        u = t * softcap
-    return tl.where(mask, u * inverse_temperature, float("-inf")), softcap_gradient
+        u = t * (softcap * inverse_temperature)
+    return tl.where(mask, u, float("-inf")), softcap_gradient
 
 
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
@@ -68,31 +69,34 @@ def _normalise_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     model = (logits_ptr + row * stride_zr, bias_ptr, stride_b, scale, softcap)
-    maximum = float("-inf")
-    normaliser = 0.0
+    maxima = tl.full((BLOCK_V,), LOWEST, tl.float32)  # of each lane, as in triton_backend.py
+    sums = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, V, BLOCK_V):
         offsets = start + tl.arange(0, BLOCK_V)
         u, _ = load_logits(model, offsets, offsets < V, inverse_temperature)
-        maximum, normaliser = online_logsumexp(u, maximum, normaliser)
+        maxima, before, entry = online_exp(u, maxima)
+        sums = sums * before + entry
+    maximum, factor = merge_lanes(maxima)
+    normaliser = tl.sum(sums * factor, axis=0)
     log_sum = tl.log(normaliser)
     base = tl.where(maximum == float("-inf"), 0.0, maximum)  # -inf - -inf would be NaN
     tl.store(maximum_ptr + row, maximum)
     tl.store(log_sum_ptr + row, log_sum)
 
     if weights_ptr is not None or entropy_ptr is not None or expected_bias_ptr is not None:
-        spread = 0.0
-        total = 0.0
-        expected_bias = 0.0
+        spread = tl.zeros((BLOCK_V,), tl.float32)
+        total = tl.zeros((BLOCK_V,), tl.float32)
+        expected_bias = tl.zeros((BLOCK_V,), tl.float32)
         for start in range(0, V, BLOCK_V):
             offsets = start + tl.arange(0, BLOCK_V)
             mask = offsets < V
             u, _ = load_logits(model, offsets, mask, inverse_temperature)
-            e = tl.exp(u - base)
+            e = exp(u - base)
             if entropy_ptr is not None:
-                spread += tl.sum(zero_where(e, e * (u - base)), axis=0)
+                spread += zero_where(e, e * (u - base))
             if expected_bias_ptr is not None:
                 bias = tl.load(other_bias_ptr + offsets.to(tl.int64) * stride_ob, mask=mask, other=0.0).to(e.dtype)
-                expected_bias += tl.sum(zero_where(e, e * bias), axis=0)
+                expected_bias += zero_where(e, e * bias)
             if weights_ptr is not None:
                 weight = (e * LARGEST_WEIGHT).to(weights_ptr.dtype.element_ty)
                 stored = weight.to(e.dtype)
@@ -100,17 +104,17 @@ def _normalise_rows_kernel(
                     rest = (e * LARGEST_WEIGHT - stored).to(remainder_ptr.dtype.element_ty)
                     tl.store(remainder_ptr + row * stride_rr + offsets, rest, mask=mask)
                     stored += rest.to(e.dtype)
-                total += tl.sum(tl.where(mask, stored, 0.0), axis=0)
+                total += tl.where(mask, stored, 0.0)
                 if NARROW:
                     # 16-bit numbers land on float32 logits of this and earlier tiles: all threads must have read them.
                     tl.debug_barrier()
                 tl.store(weights_ptr + row * stride_wr + offsets, weight, mask=mask)
         if entropy_ptr is not None:
-            tl.store(entropy_ptr + row, log_sum - spread / normaliser)
+            tl.store(entropy_ptr + row, log_sum - tl.sum(spread, axis=0) / normaliser)
         if expected_bias_ptr is not None:
-            tl.store(expected_bias_ptr + row, expected_bias / normaliser)
+            tl.store(expected_bias_ptr + row, tl.sum(expected_bias, axis=0) / normaliser)
         if weights_ptr is not None:
-            tl.store(total_ptr + row, total)
+            tl.store(total_ptr + row, tl.sum(total, axis=0))
 
 
 def normalise_rows(
