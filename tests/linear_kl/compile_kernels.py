@@ -130,7 +130,8 @@ HEAVIEST = (
 )
 
 
-def source(variant: Variant) -> ASTSource:
+def source(variant: Variant, divisible: bool = False) -> ASTSource:
+    """Return what is compiled; for a vocabulary and strides that 16 divides, if `divisible`, which vectors load."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -141,8 +142,9 @@ def source(variant: Variant) -> ASTSource:
             continue
         integer = name.startswith("stride") or name == "V"
         signature[name] = variant.types.get(name, "*fp32" if name.endswith("_ptr") else "i32" if integer else "fp32")
-        # As addresses of real tensors are; V is any number.
-        if name.endswith("_ptr") and name not in (*triton_backend.ROW_POINTERS, *triton_softmax.ROW_POINTERS):
+        # As addresses of real tensors are.
+        pointer = name.endswith("_ptr") and name not in (*triton_backend.ROW_POINTERS, *triton_softmax.ROW_POINTERS)
+        if pointer or (integer and divisible):
             aligned[i,] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, constexprs=constants, attrs=aligned)
 
