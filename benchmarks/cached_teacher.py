@@ -215,9 +215,8 @@ def main() -> None:
         rows += measure(shape, options.seconds, VARIANTS[: options.variants])
         for row in rows[-options.variants :]:
             print(row, flush=True)
-        (folder / "cached_teacher.json").write_text(
-            json.dumps({"environment": environment.describe(), "rows": rows}, indent=2) + "\n"
-        )
+        written = {"environment": environment.describe(), "rows": rows}
+        (folder / "cached_teacher.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

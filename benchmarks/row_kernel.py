@@ -20,9 +20,9 @@ from pathlib import Path
 
 WARP = 32  # threads
 VECTOR = 16  # bytes of a load or store: 16 divides the vocabularies of the cases
-# Cycles that a warp's instruction keeps a unit of one scheduler busy, on sm_90: a scheduler starts an instruction a cycle
-# and has 4 lanes for special functions (CUDA C++ programming guide, throughput of instructions) and, of a
-# multiprocessor's way to its cache, 32 bytes a cycle.
+# Cycles that a warp's instruction keeps a unit of one scheduler busy, on sm_90: a scheduler starts an instruction a
+# cycle, has 4 lanes for special functions (CUDA C++ programming guide, throughput of instructions) and, of its
+# multiprocessor's way to the cache, 32 bytes a cycle.
 SCHEDULERS = 4
 CYCLES = {"special functions": 8, "loads and stores": VECTOR * WARP // 32}
 KINDS = {"MUFU": "special functions", "LDG": "loads and stores", "STG": "loads and stores"}

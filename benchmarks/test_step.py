@@ -5,8 +5,8 @@
 A step is both models' forwards, loss, backward and AdamW, from a list of tokenised documents with their splits to new
 weights. Correctness comes first: in the first step, from the same weights, ours must give the loop's loss and
 gradients, or it has no time. A time is the median of the steps that fit `SECONDS`, at least three (of the loop one: its
-steps of many documents are many equal parts anyway), each with other documents, between two synchronisations. What could not be
-measured is a row that says why.
+steps of many documents are many equal parts anyway), each with other documents, between two synchronisations. What
+could not be measured is a row that says why.
 """
 
 from __future__ import annotations
