@@ -78,12 +78,13 @@ def first_maximum(maximum, index):
 
 @triton.jit
 def generalised_kl_terms(la, lb, log_ratio):
-    """Return (a (la - lb) + (b - a), b - a), where log_ratio = lb - la"""
-    larger = exp(tl.maximum(la, lb))
-    x = tl.abs(log_ratio)
-    shrink = larger * one_minus_exp(x)  # max(a, b) - min(a, b)
-    difference = zero_where(larger, tl.where(log_ratio > 0, shrink, -shrink))
-    a = tl.where(log_ratio > 0, larger * exp(-x), larger)
+    """Return (a (la - lb) + (b - a), b - a), where log_ratio = lb - la; b - a = (a + b) tanh(log_ratio / 2) near 0."""
+    a = exp(la)
+    b = exp(lb)
+    x = log_ratio * 0.5
+    x2 = x * x
+    series = 1 - x2 * (1 / 3 - x2 * (2 / 15 - x2 * (17 / 315 - x2 * (62 / 2835))))
+    difference = tl.where(x2 < 0.0625, (a + b) * (x * series), b - a)
     return tl.where(a == 0, difference, difference - a * log_ratio), difference
 
 
