@@ -5,8 +5,7 @@ mixture for "jsd", every divergence is a sum of terms a (la - lb) + (b - a). The
 vocabulary, and makes rounding errors in the normalisers count squared: rows that are equal up to rounding give about
 1e-13, not 1e-7 (generalised KL divergence; Csiszar 1975). And b - a is computed as max(a, b) expm1(-|lb - la|) with the
 sign of lb - la, in Triton as (a + b) tanh((lb - la) / 2), which cancel nothing; for forward KL it is the gradient as
-well. For the others the gradient is made
-of a score h, of which the mean under the student is subtracted:
+well. For the others the gradient is made of a score h, of which the mean under the student is subtracted:
 
     divergence      value                                   d value / d (student logit / T)
     forward_kl      KL(p || q)                              q - p
