@@ -21,6 +21,7 @@ from disc_kernels.linear_kl.rows.triton_math import DIVERGENCE_CODES
 
 ARCHITECTURES = (80, 90, 100)
 ROW_STATISTICS = ("divergence_ptr", "student_entropy_ptr", "teacher_entropy_ptr", "agreement_ptr")
+ROW_OPTIONS = {"num_warps": triton_softmax.NUM_WARPS, "maxnreg": triton_softmax.MAX_REGISTERS}
 SHARD_POINTERS = ("shard_normalisers_ptr", "normalisers_ptr", "mean_score_ptr")
 
 
@@ -56,7 +57,7 @@ def compare_rows(
     types = {"gradient_ptr": f"*{gradient}", "inverse_index_ptr": "*i64"}
     types |= {"student_bias_ptr": "*bf16", "teacher_bias_ptr": "*bf16"}
     kernel = triton_backend._compare_rows_kernel
-    return Variant(kernel, name, types, constants | dict.fromkeys(absent), {"num_warps": triton_softmax.NUM_WARPS})
+    return Variant(kernel, name, types, constants | dict.fromkeys(absent), ROW_OPTIONS)
 
 
 def shard_pass(number: int, divergence: str, gradient: str | None, everything: bool = True) -> Variant:
@@ -68,9 +69,7 @@ def shard_pass(number: int, divergence: str, gradient: str | None, everything: b
     }[number]
     what = ", everything" if everything else ""
     name = f"shard, pass {number}, {divergence}{what}"
-    variant = compare_rows(name, divergence, gradient, everything, absent=absent)
-    bound = {"maxnreg": triton_backend.MAX_SHARD_REGISTERS} if number == 2 else {}
-    return variant._replace(options=variant.options | bound)
+    return compare_rows(name, divergence, gradient, everything, absent=absent)
 
 
 def normalise_rows(name: str, weights: str | None, remainder: bool, everything: bool) -> Variant:
@@ -87,8 +86,7 @@ def normalise_rows(name: str, weights: str | None, remainder: bool, everything: 
         "bias_ptr": "*bf16",
         "other_bias_ptr": "*bf16",
     }
-    options = {"num_warps": triton_softmax.NUM_WARPS, "maxnreg": triton_softmax.MAX_REGISTERS}
-    return Variant(triton_softmax._normalise_rows_kernel, name, types, constants, options)
+    return Variant(triton_softmax._normalise_rows_kernel, name, types, constants, ROW_OPTIONS)
 
 
 def multiply(dtype: str) -> Variant:

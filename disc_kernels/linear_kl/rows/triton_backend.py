@@ -27,17 +27,20 @@ from disc_kernels.linear_kl.rows.triton_math import (
     online_exp,
     zero_where,
 )
-from disc_kernels.linear_kl.rows.triton_softmax import MAX_BLOCK_V, NUM_WARPS, bias_stride, load_logits, normalise_rows
+from disc_kernels.linear_kl.rows.triton_softmax import (
+    MAX_BLOCK_V,
+    MAX_REGISTERS,
+    NUM_WARPS,
+    bias_stride,
+    load_logits,
+    normalise_rows,
+)
 
 __all__ = ["BLOCK_ENTRIES", "BLOCK_TEMPORARIES", "compare_rows", "multiplied", "normalise_rows"]
 
 # Nothing but registers: the plan need not reserve memory.
 BLOCK_ENTRIES = {"cpu": 0, "cuda": 0}
 BLOCK_TEMPORARIES = 0
-
-# Left to itself, ptxas spills a few registers of a shard's second pass to keep it at 64. With a bound that it does not
-# come near it takes 70 to 91, and none is spilled.
-MAX_SHARD_REGISTERS = 96
 
 # Pointers to a few numbers a row: a chunk's rows of them start at an aligned address or not, by M, which is no reason
 # to compile anew.
@@ -277,7 +280,7 @@ def compare_rows(
         ONE_HEAD=problem.one_head,
         BLOCK_V=min(MAX_BLOCK_V, triton.next_power_of_2(vocab_size)),
         num_warps=NUM_WARPS,
-        maxnreg=None if normalisers is None or stats is None else MAX_SHARD_REGISTERS,
+        maxnreg=MAX_REGISTERS,
     )
 
 
