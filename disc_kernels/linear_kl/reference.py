@@ -14,9 +14,9 @@ from torch import Tensor
 from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
 from disc_kernels.linear_kl.reduction import row_factors, weighted_sum
 
-# A teacher's rest beside its top k is 1 less a sum of probabilities, which float32 knows to about 1e-7. With less than
-# that, reverse KL would be infinite wherever rounding made the sum 1. (TRL has this bound too.)
-SMALLEST_TAIL = 1e-7
+# The least that a teacher leaves beside its top k: 1 less a sum of probabilities, which float32 knows to about 1e-7.
+# Without it reverse KL would be infinite wherever rounding made the sum 1. (TRL has it for all divergences.)
+SMALLEST_TAIL = {"forward_kl": 0.0, "reverse_kl": 1e-7, "jsd": 0.0}
 
 
 def reference_suffix_kl(problem: Problem) -> tuple[Tensor, SuffixKLStats]:
@@ -62,7 +62,7 @@ def _topk_outcomes(problem: Problem, log_q: Tensor) -> tuple[Tensor, Tensor]:
     all_listed = taken_out.all(1, keepdim=True)
     tail = log_q.masked_fill(taken_out, -torch.inf).masked_fill(all_listed, 0.0).logsumexp(-1, keepdim=True)
     tail = tail.masked_fill(all_listed, -torch.inf)
-    smallest = torch.full_like(tail, SMALLEST_TAIL).masked_fill(tail == -torch.inf, 0.0)
+    smallest = torch.full_like(tail, SMALLEST_TAIL[problem.divergence]).masked_fill(tail == -torch.inf, 0.0)
     rest = torch.maximum(1 - log_p.exp().sum(-1, keepdim=True), smallest).masked_fill(all_listed, 0.0)
     return torch.cat([named, tail], 1).log_softmax(-1), torch.cat([log_p, rest.log()], 1).log_softmax(-1)
 

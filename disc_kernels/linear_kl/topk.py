@@ -42,7 +42,7 @@ def fused_topk_kl(
         listed_q = log_q.gather(1, topk_ids)
         # tail="bucket": K + 1 outcomes, of which the last is the rest of the vocabulary
         rest_q = logsumexp(log_q.scatter(1, topk_ids, -inf), -1, keepdim=True)
-        rest_p = log(clamp(1 - topk_logprobs.exp().sum(-1, keepdim=True), min=1e-7))     # none where K == vocab_size
+        rest_p = log(clamp(1 - topk_logprobs.exp().sum(-1, keepdim=True), min=0))    # reverse_kl: min=1e-7, if K < V
         log_q, log_p = log_softmax(cat([listed_q, rest_q], -1), -1), log_softmax(cat([topk_logprobs, rest_p], -1), -1)
         # tail="renormalise": K outcomes
         log_q, log_p = log_softmax(listed_q, -1), log_softmax(topk_logprobs, -1)

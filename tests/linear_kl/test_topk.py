@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from disc_kernels import LogitTransform, fused_suffix_kl, fused_topk_kl
+from disc_kernels.linear_kl.reference import SMALLEST_TAIL
 from tests.linear_kl.topk_cases import STUDENT, assert_accurate, build, everything, oracle
 
 
@@ -240,7 +241,7 @@ def test_the_comparison_rejects_other_options(other):
 
 def test_a_wrong_tail_would_show(monkeypatch):
     """Were the tail's own gradient left out, or its mass taken from the teacher."""
-    monkeypatch.setattr("disc_kernels.linear_kl.rows.topk.SMALLEST_TAIL", 0.5)
+    monkeypatch.setitem(SMALLEST_TAIL, "forward_kl", 0.5)
     case = build()
     with pytest.raises(AssertionError, match="off by"):
         assert_accurate(case.fused("torch"), case)

@@ -134,16 +134,20 @@ def _row(q: Tensor, ids: Tensor, logprobs: Tensor, tail: str, divergence: str, b
     others[ids] = False
     outcomes = [q[ids]]
     if tail == "bucket" and others.any():
-        p = torch.cat([p, (1 - p.sum()).clamp(min=1e-7).view(1)])
+        p = torch.cat([p, (1 - p.sum()).clamp(min=1e-7 * (divergence == "reverse_kl")).view(1)])
         outcomes.append(q[others].sum().view(1))
     q = torch.cat(outcomes)
     p, q = p / p.sum(), q / q.sum()
     if divergence == "forward_kl":
-        return (p * (p / q).log()).sum()
+        return _kl(p, q)
     if divergence == "reverse_kl":
-        return (q * (q / p).log()).sum()
+        return _kl(q, p)
     m = beta * p + (1 - beta) * q
-    return beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+    return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * torch.where(p > 0, p / q, 1.0).log()).sum()
 
 
 def assert_accurate(got: list[Tensor], case: Case) -> None:

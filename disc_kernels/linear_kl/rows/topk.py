@@ -53,7 +53,7 @@ def compare_topk_rows(
     if group is not None:
         entries = group.entries
         named, tail, share = group.merge_outcomes(named, tail)
-    log_q, log_p = _outcomes(named, tail, logprobs, listed, entries)
+    log_q, log_p = _outcomes(named, tail, logprobs, listed, entries, SMALLEST_TAIL[problem.divergence])
     log_ratio = (log_q - log_p).masked_fill_(log_q == log_p, 0.0)  # both may be -inf
     stats.divergence[:], score = divergence_and_score(log_q, log_p, log_ratio, problem)
     if gradient is None or problem.vocab_size == 0:
@@ -121,7 +121,7 @@ def _normalise_tail(
 
 
 def _outcomes(
-    named: Tensor, tail: Tensor | None, logprobs: Tensor, listed: Tensor, entries: int
+    named: Tensor, tail: Tensor | None, logprobs: Tensor, listed: Tensor, entries: int, smallest_tail: float
 ) -> tuple[Tensor, Tensor]:
     """Return log-probabilities of the outcomes, student's and teacher's, [R, K + 1], or [R, K] without a tail."""
     logits = logprobs.double()
@@ -130,7 +130,7 @@ def _outcomes(
         outcomes = (x.log_softmax(-1).masked_fill_(~listed, -torch.inf) for x in (named, logits))
     else:
         # Where a student has no rest either, rounding alone should not say that the teacher has one.
-        smallest = torch.full_like(tail, SMALLEST_TAIL).masked_fill(tail == -torch.inf, 0.0)
+        smallest = torch.full_like(tail, smallest_tail).masked_fill(tail == -torch.inf, 0.0)
         rest = torch.maximum(1 - logits.exp().sum(-1), smallest)
         rest = torch.where(listed.sum(-1) == entries, 0.0, rest).log()
         pairs = (named, tail), (logits, rest)
