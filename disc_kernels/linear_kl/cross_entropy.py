@@ -1,8 +1,7 @@
-"""Compute cross-entropy over the vocabulary without logits of all rows: the KL divergence from a one-hot teacher.
+"""Compute cross-entropy over the vocabulary without logits of all rows: the KL divergence from a certain teacher.
 
-A distribution p with all its mass on token t has no entropy, so KL(p || q) = -log q_t, and `fused_suffix_kl` does all
-there is to do. Such a teacher needs no model, only a head of some 18 columns: labels are written in binary, with the
-digits -1 and 1, and a token's product with itself is larger than with any other.
+A distribution p with all its mass on token t has no entropy, so KL(p || q) = -log q_t: a top k of one entry, whose
+log-probability is 0, and `fused_topk_kl` does all there is to do.
 
 Liger's fused linear cross-entropy (0.8.5) rounds logits to the weights' 16 bits, and torch's `linear_cross_entropy`
 (2.13) has no softcap and rounds each row's loss to the hidden states' dtype.
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from disc_kernels.autocast import autocast_dtype
 from disc_kernels.host import to_device
-from disc_kernels.linear_kl.api import fused_suffix_kl
 from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead
 from disc_kernels.linear_kl.ranks.agreement import divided_vocabulary
 from disc_kernels.linear_kl.ranks.dtensor import local_tensors, vocabulary_group
+from disc_kernels.linear_kl.topk import fused_topk_kl
 from disc_kernels.linear_kl.validation import (
     check_entries,
     check_head,
@@ -33,10 +32,6 @@ from disc_kernels.linear_kl.validation import (
     check_vocab_size,
     is_traced,
 )
-
-# Codes of different tokens have products that are smaller by at least 2: exp(-2 * 512) is 0, in float64 too. Anything
-# above would meet the -log 0 of an entry that a bias of -inf takes out, and the loss be infinite.
-ONE_HOT = LogitTransform(scale=512.0)
 
 
 @dataclass(frozen=True)
@@ -86,8 +81,7 @@ def fused_cross_entropy(
         bias: `[V]`; an entry of -inf takes the entry out.
         transform: `LogitTransform(scale, softcap)`, what the model does to its head's output; None: nothing.
         vocab_size: the first `vocab_size` entries only (a padded vocabulary).
-        vocab_group, max_workspace_bytes, impl: as for `fused_suffix_kl`, DTensors too; the workspace is beyond two
-            small tables, of ceil(log2 V) numbers a token and an entry.
+        vocab_group, max_workspace_bytes, impl: as for `fused_suffix_kl`, DTensors too.
 
     Returns:
         The loss in nats: a scalar, or for "none" a tensor of the shape of `labels`; float32, or float64 where hidden
@@ -108,45 +102,42 @@ def fused_cross_entropy(
     head = local_tensors(head, vocab_group)
     check = partial(_check, hidden, head, labels, ignore_index, row_weight, transform, vocab_group is not None)
     if vocab_group is None:
-        first, total = 0, check()
+        total = check()
     else:
         options: dict[str, Any] = {"ignore_index": ignore_index, "row_weight": row_weight, "reduction": reduction}
-        # The rest of the call has them by the names of `fused_suffix_kl`, or not at all.
+        # The rest of the call has them by the names of `fused_topk_kl`, or not at all.
         options |= {"labels": labels, "transform": transform, "vocab_size": vocab_size, "impl": impl}
-        first, total = divided_vocabulary(vocab_group, check, options)
+        total = divided_vocabulary(vocab_group, check, options)
     entries = check_vocab_size(vocab_size, {"weight": total})
     counts = labels != ignore_index
-    # In binary, a label out of range would look like another one.
     tokens = check_index("labels", torch.where(counts, labels, 0).flatten(), entries, "the vocabulary", hidden.device)
     if is_traced(tokens) and not tokens.is_meta:  # and what its values are is checked when the graph runs
         in_range = ((tokens >= 0) & (tokens < entries)).all()
         torch._assert_async(
             in_range, f"labels: expected rows from 0 to {entries - 1} of the vocabulary, got a row outside"
         )
-    own_tokens = torch.arange(first, first + len(head.student_weight), device=hidden.device)
     if row_weight is not None:
         row_weight = row_weight.reshape(labels.shape)
     counts_there = to_device(counts, hidden.device)
     skip = labels.device.type == "cpu" and reduction != "none" and impl != "reference"
     if not skip:
         row_weight = counts_there if row_weight is None else row_weight * counts_there
-    loss = fused_suffix_kl(
+    certain = torch.where(counts_there, 0.0, -torch.inf)
+    loss = fused_topk_kl(
         hidden,
         head.student_weight,
-        _binary(tokens, total, hidden.dtype).unflatten(0, labels.shape),
-        _binary(own_tokens, total, hidden.dtype),
+        tokens.reshape(*labels.shape, 1),
+        certain.unsqueeze(-1),
         row_weight=row_weight,
         mask=counts if skip else None,
         reduction=reduction,
         student_bias=head.student_bias,
         student_transform=transform,
-        teacher_transform=ONE_HOT,
         vocab_size=vocab_size,
         vocab_group=vocab_group,
         max_workspace_bytes=max_workspace_bytes,
         impl=impl,
     )
-    assert isinstance(loss, Tensor)
     return loss if reduction != "none" else torch.where(counts_there, loss.reshape(labels.shape), 0)
 
 
@@ -159,7 +150,7 @@ def _check(
     transform: LogitTransform | None,
     sharded: bool,
 ) -> int:
-    """Check what `fused_suffix_kl` would call by a student's names; return how many rows the weight has."""
+    """Check what `fused_topk_kl` would call by a student's names; return how many rows the weight has."""
     device = check_tensor("hidden", hidden).device
     if sharded and is_traced(hidden):
         raise NotImplementedError("vocab_group: expected None under torch.compile and torch.export")
@@ -175,13 +166,3 @@ def _check(
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels: expected dtype torch.int64 or torch.int32, got {labels.dtype}")
     return len(model.weight)
-
-
-def _binary(tokens: Tensor, entries: int, dtype: torch.dtype) -> Tensor:
-    """Write tokens [M] in binary, with the digits -1 and 1: [M, ceil(log2(entries))].
-
-    The product of two such rows is their length less twice the number of digits in which they differ, an integer that
-    every dtype holds exactly: largest for a token and itself.
-    """
-    places = torch.arange(max(1, (entries - 1).bit_length()), device=tokens.device)
-    return ((tokens[:, None] >> places) & 1).to(dtype) * 2 - 1

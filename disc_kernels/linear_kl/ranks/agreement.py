@@ -79,8 +79,8 @@ def _with_entries(problem: S, entries: int) -> S:
     return replace(problem, **{name: replace(head, vocab_size=entries) for name, head in heads.items()})
 
 
-def divided_vocabulary(vocab_group: Any, check: Callable[[], int], arguments: dict[str, Any]) -> tuple[int, int]:
-    """Return the first token of this rank's shard of a head, and how many tokens all ranks have.
+def divided_vocabulary(vocab_group: Any, check: Callable[[], int], arguments: dict[str, Any]) -> int:
+    """Return how many tokens a head has on all ranks together.
 
     `check` returns how many this rank has, or raises; then all ranks do, as in `agree`, and where `arguments` differ.
     """
@@ -90,8 +90,7 @@ def divided_vocabulary(vocab_group: Any, check: Callable[[], int], arguments: di
         here = Rank(described, head_rows={"weight": check()})
     except Exception as error:
         failure, here = error, Rank(described, failure=f"{type(error).__name__}: {error}")
-    rows = [rank.head_rows["weight"] for rank in _exchange(group, here, failure)]
-    return sum(rows[: group.group.rank()]), sum(rows)
+    return sum(rank.head_rows["weight"] for rank in _exchange(group, here, failure))
 
 
 def _exchange(group: VocabGroup, here: Rank, failure: Exception | None) -> list[Any]:
