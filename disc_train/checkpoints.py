@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from disc_train.config import LoopArguments
 from disc_train.flags import check_folder
+from disc_train.loop_config import LoopArguments
 from disc_train.models.adapters import has_adapters, load_adapters
 from disc_train.models.saving import convert, copy_processor, write_dtype
 from disc_train.parallel.sharding import free_gathered_parameters, local_part

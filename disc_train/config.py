@@ -1,27 +1,17 @@
-"""Define the settings of `disc-train`: what is trained on what, and transformers' own for the loop."""
+"""Define the settings of `disc-train` and `disc-cache`: what is trained on what; `loop_config.py` has the loop's."""
 
-import json
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from datetime import timedelta
 from typing import Literal
-
-import torch
-from accelerate import PartialState
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
+from disc_train.loop_config import MEASURED, CacheLoopArguments, LoopArguments
 from disc_train.models.pretrained import TRUST_HELP
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
-from disc_train.parallel.launch import check_launch, processes_started
 
 # Which methods have a use for a flag, and which flag another needs: one that would change nothing is refused.
 DOCUMENT_METHODS = tuple(method for method in OBJECTIVES if method != "cd")
@@ -40,7 +30,6 @@ FLAGS_OF_REPLAY_BY_KL = (
     *("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"),
     *("teacher", "teacher_name_or_path", "teacher_cache"),
 )
-MEASURED = ("loss", "cross_entropy", "kl")  # of held-out examples, see `disc_train.objectives.held_out`; less is better
 FLAG_NEEDED_BY = {
     "lora_alpha": "lora_rank",
     "probe_steps": "probes_file",
@@ -253,114 +242,6 @@ class DiscArguments:
 
 
 @dataclass
-class LoopArguments(TrainingArguments):
-    """Extend `transformers.TrainingArguments` by defaults that suit distillation; every flag can be given."""
-
-    learning_rate: float = flag("The initial learning rate (the authors' for models of 7B parameters).", 3e-6)
-    logging_steps: float = flag(
-        "Log every so many steps; below 1: a share of all steps. Beside the loss: packing_efficiency, the share of"
-        " tokens that are not padding, and packing_saving, how many times fewer are read than with a sequence for every"
-        " target.",
-        10,
-    )
-    logging_first_step: bool = flag("Log the first step's loss as well.", True)
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.accelerator.is_available,
-        metadata={"help": "Copy batches through pinned memory. On where there is an accelerator to copy to."},
-    )
-    dataloader_num_workers: int = field(
-        default_factory=lambda: int(torch.accelerator.is_available()),
-        metadata={
-            "help": "Processes that collate the next batches. One where there is an accelerator, which is enough for"
-            " models from 500 million parameters on. None elsewhere: it would take a core from the training."
-        },
-    )
-    early_stopping_patience: int = flag(
-        "--load_best_model_at_end: stop after so many evaluations in a row that are no better than the best; 0: never.",
-        0,
-    )
-    resume_from_checkpoint: str | None = flag(
-        "A checkpoint, a folder of them, or true: the last one in --output_dir. Where there is none yet, true begins"
-        " anew, so it can always be given."
-    )
-    logging_nan_inf_filter: bool = flag(
-        "Hide losses that are not finite from the logs. Off, since the training stops at the first one.", False
-    )
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("--output_dir: expected the folder for checkpoints and the trained model, got none")
-        check_flag(
-            *(self, "train_sampling_strategy", self.train_sampling_strategy in ("random", "sequential")),
-            "random or sequential (documents of any lengths are packed with hardly any padding)",
-        )
-        self._check_numbers()
-        self._check_json()
-        self._check_evaluation()
-        if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
-            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
-        if processes_started() > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else accelerate would take each process for a run of its own
-        if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
-            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
-        if self.disable_tqdm is None and not sys.stderr.isatty():
-            self.disable_tqdm = True  # the logs are printed as plain lines
-        super().__post_init__()
-        check_launch(self)
-        missing = set(self.report_to or ()) - set(get_available_reporting_integrations())
-        if missing:
-            raise ValueError(
-                f"--report_to: expected none, or loggers that are installed, got {', '.join(sorted(missing))}:"
-                " pip install 'disc-kernels[log]' installs TensorBoard"
-            )
-
-    def _check_numbers(self) -> None:
-        """Raise ValueError for a number that transformers or PyTorch would refuse late, or without naming its flag."""
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_flag(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
-            check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
-        for name in ("adam_beta1", "adam_beta2"):
-            check_flag(self, name, 0 <= getattr(self, name) < 1, "a number from 0 to 1, less than 1")
-        for name in ("save_steps", "eval_steps", "logging_steps"):
-            check_flag(self, name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number")
-        check_flag(self, "label_smoothing_factor", self.label_smoothing_factor == 0, "0, no method has it")
-        if self.max_steps <= 0:
-            check_flag(self, "num_train_epochs", 0 < self.num_train_epochs < math.inf, "a positive, finite number")
-
-    def _check_json(self) -> None:
-        """Raise ValueError for a flag that should be JSON and is none, or has fields that accelerate does not know."""
-        for name in self._VALID_DICT_FIELDS:
-            value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
-                try:
-                    value = json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"--{name}: expected JSON, got {value}: {error}") from error
-            if name == "accelerator_config" and isinstance(value, dict):
-                try:
-                    AcceleratorConfig(**value)
-                except TypeError as error:
-                    raise ValueError(f"--{name}: expected fields of AcceleratorConfig, got: {error}") from error
-
-    def _check_evaluation(self) -> None:
-        """Raise ValueError for a flag that needs an evaluation where there is none; the best model has the least."""
-        for name in ("do_eval", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
-            if getattr(self, name) and self.eval_strategy == "no":
-                raise ValueError(f"--{name} needs --eval_file and --eval_strategy, got it without")
-        check_flag(self, "early_stopping_patience", self.early_stopping_patience >= 0, "0 (never) or more")
-        if self.early_stopping_patience and not self.load_best_model_at_end:
-            raise ValueError("--early_stopping_patience needs --load_best_model_at_end true, got it without")
-        if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ValueError("--save_strategy best needs --eval_file and --eval_strategy, got it without")
-        if self.save_strategy == "best" and not (self.metric_for_best_model or self.load_best_model_at_end):
-            raise ValueError("--save_strategy best needs --metric_for_best_model, got it without")
-        # transformers takes all but losses for what should be large.
-        if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in MEASURED:
-            self.greater_is_better = False
-
-
-@dataclass
 class CacheArguments(DiscArguments):
     """Hold the same for `disc-cache`, which is always about a cache."""
 
@@ -370,13 +251,6 @@ class CacheArguments(DiscArguments):
         if self.teacher_cache is None:
             raise ValueError("--teacher_cache: expected the folder to fill, got none")
         super().__post_init__()
-
-
-@dataclass
-class CacheLoopArguments(LoopArguments):
-    """Hold the same for `disc-cache`, which trains nothing."""
-
-    output_dir: str | None = flag("Not used: nothing is trained.", os.curdir)
 
 
 def parse_arguments(argv: Sequence[str], command: str = "disc-train") -> tuple[DiscArguments, LoopArguments]:

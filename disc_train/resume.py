@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from disc_train.config import DiscArguments, LoopArguments
+from disc_train.config import DiscArguments
 from disc_train.data.training_data import TrainingData
+from disc_train.loop_config import LoopArguments
 from disc_train.parallel.agreement import describe_data
 
 SETTINGS_FILE = "disc_train_settings.json"

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from transformers.trainer import TRAINER_STATE_NAME
 
-from disc_train.config import DiscArguments, LoopArguments, parse_arguments
+from disc_train.config import DiscArguments, parse_arguments
 from disc_train.flags import flag_names, read_config
+from disc_train.loop_config import LoopArguments
 from disc_train.parallel.launch import processes_started
 from disc_train.parallel.termination import Terminated
 

@@ -8,9 +8,10 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from disc_train.config import DiscArguments, LoopArguments
+from disc_train.config import DiscArguments
 from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import TrainingData
+from disc_train.loop_config import LoopArguments
 from disc_train.models.causal_lm import check_vocabulary, use_attention
 from disc_train.models.live_teacher import load_teacher, teacher_dtype, teacher_or_base_model
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER

@@ -19,7 +19,8 @@ ROOMS = [
     *(f"disc_kernels.{room}" for room in ("host", "autocast", "linear_kl", "frozen_head", "shared_prefix")),
     *(f"disc_kernels.{room}" for room in ("hf", "integrations")),
     *(f"disc_train.{room}" for room in ("flags", "data", "packing", "models", "teacher_cache", "objectives")),
-    *(f"disc_train.{room}" for room in ("config", "summary", "teacher_from_flags", "generation", "evaluation")),
+    *(f"disc_train.{room}" for room in ("loop_config", "config", "summary", "teacher_from_flags")),
+    *(f"disc_train.{room}" for room in ("generation", "evaluation")),
     *(f"disc_train.{room}" for room in ("resume", "checkpoints", "trainer", "cost", "run", "sweep", "cli")),
 ]
 # What puts a training set together from a run's settings, and what names a model whose tokenizer cannot be read.

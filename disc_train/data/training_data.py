@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from disc_train.config import DiscArguments, LoopArguments
+from disc_train.config import DiscArguments
 from disc_train.data.chunks import chunk_document
 from disc_train.data.context_length import ContextLength, check_lengths, context_length
 from disc_train.data.contexts import FIELDS, make_examples
@@ -21,6 +21,7 @@ from disc_train.data.records import read_records
 from disc_train.data.sequence_start import bos_prefix, describe_start
 from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import Templates, read_templates
+from disc_train.loop_config import LoopArguments
 from disc_train.summary import (
     describe_documents,
     describe_other_files,

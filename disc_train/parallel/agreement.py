@@ -12,8 +12,9 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from disc_train.config import DiscArguments, LoopArguments
+from disc_train.config import DiscArguments
 from disc_train.data.dataset import ExampleDataset
+from disc_train.loop_config import LoopArguments
 
 PER_PROCESS_SETTINGS = {"local_rank", "disable_tqdm"}  # the latter: where stderr goes
 

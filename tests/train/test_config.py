@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from disc_train.config import DiscArguments, LoopArguments, parse_arguments
+from disc_train.config import DiscArguments, parse_arguments
+from disc_train.loop_config import LoopArguments
 
 ROOT = Path(__file__).parents[2]
 REQUIRED = ["--model_name_or_path", "m", "--train_file", "f.jsonl", "--output_dir", "o", "--use_cpu", "true"]
