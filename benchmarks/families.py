@@ -178,14 +178,14 @@ def _per_layer(value: Any, layers: int) -> bool:
     return isinstance(value, list) and layers > 2 and len(value) == layers
 
 
-def make_model(config: PreTrainedConfig) -> PreTrainedModel:
+def make_model(config: PreTrainedConfig, kind: Any = AutoModelForCausalLM, largest: int = LARGEST) -> PreTrainedModel:
     """Make a model whose attention is far from uniform, so that a wrong mask shows."""
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    if size > LARGEST:
+        size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
+    if size > largest:
         raise ValueError(f"{size:,} parameters")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = kind.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

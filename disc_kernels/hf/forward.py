@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+# By which value of their config models divide what their head is given.
+_DIVISORS_OF_HIDDEN = {"inkling_text": "logits_mup_width_multiplier", "minicpm3": "logits_scaling"}
+
 
 def last_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     """Run a causal language model without its output head; return what the head would have been given, `[..., D]`.
@@ -112,6 +115,16 @@ def decoder_of(model: Any) -> nn.Module:
             " the loss needs their hidden states, so models of this family cannot be trained or read"
         )
     return decoder
+
+
+def run_decoder(model: Any, **inputs: Any) -> Tensor:
+    """Run the part of a model that reads text, by itself; return what the head is given, `[..., D]`.
+
+    Unlike `last_hidden_states` it leaves out whatever else the model's forward does, such as to masks and images.
+    """
+    hidden: Tensor = decoder_of(model)(**inputs).last_hidden_state
+    divisor = _DIVISORS_OF_HIDDEN.get(model.config.model_type)
+    return hidden if divisor is None else hidden / getattr(model.config, divisor)
 
 
 def not_called(model: nn.Module) -> str:

@@ -14,12 +14,13 @@ from disc_kernels.linear_kl.inputs import LogitTransform, OutputHead
 
 # What configs call the factors that logits are multiplied with (Cohere, Falcon-H1, Muse Glimmer) or divided by
 # (Granite), and the soft cap that follows (Gemma, xLSTM, Jev).
-_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling",)
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
-# Models that multiply by what others divide by, and models whose config has a factor that they do not use.
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "softcap")
+# Models that multiply by what others divide by, and classes that do nothing to them, whatever their config
+# says (MiniCPM3 divides the hidden states).
 _MULTIPLIES = {"hyperclovax"}
-_USES_NO_FACTOR = {"mpt"}
+_DO_NOTHING = {"Gemma3ForConditionalGeneration", "MiniCPM3ForCausalLM", "MptForCausalLM"}
 
 
 def output_head(model: nn.Module) -> OutputHead:
@@ -69,19 +70,19 @@ def output_head(model: nn.Module) -> OutputHead:
             bias = scale * b.bias if bias is None else bias + (scale * b.bias).to(bias.dtype)
     config = causal_lm.config.get_text_config()
     entries = min(weight.shape[0], getattr(config, "unpadded_vocab_size", None) or weight.shape[0])
-    return OutputHead(weight, bias, _logit_transform(config), entries)
+    ignored = any(kind.__name__ in _DO_NOTHING for kind in type(causal_lm).__mro__)
+    return OutputHead(weight, bias, LogitTransform() if ignored else _logit_transform(config), entries)
 
 
 def _logit_transform(config: Any) -> LogitTransform:
     """Read from a config what its model does to its logits."""
     scale = 1.0
-    if config.model_type not in _USES_NO_FACTOR:
-        for name in _FACTORS:
-            scale *= getattr(config, name, None) or 1.0
-    for name in _DIVISORS:
+    for name in FACTORS:
+        scale *= getattr(config, name, None) or 1.0
+    for name in DIVISORS:
         factor = getattr(config, name, None) or 1.0
         scale = scale * factor if config.model_type in _MULTIPLIES else scale / factor
-    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
     return LogitTransform(scale=scale, softcap=softcap)
 
 

@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from disc_kernels import SharedPrefixLayout
 from disc_kernels.hf import output_head
-from disc_kernels.hf.forward import decoder_of, run_as_forward
+from disc_kernels.hf.forward import run_as_forward, run_decoder
 from disc_kernels.hf.head import check_logits, logits_of
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
 from disc_train.models.adapters import base_of_adapter, merge_adapter, put_adapter
@@ -84,7 +84,7 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefi
     """
 
     def decode() -> Tensor:
-        hidden = decoder_of(model)(**_inputs(model, input_ids, layout)).last_hidden_state
+        hidden = run_decoder(model, **_inputs(model, input_ids, layout))
         return run_as_forward(model.get_output_embeddings(), lambda hidden: hidden, hidden)
 
     return run_as_forward(model, decode)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from disc_kernels.hf.forward import decoder_of
+from disc_kernels.hf.forward import decoder_of, run_decoder
 
 
 def freeze_unread(model: PreTrainedModel) -> None:
@@ -30,7 +30,7 @@ def uses_all_parameters(model: PreTrainedModel) -> bool:
     model.eval()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with torch.enable_grad():
-        hidden = decoder_of(model)(input_ids=token, use_cache=False).last_hidden_state
+        hidden = run_decoder(model, input_ids=token, use_cache=False)
         pending = [model.get_output_embeddings()(hidden).grad_fn]
     model.train(training)
     used, seen = set(), set()
