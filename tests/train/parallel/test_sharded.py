@@ -226,3 +226,12 @@ def test_without_accelerators_nothing_could_be_sharded(start):
     assert run.wait() == [1, 1]
     assert "--fsdp: expected an accelerator in every process" in run.logs[0]
     assert "got 2 on cpu: leave it out" in run.logs[0]
+
+
+def test_a_cached_teacher(train, tmp_path):
+    """Its head is whole on every process, while the student's is divided; one process fills the cache."""
+    cached = ("--teacher", "cache", "--teacher_cache", tmp_path / "cache", "--teacher_cache_dtype", "float32")
+    whole, parts = train("whole", *_batch(4)), train("parts", *_batch(2), *cached, world=2)
+    assert "teacher       not in memory, but for its head" in (parts / "log").read_text()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
