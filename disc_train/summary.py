@@ -317,6 +317,7 @@ def describe_next_steps(disc: DiscArguments, args: TrainingArguments, adapters: 
     if texts:
         command += ["--reference_name_or_path", disc.model_name_or_path, "--texts_file", *texts]
         command += ["--text_column", disc.text_column] if disc.text_column != "text" else []
+    command += ["--trust_remote_code"] if disc.trust_remote_code else []
     command += ["--output_dir", f"{args.output_dir}/evaluation", *(["--use_cpu"] if args.use_cpu else [])]
     more = "with --probes_file" + ("" if texts else " or --texts_file") + ": what to ask the model, or to have it read"
     lines = [("next", shlex.join(map(str, command))), ("", more)]

@@ -1,6 +1,7 @@
 """Models that bring code of their own."""
 
 import json
+import re
 
 import pytest
 
@@ -37,7 +38,9 @@ def test_their_code_runs_if_it_is_trusted(own_model, disc_train, fails, tmp_path
     assert REFUSED in fails("--max_steps", 1)
     trusted = ("--trust_remote_code", "true")
     assert disc_train("--max_steps", 1, *trusted) == 0
-    assert "student       OwnForCausalLM" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "student       OwnForCausalLM" in out
+    assert re.search("disc-eval .* --trust_remote_code ", out)
     text = write_jsonl(tmp_path / "texts.jsonl", {"text": "It opened in the spring."})
     of_model = ("--model_name_or_path", own_model, "--use_cpu")
     measured = [*map(str, (*of_model, "--texts_file", text, "--output_dir", tmp_path / "measured"))]
