@@ -311,8 +311,9 @@ def _describe_outcome(
         pace += f"; stopped early, of {trainer.state.max_steps:,}: evaluations got no better"
     lines = [("steps", f"{steps}{pace}")]
     if losses:
-        ends = f"{losses[0]:.4f} -> {losses[-1]:.4f}"
-        lines.append(("loss", f"{ends}, {describe_method(disc)}, of the first and last logged steps"))
+        which = "of the first and last logged steps" if len(losses) > 1 else "of the one logged step"
+        ends = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((losses[0], losses[-1])))
+        lines.append(("loss", f"{ends}, {describe_method(disc)}, {which}"))
     if before and after:
         was, is_ = fmean(before.divergence), fmean(after.divergence)
         share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""

@@ -319,8 +319,11 @@ def describe_next_steps(disc: DiscArguments, args: TrainingArguments, adapters: 
         command += ["--text_column", disc.text_column] if disc.text_column != "text" else []
     command += ["--trust_remote_code"] if disc.trust_remote_code else []
     command += ["--output_dir", f"{args.output_dir}/evaluation", *(["--use_cpu"] if args.use_cpu else [])]
-    more = "with --probes_file" + ("" if texts else " or --texts_file") + ": what to ask the model, or to have it read"
-    lines = [("next", shlex.join(map(str, command))), ("", more)]
+    command += ["--probes_file", *disc.probes_file] if disc.probes_file else []
+    lines = [("next", shlex.join(map(str, command)))]
+    if not disc.probes_file:
+        texts_or = "" if texts else "--texts_file (what it is to read) or "
+        lines.append(("", f"to which {texts_or}--probes_file (what it is to be asked) can be added"))
     if adapters:
         lines.append(("in Python", _loading_code(str(args.output_dir))))
     return lines

@@ -34,7 +34,7 @@ def last_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
     def without_head(*args: Any, **kwargs: Any) -> Tensor:
         read: list[Tensor] = []
 
-        def hand_through(hidden: Tensor) -> Tensor:
+        def hand_through(hidden: Tensor, **_: Any) -> Tensor:
             read.append(hidden)
             return hidden
 
@@ -88,7 +88,9 @@ def head_module(model: Any) -> Any:
     Raises:
         ValueError: the model has none.
     """
-    name = type(model).__name__
+    plain = getattr(model, "_orig_mod", model)
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain  # of peft, which passes on the rest
+    name = type(plain).__name__
     get_head = getattr(model, "get_output_embeddings", None)
     encoder = name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.can_generate()
     head = None if get_head is None or encoder else get_head()

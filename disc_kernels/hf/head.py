@@ -103,10 +103,12 @@ def check_output_head(model: nn.Module, input_ids: Tensor) -> None:
     module, both = head_module(causal_lm), []
     forward = module.forward
 
-    def compute_both(hidden: Tensor) -> Tensor:  # here the weight is whole, and autocast as it is for the head
+    def compute_both(
+        hidden: Tensor, **kwargs: Any
+    ) -> Tensor:  # here the weight is whole, and autocast as it is for the head
         head = output_head(causal_lm)
         both.append((head, logits_of(head, hidden)))
-        return forward(hidden)
+        return forward(hidden, **kwargs)
 
     output = run_as_forward(module, compute_both, wrapper=getattr(model, "_orig_mod", model), input_ids=input_ids)
     if not both:

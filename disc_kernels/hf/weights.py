@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 
@@ -16,16 +16,24 @@ def adapters_to_merge(head: Any) -> list[str]:
         ValueError: an adapter adds something that no weight of a linear layer does.
     """
     library, kind = type(head).__module__, type(head).__name__
-    if not library.startswith("peft.") or kind == "ModulesToSaveWrapper" or head.disable_adapters:
+    if not library.startswith("peft.") or kind == "ModulesToSaveWrapper":
         return []
-    merged, weights = getattr(head, "merged_adapters", ()), getattr(head, "lora_A", None)
-    active = [name for name in head.active_adapters if name not in merged and (weights is None or name in weights)]
+    if head.merged:
+        if head.disable_adapters:
+            raise ValueError(
+                "the output head: expected adapters that can be left out, got merged ones: unmerge_adapter()"
+            )
+        return []  # peft then adds no others
+    if head.disable_adapters:
+        return []
+    weights = getattr(head, "lora_A", None)
+    active = [name for name in head.active_adapters if weights is None or name in weights]
     for name in active:
-        if weights is None or name in head.lora_variant:
+        if not isinstance(weights, nn.ModuleDict) or name in head.lora_variant:
+            variant = getattr(head, "lora_variant", {}).get(name)
             raise ValueError(
                 f"the output head's adapter {name!r}: expected plain LoRA, which can be merged into the weight, got"
-                f" {kind if weights is None else type(head.lora_variant[name]).__name__} of peft; leave the head out of"
-                " target_modules"
+                f" {kind if variant is None else type(variant).__name__} of peft; leave the head out of target_modules"
             )
         dropout = getattr(head.lora_dropout[name], "p", 0.0)
         if head.training and dropout:

@@ -59,6 +59,8 @@ def _check_topk(x: SuffixKLInputs, ids: Tensor, device: torch.device) -> Project
         raise ValueError(f"topk_logprobs: expected shape [..., K], K not 0, got {list(logprobs.shape)}")
     if check_tensor("topk_ids", ids).dtype not in (torch.int64, torch.int32):
         raise TypeError(f"topk_ids: expected dtype torch.int64 or torch.int32, got {ids.dtype}")
+    if ids.layout != torch.strided:
+        raise TypeError(f"topk_ids: expected a dense tensor, got layout {ids.layout}")
     if ids.shape != logprobs.shape:
         raise ValueError(f"topk_ids: expected shape {list(logprobs.shape)}, as topk_logprobs, got {list(ids.shape)}")
     if ids.device != device:

@@ -55,10 +55,12 @@ def check_number(name: str, value: Any) -> float:
 
 
 def check_temperature(value: Any) -> float:
-    """Return a positive number as a float."""
+    """Return a positive number, not so small that logits over it overflow, as a float."""
     temperature = check_number("temperature", value)
     if temperature <= 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if temperature < 1e-30:
+        raise ValueError(f"temperature: expected at least 1e-30, got {temperature}")
     return temperature
 
 

@@ -57,7 +57,9 @@ class AskProbes(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == state.max_steps or (self.every and state.global_step % self.every == 0):
+            should_log = control.should_log
             self.trainer.log(self.ask())
+            control.should_log = should_log  # which logging has switched off: the step's own loss is still to be logged
 
     def ask(self) -> dict[str, float]:
         """Return what is logged of the student as it is now."""

@@ -110,7 +110,7 @@ def read_questions(
     for path in paths:
         for name, record in read_records(path, None, FIELDS):
             if closed_book:
-                record = record | {"context": None, "document": None}
+                record = record | {name: None for name in ("context", "document") if name in record}
             try:
                 question = _question(name, record, tokenizer, documents)
                 if question.id in names:

@@ -80,7 +80,8 @@ def quantisation(bits: Literal[4, 8], compute_dtype: torch.dtype) -> Quantizatio
         from torchao.quantization import Int8WeightOnlyConfig
 
         return TorchAoConfig(Int8WeightOnlyConfig())
-    raise ImportError(f"--load_in_{bits}bit needs bitsandbytes: pip install bitsandbytes")
+    libraries = "bitsandbytes or torchao" if bits == 8 else "bitsandbytes"
+    raise ImportError(f"--load_in_{bits}bit needs {libraries}: pip install bitsandbytes")
 
 
 def quantised_by(model: PreTrainedModel) -> str:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2Model
 
@@ -78,6 +79,10 @@ def test_an_encoder_is_refused(kind):
     for call in (output_head, lambda model: last_hidden_states(model, input_ids=IDS)):
         with pytest.raises(ValueError, match=f"{kind.__name__}: expected a causal language model"):
             call(kind(config))
+    wrapped = get_peft_model(BertForMaskedLM(config), LoraConfig(target_modules=["query"]))
+    for model in (wrapped, torch.compile(BertForMaskedLM(config), backend="eager")):
+        with pytest.raises(ValueError, match="BertForMaskedLM: expected a causal language model"):
+            output_head(model)
 
 
 def test_models_without_a_usable_head_are_refused():

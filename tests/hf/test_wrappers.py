@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -63,6 +63,17 @@ def test_a_merged_adapter_is_not_added_twice():
     model.merge_adapter()
     torch.testing.assert_close(output_head(model).weight, expected)
     check_output_head(model, IDS)
+    with model.disable_adapter(), pytest.raises(ValueError, match="expected adapters that can be left out, got merged"):
+        output_head(model)
+
+
+def test_beside_a_merged_adapter_no_other_is_added():
+    model = adapted(**ON_THE_HEAD)
+    model.add_adapter("other", LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    check_output_head(model, IDS)
+    model.base_model.merge_adapter(["other"])
+    check_output_head(model, IDS)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,13 @@ def test_adapters_of_another_kind_are_refused():
     model = get_peft_model(make(), IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
     with pytest.raises(ValueError, match=r"expected plain LoRA, .* got Linear of peft"):
         output_head(model)
+    model = get_peft_model(make(), AdaLoraConfig(target_modules=["lm_head"], total_step=10))
+    with pytest.raises(ValueError, match=r"expected plain LoRA, .* got SVDLinear of peft"):
+        output_head(model)
+    activated = adapted(target_modules=["lm_head"], alora_invocation_tokens=[2])
+    with pytest.raises(ValueError, match=r"expected plain LoRA, .* got ALoraLinearVariant of peft"):
+        check_output_head(activated, IDS)
+    assert last_hidden_states(activated, input_ids=IDS).shape == (*IDS.shape, 32)
 
 
 def test_ddp(one_process):

@@ -26,6 +26,15 @@ def test_everything_at_once(impl, divergence):
     assert_accurate(run(p.with_options(teacher_weight=None), impl), p)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_of_the_lowest_numbers(impl):
+    """What masks put in the place of -inf: a row of nothing else is uniform."""
+    lowest = torch.finfo(torch.float32).min
+    logits = torch.tensor([[lowest] * 3, [0.6 * lowest, 0.6 * lowest, lowest]])
+    got = fused_suffix_kl(torch.ones(2, 3), torch.eye(3), logits, None, reduction="none", impl=impl)
+    torch.testing.assert_close(got, torch.tensor([0.0, math.log(1.5)]), atol=1e-6, rtol=0)
+
+
 def test_small_chunks_and_rows_of_a_batch():
     """hidden[:, :-1] and logits[:, :-1], in the smallest workspace."""
     p = with_identity(build(rows=12, vocab=VOCAB, reduction="none"), torch.float32)

@@ -29,6 +29,7 @@ BAD = {
         ValueError,
         "topk_ids: expected shape [2, 2], as topk_logprobs, got [2, 1]",
     ),
+    "sparse ids": ({"topk_ids": IDS.to_sparse()}, TypeError, "topk_ids: expected a dense tensor, got layout"),
     "ids elsewhere": ({"topk_ids": IDS.to("meta")}, ValueError, "topk_ids: expected device cpu, as the hidden states"),
     "an id too large": (
         {"topk_ids": IDS + 1},

@@ -11,7 +11,7 @@ FORWARD_KL: tl.constexpr = tl.constexpr(0)
 REVERSE_KL: tl.constexpr = tl.constexpr(1)
 JSD: tl.constexpr = tl.constexpr(2)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LOWEST: tl.constexpr = tl.constexpr(-1e38)  # below every logit, and its difference from one does not overflow
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of finite float32 numbers
 
 
 @triton.jit
@@ -65,9 +65,9 @@ def online_exp(u, maximum):
 
 @triton.jit
 def merge_lanes(maximum):
-    """Return the maximum over all lanes, -inf where none has an entry, and what each lane's sum is multiplied by."""
+    """Return the maximum over all lanes, and what each lane's sum is multiplied by."""
     top = tl.max(maximum, axis=0)
-    return tl.where(top == LOWEST, float("-inf"), top), exp(maximum - top)
+    return top, exp(maximum - top)
 
 
 @triton.jit

@@ -40,6 +40,15 @@ def test_they_leave_the_training_alone_and_say_what_disc_eval_says(
     out = capsys.readouterr().out
     assert disc_train(*flags, "--output_dir", plain) == 0
     assert torch.equal(weights(asked), weights(plain))
+    losses = [
+        [
+            entry["loss"]
+            for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+            if "loss" in entry
+        ]
+        for folder in (asked, plain)
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
     logged = _logged(asked)
     assert sorted(logged) == [0, 2, 3]
     assert "probes        4 (facts, said), asked before the first step, every 2 steps and after the last\n" in out

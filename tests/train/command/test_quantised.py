@@ -116,4 +116,6 @@ def test_flags_that_do_not_go_together(flags, message, disc_train, capsys):
 
 def test_without_what_quantises(fails, monkeypatch):
     monkeypatch.setattr("disc_train.models.pretrained.find_spec", lambda name: None)
-    assert "--load_in_8bit needs bitsandbytes: pip install bitsandbytes" in fails("--lora_rank", 2, "--load_in_8bit")
+    assert "--load_in_8bit needs bitsandbytes or torchao: pip install bitsandbytes" in fails(
+        "--lora_rank", 2, "--load_in_8bit"
+    )
