@@ -311,8 +311,9 @@ def _describe_outcome(
         pace += f"; stopped early, of {trainer.state.max_steps:,}: evaluations got no better"
     lines = [("steps", f"{steps}{pace}")]
     if losses:
-        which = "of the first and last logged steps" if len(losses) > 1 else "of the one logged step"
-        ends = " -> ".join(f"{loss:.4f}" for loss in dict.fromkeys((losses[0], losses[-1])))
+        ends, which = f"{losses[0]:.4f}", "of the one logged step"
+        if len(losses) > 1:
+            ends, which = f"{ends} -> {losses[-1]:.4f}", "of the first and last logged steps"
         lines.append(("loss", f"{ends}, {describe_method(disc)}, {which}"))
     if before and after:
         was, is_ = fmean(before.divergence), fmean(after.divergence)

@@ -83,7 +83,7 @@ def test_records_with_contexts(disc_train, records, capsys, model_folder, tmp_pa
         "18 records in",
         "nats a token on the same records",
         f"disc-eval --model_name_or_path {tmp_path}/out --output_dir {tmp_path}/out/evaluation --use_cpu\n",
-        "with --probes_file or --texts_file",
+        "--texts_file (what it is to read) or --probes_file",
     ):
         assert expected in out
     assert float(re.search(r"([\d.]+)x fewer than in a pass for every target", out)[1]) > 1.5
