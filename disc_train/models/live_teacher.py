@@ -30,11 +30,18 @@ def teacher_or_base_model(teacher: PreTrainedModel | None, student: PreTrainedMo
     if teacher is not None:
         yield teacher
         return
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     training = student.training
+    whole = [module for module in student.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     student.eval()
     student.disable_adapters()
+    for module in whole:  # of `modules_to_save` and `trainable_token_indices`: transformers leaves some as they are
+        module.enable_adapters(False)
     try:
         yield student
     finally:
         student.enable_adapters()
+        for module in whole:
+            module.enable_adapters(True)
         student.train(training)

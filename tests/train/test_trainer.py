@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -32,9 +33,9 @@ from tests.train.world import make_model
 
 @pytest.fixture
 def make_trainer(make_dataset, tmp_path):
-    """make_trainer(model=, teacher=, dataset=, callbacks=, **arguments): on seven documents by default."""
+    """make_trainer(model=, teacher=, dataset=, callbacks=, **arguments): a copy and seven documents by default."""
 
-    def make(model=None, teacher=None, dataset=None, callbacks=None, **arguments):
+    def make(model=None, teacher="a copy", dataset=None, callbacks=None, **arguments):
         defaults = {
             "use_cpu": True,
             "report_to": "none",
@@ -48,7 +49,7 @@ def make_trainer(make_dataset, tmp_path):
         }
         return DiscTrainer(
             model or make_model(),
-            teacher or make_model(),
+            make_model() if teacher == "a copy" else teacher,
             TrainingArguments(tmp_path / "out", **defaults | arguments),
             dataset or make_dataset(),
             callbacks=callbacks,
@@ -105,6 +106,26 @@ def test_only_the_student_is_trained_and_only_the_student_drops_out(make_trainer
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert _distance(teacher, make_model()) == 0
     assert _distance(trainer.model, make_model()) > 0
+
+
+def test_a_teacher_with_its_adapters_off_has_its_own_head(make_trainer):
+    """Where the head is trained whole beside adapters (modules_to_save), the teacher's is the one from before."""
+
+    def adapted():
+        model = make_model()
+        saved = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False)
+        torch.manual_seed(0)
+        model.add_adapter(saved)
+        model.lm_head.modules_to_save["default"].weight.data.mul_(1.5)
+        return model
+
+    losses = []
+    for teacher in (None, make_model()):
+        trainer = make_trainer(model=adapted(), teacher=teacher, max_steps=2)
+        trainer.train()
+        losses.append(_losses(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] > 0.01
 
 
 def test_gradient_checkpointing_changes_nothing(make_trainer):
