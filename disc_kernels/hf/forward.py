@@ -62,7 +62,7 @@ def run_as_forward(
     Args:
         wrapper: what is called, such as DDP around `module`; None: `module`.
     """
-    before = module.__dict__.get("forward")  # accelerate may have put one there
+    before, bound = module.__dict__.get("forward"), module.forward  # accelerate may have put one there
     module.forward = function
     try:
         return (module if wrapper is None else wrapper)(*args, **kwargs)
@@ -70,7 +70,7 @@ def run_as_forward(
         if before is not None:
             module.forward = before
         elif torch.compiler.is_compiling():  # which cannot delete what it has only noted to set
-            module.forward = type(module).forward.__get__(module)
+            module.forward = bound
         else:
             del module.forward
 

@@ -82,8 +82,8 @@ def _logit_transform(config: Any) -> LogitTransform:
     for name in DIVISORS:
         factor = getattr(config, name, None) or 1.0
         scale = scale * factor if config.model_type in _MULTIPLIES else scale / factor
-    softcap = next((cap for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
-    return LogitTransform(scale=scale, softcap=softcap)
+    softcaps = [getattr(config, name, None) or None for name in SOFTCAPS]
+    return LogitTransform(scale=scale, softcap=next((cap for cap in softcaps if cap is not None), None))
 
 
 @torch.no_grad()

@@ -145,6 +145,7 @@ def test_compiled_models():
         fused_loss(student, teacher)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 does not trace a forward that is replaced meanwhile")
 def test_a_compiled_step():
     teacher = make("cohere")
     student = perturbed(teacher)
