@@ -243,7 +243,7 @@ class DiscArguments:
 
 @dataclass
 class CacheArguments(DiscArguments):
-    """Hold the same for `disc-cache`, which is always about a cache."""
+    """Hold what `disc-cache` reads and where it keeps it: `--teacher cache` is implied."""
 
     teacher: Literal["cache"] = flag("What it fills.", "cache")
 

@@ -49,7 +49,7 @@ class Cost:
     product: int  # operations of one product with a head
 
     def with_cache(self, cache: TeacherCache) -> "Cost":
-        """Return the same of a run whose teacher is cached."""
+        """Return the cost of the same run with a cached teacher."""
         tokens = {reader: count for reader, count in self.tokens.items() if reader != "teacher"}
         operations = {part: count for part, count in self.operations.items() if part != "teacher"}
         head = self.teacher_head

@@ -129,6 +129,6 @@ class LoopArguments(TrainingArguments):
 
 @dataclass
 class CacheLoopArguments(LoopArguments):
-    """Hold the same for `disc-cache`, which trains nothing."""
+    """Hold the settings of the loop for `disc-cache`, which trains nothing and so needs no `--output_dir`."""
 
     output_dir: str | None = flag("Not used: nothing is trained.", os.curdir)

@@ -68,7 +68,7 @@ def _row_sums(
     student, teacher, V, inverse_temperature, STATISTICS: tl.constexpr, ONE_HEAD: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     """Return student's maximum, its sum above that, teacher's two, excess of the sums, whether the maxima agree."""
-    # Every lane of a tile keeps a maximum and sums of its own: reducing them once a row, not once a tile, saves a third
+    # Every lane of a tile keeps a maximum and sums of its own: reducing them once a row, not once a tile, saves a fifth
     # of the pass's instructions and all of its barriers.
     max_s = tl.full((BLOCK_V,), LOWEST, tl.float32)
     max_t = tl.full((BLOCK_V,), LOWEST, tl.float32)
