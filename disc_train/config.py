@@ -11,13 +11,14 @@ from disc_train.data.splits import check_language, check_split_options
 from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
 from disc_train.loop_config import MEASURED, CacheLoopArguments, LoopArguments
 from disc_train.models.pretrained import TRUST_HELP
-from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, WITH_TEACHER
+from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, OF_SUFFIXES, WITH_TEACHER
 
 # Which methods have a use for a flag, and which flag another needs: one that would change nothing is refused.
 DOCUMENT_METHODS = tuple(method for method in OBJECTIVES if method != "cd")
 METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"), ("disc",)),
-    **dict.fromkeys(("teacher_template", "student_template"), ("disc",)),
+    **dict.fromkeys(("num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization"), OF_SUFFIXES),
+    **dict.fromkeys(("language", "student_template"), OF_SUFFIXES),
+    "teacher_template": ("disc",),
     **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
     **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
     **dict.fromkeys(("teacher", "teacher_name_or_path", "teacher_cache"), WITH_TEACHER),
@@ -83,10 +84,11 @@ class DiscArguments:
     )
     probe_steps: int = flag("Steps between one asking of --probes_file and the next; 0: none in between.", 0)
     text_column: str = flag("The column that holds a document's text.", "text")
-    method: Literal["disc", "ft", "ft_kl", "talr", "cd"] = flag(
+    method: Literal["disc", "ft", "split_ft", "ft_kl", "talr", "cd"] = flag(
         "disc: context distillation of documents, split into a prefix and a suffix. ft: finetuning on documents, by"
-        " cross-entropy. ft_kl: the same, and the KL from the initial model. talr: the same, less of it on tokens that"
-        " are unlikely to the model. cd: context distillation of records with the fields teacher_context,"
+        " cross-entropy. split_ft: cross-entropy on disc's suffixes, each read without its prefix; no teacher. ft_kl:"
+        " as ft, and the KL from the initial model. talr: as ft, less of it on tokens that are unlikely to the model."
+        " cd: context distillation of records with the fields teacher_context,"
         " student_context (may be missing) and target, each a text or a list of chat messages; or in the forms of TRL"
         " (prompt, privileged_context, completion) and ms-swift (messages, teacher_prompt).",
         "disc",

@@ -33,7 +33,7 @@ class TokenCounts:
 
     trained: int = 0  # predicted by the student
     first: int = 0  # first of a suffix, where the student has nothing before it to predict it from
-    prefix: int = 0  # before the last suffix, read by the teacher only
+    prefix: int = 0  # before the last suffix, and in none
     unread: int = 0  # after the last suffix
     suffixes: int = 0
     rows: int = 0  # predictions; more than `trained` where suffixes overlap
@@ -84,18 +84,16 @@ def describe_documents(
         ("split points", f"{counts.suffixes:,} a pass, by {dataset.split_strategy}"),
         (
             "tokens",
-            f"{counts.total:,} in these documents: {counts.trained:,} predicted; skipped: {counts.prefix:,} read as"
-            f" prefix only, {counts.first:,} that begin a suffix, {counts.unread:,} after the last suffix;"
+            f"{counts.total:,} in these documents: {counts.trained:,} predicted; skipped: {counts.prefix:,} in"
+            f" prefixes only, {counts.first:,} that begin a suffix, {counts.unread:,} after the last suffix;"
             f" {counts.rows:,} predictions a pass",
         ),
     ]
     if templates.longest > templates.start:
-        text = (
-            f"teacher: {len(templates.teacher_header):,} tokens before a document and"
-            f" {len(templates.teacher_footer):,} after a prefix;"
-            f" student: {len(templates.student_header):,} before a suffix"
-        )
-        lines.append(("templates", text))
+        before, after = len(templates.teacher_header), len(templates.teacher_footer)
+        teacher = f"teacher: {before:,} tokens before a document and {after:,} after a prefix; "
+        student = f"student: {len(templates.student_header):,} tokens before a suffix"
+        lines.append(("templates", student if before + after == templates.start else teacher + student))
     return lines + _warn_of_loss(read, dataset.too_short)
 
 
@@ -226,6 +224,7 @@ def describe_method(disc: DiscArguments) -> str:
     }[disc.divergence]
     loss = {
         "ft": "cross-entropy",
+        "split_ft": "cross-entropy of suffixes, each read without its prefix",
         "ft_kl": f"cross-entropy + {disc.kl_weight:g} KL(initial model || student)",
         "talr": "cross-entropy with weights max(p^(1/tau), 0.01)",
     }.get(disc.method, f"T^2 {divergence} at T = {disc.temperature:g}")

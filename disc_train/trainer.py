@@ -55,12 +55,13 @@ class DiscTrainer(CheckpointingTrainer):
         model: the student, a causal language model.
         teacher: another model object, usually with the same weights; it is frozen and moved to the student's device,
             or divided over the processes as the student is (FSDP2).
-            None where method and data need none (ft, talr), or `model` has adapters (`disc_train.models.adapters`):
-            the teacher is then `model` with them switched off. Or what `disc_train.teacher_cache` holds of one.
+            None where method and data need none (ft, split_ft, talr), or `model` has adapters
+            (`disc_train.models.adapters`): the teacher is then `model` with them switched off. Or what
+            `disc_train.teacher_cache` holds of one.
         args: as for `transformers.Trainer`. Its `logging_nan_inf_filter` may be off: a loss that is not finite ends the
             training either way, and the filter waits for the device at every micro-batch.
         train_dataset: the examples.
-        method: disc, cd, ft, ft_kl or talr; `disc_train.data.dataset` has the examples for each.
+        method: disc, cd, ft, split_ft, ft_kl or talr; `disc_train.data.dataset` has the examples for each.
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.

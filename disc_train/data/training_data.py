@@ -22,6 +22,7 @@ from disc_train.data.sequence_start import bos_prefix, describe_start
 from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import Templates, read_templates
 from disc_train.loop_config import LoopArguments
+from disc_train.objectives.methods import OF_SUFFIXES
 from disc_train.summary import (
     describe_documents,
     describe_other_files,
@@ -102,7 +103,7 @@ def _load(
         return records, describe_records(records) + others, checksum
     meant = {} if whole else dict.fromkeys(("teacher_context", "privileged_context", "messages"), "--method cd")
     documents = load_documents(train_file, dataset_name, disc.text_column, flag, meant)
-    split = disc.method == "disc" and not whole
+    split = disc.method in OF_SUFFIXES and not whole
     teacher, student = (disc.teacher_template, disc.student_template) if split else (None, None)
     templates = read_templates(teacher, student, tokenizer, start)
     limit = _document_limit(disc, context, templates)

@@ -57,7 +57,7 @@ def distill(predictions: Predictions, settings: Settings) -> Tensor:
 
 
 def finetune(predictions: Predictions, settings: Settings) -> Tensor:
-    """Compute the loss of ft: cross-entropy."""
+    """Compute the loss of ft, on whole documents, and of split_ft, on suffixes read alone: cross-entropy."""
     return cross_entropy(predictions)
 
 
@@ -84,11 +84,13 @@ OBJECTIVES: dict[str, Callable[[Predictions, Settings], Tensor]] = {
     "disc": distill,
     "cd": distill,
     "ft": finetune,
+    "split_ft": finetune,
     "ft_kl": finetune_with_kl,
     "talr": talr,
 }
 AT_TEMPERATURE = ("disc", "cd")  # the methods with a temperature, and a context to learn from
 WITH_TEACHER = ("disc", "cd", "ft_kl")
+OF_SUFFIXES = ("disc", "split_ft")  # the methods that split documents, and whose student reads suffixes alone
 
 
 def batch_loss(

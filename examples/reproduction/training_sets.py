@@ -13,6 +13,7 @@ from disc_train.data.documents import Document
 from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import NO_TEMPLATES, Templates
+from disc_train.objectives.methods import OF_SUFFIXES
 
 
 def training_set(
@@ -29,7 +30,7 @@ def training_set(
     if cell.texts == "own":
         documents = [Document(document.name, " ".join(text)) for document, text in zip(documents, own, strict=True)]
     tokenized = [tokenize_document(document, tokenizer, "document", None) for document in documents]
-    if cell.method != "disc":
+    if cell.method not in OF_SUFFIXES:
         return whole_documents(tokenized)
     bos = np.array([tokenizer.eos_token_id], dtype=np.int32)
     dataset = DocumentDataset(

@@ -80,7 +80,7 @@ def trunks(data):
     return example.teacher_trunk.tolist(), example.student_trunk.tolist()
 
 
-@pytest.mark.parametrize("method", ["disc", "ft", "ft_kl", "talr"])
+@pytest.mark.parametrize("method", ["disc", "ft", "split_ft", "ft_kl", "talr"])
 @pytest.mark.parametrize("text", [TEXT, "<s>" + TEXT, "<s><s>" + TEXT])
 def test_documents_start_with_one_bos(folder, starting, tmp_path, method, text):
     data = load(folder, starting, tmp_path, "--method", method, text=text)

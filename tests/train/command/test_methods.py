@@ -40,7 +40,21 @@ def test_nothing_long_enough_to_finetune_on(fails):
     assert "expected a document of at least 2 tokens, got 2 shorter ones" in message
 
 
-@pytest.mark.parametrize("method", ["disc", "ft", "cd"])
+def test_suffixes_without_a_teacher(disc_train, capsys):
+    """What is printed of the teacher, and what a step costs, know of none."""
+    flags = ("--method", "split_ft", "--num_splits", 2, "--student_template", "Say: ", "--freeze_head", "true")
+    assert disc_train(*flags, "--dry_run", "true") == 0
+    out = capsys.readouterr().out
+    assert "method        split_ft: cross-entropy of suffixes, each read without its prefix\n" in out
+    assert re.search(r"templates +student: \d+ tokens before a suffix\n", out)
+    assert "teacher       none: nothing is compared" in out
+    assert "head          frozen\n" in out
+    assert "teacher 0 bytes, " in out
+    assert re.search(r"a process reads [\d,]+ of the student tokens at most", out)
+    assert "signal" not in out
+
+
+@pytest.mark.parametrize("method", ["disc", "ft", "split_ft", "cd"])
 def test_adapters(method, disc_train, records, capsys, tmp_path, model_folder):
     data = ("--train_file", records(9)) if method == "cd" else ()
     flags = ("--method", method, *data, "--lora_rank", 2, "--learning_rate", 1e-2)
@@ -49,7 +63,7 @@ def test_adapters(method, disc_train, records, capsys, tmp_path, model_folder):
     # Of two layers' four attention and three other matrices: what each reads and writes, twice the rank.
     trained = 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48))
     assert f"{trained:,} trained, in adapters, float32" in out
-    assert ("teacher       the student without its adapters" in out) == (method != "ft")
+    assert ("teacher       the student without its adapters" in out) == (method not in ("ft", "split_ft"))
     assert "saved         adapters and tokenizer in" in out
     assert f"in Python     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{model_folder}'), '" in out
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

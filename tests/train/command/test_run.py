@@ -57,7 +57,7 @@ def test_a_run_with_templates(disc_train, capsys):
     assert disc_train(*templates, "--max_steps", 1) == 0
     out = capsys.readouterr().out
     assert re.search(
-        r"templates +teacher: \d+ tokens before a document and \d+ after a prefix; student: \d+ before", out
+        r"templates +teacher: \d+ tokens before a document and \d+ after a prefix; student: \d+ tokens before", out
     )
     assert " 0 that begin a suffix" in out
 

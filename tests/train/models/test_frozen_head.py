@@ -16,7 +16,7 @@ from tests.train.world import make_model, perturbed
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
-@pytest.mark.parametrize("method", ["disc", "ft"])
+@pytest.mark.parametrize("method", ["disc", "ft", "split_ft"])
 def test_the_loss_and_all_other_gradients_are_those_of_a_trained_head(method, architecture, make_dataset):
     """llama's head is its own, qwen2's tied, gemma2's tied and soft-capped."""
     dataset, teacher = make_dataset(3, num_splits=2), make_model(architecture).double().eval()

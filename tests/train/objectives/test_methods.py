@@ -16,11 +16,14 @@ from disc_kernels import LogitTransform
 from disc_kernels.hf import OutputHead
 from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
+from disc_train.data.templates import Templates
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods import WITH_TEACHER, Settings, batch_loss, median, talr
+from disc_train.objectives.methods import OF_SUFFIXES, WITH_TEACHER, Settings, batch_loss, median, talr
 from disc_train.objectives.predictions import ModelPredictions, Predictions
 from disc_train.packing.collator import collator, pack
+from disc_train.packing.rows import RowRule
 from disc_train.trainer import DiscTrainer
+from tests.train.test_parity import gradient_error
 from tests.train.world import make_model, perturbed
 
 # Measured: at most 7e-7; row_weight and, inside the models, norms are float32.
@@ -84,7 +87,20 @@ def plain_disc(teacher, student, samples, temperature=2.0, ce_weight=0.3, betwee
     return torch.stack(documents).mean()
 
 
-PLAIN = {"ft": plain_ft, "ft_kl": plain_ft_kl, "talr": plain_talr}
+def plain_split_ft(teacher, student, samples, header=()):
+    """On suffixes, each behind the header alone; samples are (token ids, [(start, stop), ...])."""
+    documents = []
+    for ids, splits in samples:
+        losses = []
+        for start, stop in splits:
+            read = torch.tensor([*header, *ids[start:stop]]).long()
+            first = max(1, len(header))
+            losses.append(cross_entropy(student(read[None]).logits[0, first - 1 : -1], read[first:]))
+        documents.append(torch.stack(losses).mean())
+    return torch.stack(documents).mean()
+
+
+PLAIN = {"ft": plain_ft, "split_ft": plain_split_ft, "ft_kl": plain_ft_kl, "talr": plain_talr}
 
 
 @pytest.fixture
@@ -96,7 +112,7 @@ def compare(make_dataset):
         student = perturbed(teacher)
         expected = copy.deepcopy(student)
         dataset = make_dataset(4, num_splits=3)
-        if method == "disc":
+        if method in OF_SUFFIXES:
             data = [(document.input_ids, dataset.splits(i)) for i, document in enumerate(dataset.documents)]
         else:
             data = [document.input_ids for document in dataset.documents]
@@ -108,11 +124,8 @@ def compare(make_dataset):
         batch = collator(student, teacher, compare_all=method in WITH_TEACHER)([dataset[i] for i in range(4)])
         got = batch_loss(method, student, teacher, batch, settings or Settings()) / 4
         got.backward()
-        errors = [
-            float((p.grad - q.grad).norm() / q.grad.norm())
-            for p, q in zip(student.parameters(), expected.parameters(), strict=True)
-        ]
-        return SimpleNamespace(loss=abs(float(got.detach() / loss.detach()) - 1), gradient=max(errors))
+        gradient = gradient_error(student, expected)
+        return SimpleNamespace(loss=abs(float(got.detach() / loss.detach()) - 1), gradient=gradient)
 
     return run
 
@@ -129,6 +142,46 @@ def test_loss_and_gradients(method, architecture, compare):
 def test_distillation_with_cross_entropy(architecture, compare):
     error = compare("disc", architecture, Settings(temperature=2.0, ce_weight=0.3), plain_disc)
     assert max(error.loss, error.gradient) < TOLERANCE
+
+
+@pytest.mark.parametrize("rule", [RowRule(), RowRule(dense_hidden_size=1), RowRule(share=False)])
+@pytest.mark.parametrize("header", [(1,), (1, 5, 9)])  # BOS; a template
+def test_suffixes_behind_a_header(header, rule, make_dataset):
+    """In trees of one and of several rows, and in rows of their own; a suffix's first token counts too."""
+    student = make_model().double()
+    expected = copy.deepcopy(student)
+    use_attention(student, "auto")
+    templates = Templates(np.array(header), student_header=np.array(header), start=1)
+    dataset = make_dataset(4, num_splits=3, templates=templates)
+    batch = pack([dataset[i] for i in range(4)], student=rule, compare_all=False)
+    assert batch["teacher_input_ids"] is batch["teacher_rows"] is None
+    loss = batch_loss("split_ft", student, None, batch, Settings()) / 4
+    data = [(document.input_ids, dataset.splits(i)) for i, document in enumerate(dataset.documents)]
+    plain = plain_split_ft(None, expected, data, header)
+    assert_same_gradients(loss, student, plain, expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_split_ft_is_what_a_weight_of_cross_entropy_adds_to_disc(architecture, make_dataset):
+    teacher = make_model(architecture).double()
+    student = perturbed(teacher)
+    expected = copy.deepcopy(student)
+    for model in (student, expected, teacher):
+        use_attention(model, "auto")
+    dataset = make_dataset(4, num_splits=3)
+    examples = [dataset[i] for i in range(4)]
+    alone, both = (collator(student, teacher, compare_all)(examples) for compare_all in (False, True))
+    loss = batch_loss("split_ft", student, None, alone, Settings())
+    without, with_ce = (batch_loss("disc", expected, teacher, both, Settings(ce_weight=w)) for w in (0.0, 10.0))
+    assert_same_gradients(loss, student, (with_ce - without) / 10, expected)
+
+
+def assert_same_gradients(loss, student, expected_loss, expected):
+    """Assert that two losses of two copies of a model are equal, and so are all their gradients."""
+    assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=TOLERANCE)
+    loss.backward()
+    expected_loss.backward()
+    assert gradient_error(student, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -150,6 +203,7 @@ def test_what_a_method_leaves_out_would_show(compare):
         ),
         "no KL": compare("ft_kl", settings=Settings(kl_weight=0.0)),
         "weights of one": compare("ft", plain=plain_talr),
+        "a first token that nothing predicts": compare("split_ft", plain=partial(plain_split_ft, header=(1,))),
         "tau of another batch": compare("talr", settings=Settings(tau=torch.tensor(3.0))),
     }
     for name, error in mutants.items():
@@ -249,5 +303,5 @@ def test_documents_of_one_token_are_left_out():
 
 
 def test_an_unknown_method(make_dataset, tmp_path):
-    with pytest.raises(ValueError, match="method: expected one of disc, cd, ft, ft_kl, talr, got 'sft'"):
+    with pytest.raises(ValueError, match="method: expected one of disc, cd, ft, split_ft, ft_kl, talr, got 'sft'"):
         DiscTrainer(make_model(), None, TrainingArguments(tmp_path, use_cpu=True), make_dataset(), method="sft")
