@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench families gpu gpu-rehearsal lint
+.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench families gpu gpu-rehearsal lint docs
 
 setup: $(READY)
 
@@ -76,6 +76,11 @@ gpu-rehearsal: .venv-rehearsal/ready
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["peers"], sep="\n")' >.venv-rehearsal/peers.txt
 	.venv-rehearsal/bin/python -m pip install --quiet -r oldest.txt -r .venv-rehearsal/peers.txt peft jinja2 pytest pytest-benchmark pytest-timeout pytest-xdist
 	touch $@
+
+# The site, into build/site; `mkdocs serve` shows it while it is written. A link that leads nowhere is an error, and so
+# is a docstring of parameters that are not there.
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict
 
 lint: $(READY)
 	$(RUN) -m ruff check .

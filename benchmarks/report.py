@@ -156,6 +156,7 @@ def speed_over_documents(figure: Figure, rows: list[Row]) -> str:
     shapes = list(dict.fromkeys(row["shape"] for row in measured))
     for shape, suffixes in dict.fromkeys((row["shape"], row["suffixes"]) for row in measured):
         own = [row for row in measured if (row["shape"], row["suffixes"]) == (shape, suffixes)]
+        own.sort(key=lambda row: row["documents"])
         x, y = [row["documents"] for row in own], [1 / row["over_limit"] for row in own]
         style = {"color": f"C{shapes.index(shape)}", "marker": "o" if suffixes == "sentence" else "s"}
         axes.plot(x, y, linestyle="-" if suffixes == "sentence" else "--", label=f"{shape}, {suffixes}", **style)

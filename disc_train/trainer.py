@@ -41,7 +41,7 @@ class DiscTrainer(CheckpointingTrainer):
     """Train `model` by one of the methods of `disc_train.objectives.methods`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
-    they are spread over micro-batches and processes::
+    they are spread over micro-batches and processes:
 
         documents = [
             tokenize_document(document, tokenizer, "document", max_tokens=4096)
@@ -65,16 +65,18 @@ class DiscTrainer(CheckpointingTrainer):
         temperature: disc and cd: of both models' distributions; the KL is multiplied by its square.
         ce_weight: disc and cd: of the cross-entropy on the same tokens.
         kl_weight: ft_kl: of the KL from the teacher.
-        divergence, beta: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
+        divergence: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
+        beta: of "jsd".
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s: `eval_dataset`, examples of the same kind; the tokenizer, as
             `processing_class`, is saved with the model.
 
     Attributes:
         attention: what `disc_train.models.attention.prepare_attention` gave the models.
-        examples_read, packing: counts so far by this object, on all processes. The logs have the packing since the last
-            ones: packing_efficiency, the share of tokens that are not padding; packing_saving, how many times fewer
-            tokens are read than with a sequence for every target.
+        examples_read: how many this object has read so far, on all processes.
+        packing: counts of tokens so far, on all processes. The logs have the packing since the last ones:
+            packing_efficiency, the share of tokens that are not padding; packing_saving, how many times fewer tokens
+            are read than with a sequence for every target.
 
     Raises:
         ValueError: an unknown method; `teacher` is `model`, or missing, or not needed; a model fails the checks of

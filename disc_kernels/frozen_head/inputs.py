@@ -16,11 +16,16 @@ class TeacherSummary(NamedTuple):
 
     Choose rows with `TeacherSummary(*(x[rows] for x in summary))`; save with `torch.save(summary._asdict(), path)`,
     load with `TeacherSummary(**torch.load(path))`.
+
+    Attributes:
+        embedding: `[M, D_s]`, sum_v p_v W_s[v], the student's output embedding that the teacher expects.
+        entropy: `[M]`, nats, of the teacher's p = softmax(logits / T).
+        bias: `[M]`, sum_v p_v b_s[v], 0 without a bias.
     """
 
-    embedding: Tensor  # [M, D_s]: sum_v p_v W_s[v], the student's output embedding the teacher expects
-    entropy: Tensor  # [M]: nats, of the teacher's p = softmax(logits / T)
-    bias: Tensor  # [M]: sum_v p_v b_s[v], 0 without a bias
+    embedding: Tensor
+    entropy: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def expected_embedding_kl(
 ) -> Tensor | tuple[Tensor, SuffixKLStats]:
     """Compute KL(teacher || student) of a student with a frozen head from `teacher_summary`, without approximation.
 
-    Equal to, but without ever holding the `[M, V]` logits or probabilities::
+    Equal to, but without ever holding the `[M, V]` logits or probabilities:
 
         h = student_hidden.flatten(0, -2)[student_index]
         c, entropy, bias = (x[summary_index] for x in summary)
@@ -78,8 +78,11 @@ def expected_embedding_kl(
         student_weight: `[V_s, D_s]`, the dtype of `student_hidden` or a wider one (any under autocast); frozen.
             Or an `OutputHead` without a softcap, a whole head in place of `student_bias` and `student_scale`.
         summary: of `teacher_summary`: `TeacherSummary(embedding [S, D_s], entropy [S], bias [S])`, float32 or float64.
-        student_index, row_weight, temperature, reduction, impl: as for `fused_suffix_kl`.
+        student_index: as for `fused_suffix_kl`.
         summary_index: `[M]` int64, the summary row each student row is compared with; None: all. Rows may repeat.
+        row_weight: as for `fused_suffix_kl`.
+        temperature: as for `fused_suffix_kl`.
+        reduction: as for `fused_suffix_kl`.
         student_bias: `[V_s]`; frozen. An entry of -inf takes the entry out of the student's distribution.
         student_scale: finite factor on the student's logits, not 0.
         vocab_size: the first `vocab_size` entries only.
@@ -90,9 +93,10 @@ def expected_embedding_kl(
             the backward.
         return_stats: also return `SuffixKLStats`, each `[M]`, detached. A summary does not know the teacher's most
             likely entry: `agreement` is NaN. `teacher_entropy` is the summary's.
+        impl: as for `fused_suffix_kl`.
 
     Returns:
-        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where an input is. With M = 0 a zero (an
+        The loss in nats, a scalar or, for "none", `[M]`; float32, or float64 where an input is. With M = 0 a zero (an
         empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         The gradient goes to `student_hidden` only. Its rows are computed in the forward, whatever the reduction; every

@@ -51,7 +51,7 @@ def teacher_summary(
 ) -> TeacherSummary:
     """Compute all that `expected_embedding_kl` needs to know of a teacher, for a student whose head stays as it is.
 
-    Equal to, but without ever holding the `[M, V]` logits or probabilities::
+    Equal to, but without ever holding the `[M, V]` logits or probabilities:
 
         z_t = teacher_hidden.flatten(0, -2)[teacher_index] @ teacher_weight.T + teacher_bias
         log_p = log_softmax(teacher_transform(z_t)[:, :vocab_size] / temperature, -1)
@@ -75,7 +75,8 @@ def teacher_summary(
             must be given it too.
         vocab_group: as for `fused_suffix_kl`, DTensors too: heads and biases are this rank's shards, the summary is
             that of the whole vocabulary on every rank. Each sends 4 numbers a row, and the rows of the embedding once.
-        max_workspace_bytes, impl: as for `fused_suffix_kl`.
+        max_workspace_bytes: as for `fused_suffix_kl`.
+        impl: as for `fused_suffix_kl`.
 
     Returns:
         `TeacherSummary`, float32, or float64 where an input is; no gradient. It takes 2 products of 2 M V D operations

@@ -44,7 +44,7 @@ def fused_suffix_kl(
 ) -> Tensor | tuple[Tensor, SuffixKLStats]:
     """Compute the divergence between a teacher's and a student's next-token distributions from hidden states and heads.
 
-    Equal to, but without ever holding the `[M, V]` logits, probabilities or losses, in either direction::
+    Equal to, but without ever holding the `[M, V]` logits, probabilities or losses, in either direction:
 
         z_s = student_hidden.flatten(0, -2)[student_index] @ student_weight.T + student_bias
         z_t = teacher_hidden.flatten(0, -2)[teacher_index] @ teacher_weight.T + teacher_bias
@@ -110,7 +110,7 @@ def fused_suffix_kl(
             (float64: "torch"), "torch" elsewhere. One that is named never falls back to another.
 
     Returns:
-        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states are. With
+        The loss in nats, a scalar or, for "none", `[M]`; float32, or float64 where hidden states are. With
         M = 0 a zero (an empty `[0]`) still connected to the graph. With `return_stats`, `(loss, stats)`.
 
         Gradients go to `student_hidden`, `student_weight` and `student_bias`, whichever require one. For "mean" and

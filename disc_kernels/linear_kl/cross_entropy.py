@@ -59,7 +59,7 @@ def fused_cross_entropy(
 ) -> Tensor:
     """Compute -log softmax(logits)[label] of every token, from hidden states and the head.
 
-    Equal to, but without ever holding the logits of all tokens, in either direction::
+    Equal to, but without ever holding the logits of all tokens, in either direction:
 
         z = transform(hidden @ weight.T + bias)[..., :vocab_size]
         F.cross_entropy(z.flatten(0, -2).float(), labels.flatten(), ignore_index=ignore_index, reduction=reduction)
@@ -81,10 +81,12 @@ def fused_cross_entropy(
         bias: `[V]`; an entry of -inf takes the entry out.
         transform: `LogitTransform(scale, softcap)`, what the model does to its head's output; None: nothing.
         vocab_size: the first `vocab_size` entries only (a padded vocabulary).
-        vocab_group, max_workspace_bytes, impl: as for `fused_suffix_kl`, DTensors too.
+        vocab_group: as for `fused_suffix_kl`, DTensors too.
+        max_workspace_bytes: as for `fused_suffix_kl`.
+        impl: as for `fused_suffix_kl`.
 
     Returns:
-        The loss in nats: a scalar, or for "none" a tensor of the shape of `labels`; float32, or float64 where hidden
+        The loss in nats, a scalar or, for "none", a tensor of the shape of `labels`; float32, or float64 where hidden
         states are. Gradients go to `hidden`, `weight` and `bias`, as for `fused_suffix_kl`: 3 products of 2 M V D
         operations with a scalar result (2 where the head is frozen), 1 without gradients. One operator in
         `torch.compile` too.

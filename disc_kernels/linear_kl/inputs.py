@@ -48,19 +48,28 @@ class OutputHead(NamedTuple):
 
     It may stand wherever a loss takes a weight, and brings the rest with it. `disc_kernels.hf.output_head` reads it
     from a Hugging Face model.
+
+    Attributes:
+        weight: `[V, D]`.
+        bias: `[V]` or None.
+        transform: what the model does to the product.
+        vocab_size: how many entries are logits, at most V; None: all.
     """
 
-    weight: Tensor  # [V, D]
-    bias: Tensor | None = None  # [V]
+    weight: Tensor
+    bias: Tensor | None = None
     transform: LogitTransform = LogitTransform()
-    vocab_size: int | None = None  # how many entries are logits, at most V; None: all
+    vocab_size: int | None = None
 
 
 class SuffixKLStats(NamedTuple):
     """Hold statistics of each row, each `[M]`, float32 (float64 for float64 inputs), detached.
 
-    `divergence` in nats, at temperature T, not multiplied by the row's weight; `student_entropy` and `teacher_entropy`
-    in nats, of softmax(logits / T); `agreement` 1.0 where both put their largest logit on the same entry, else 0.0.
+    Attributes:
+        divergence: nats, at temperature T, not multiplied by the row's weight.
+        student_entropy: nats, of the student's softmax(logits / T).
+        teacher_entropy: nats, of the teacher's.
+        agreement: 1.0 where both put their largest logit on the same entry, else 0.0.
     """
 
     divergence: Tensor

@@ -35,7 +35,7 @@ def fused_topk_kl(
 ) -> Tensor:
     """Compute the divergence from a teacher that gives K entries and their log-probabilities a row, as servers do.
 
-    Equal to, but without ever holding the `[M, V]` logits or probabilities, in either direction::
+    Equal to, but without ever holding the `[M, V]` logits or probabilities, in either direction:
 
         z = student_hidden.flatten(0, -2)[student_index] @ student_weight.T + student_bias
         log_q = log_softmax(student_transform(z)[:, :vocab_size] / temperature, -1)
@@ -69,12 +69,21 @@ def fused_topk_kl(
         student_index: `[M]`, the student rows that are compared, as for `fused_suffix_kl`.
         mask: bool, of the leading shape of `student_hidden`, `topk_ids` and `topk_logprobs`, in place of an index: the
             rows where it is True are compared, and the others cost nothing.
-        row_weight, temperature, divergence, beta, reduction, student_bias, student_transform, vocab_size, vocab_group,
-            max_workspace_bytes, impl: as for `fused_suffix_kl`, DTensors too. Ids count over the whole vocabulary of a
-            group, and are the same on every rank.
+        row_weight: as for `fused_suffix_kl`.
+        temperature: as for `fused_suffix_kl`.
+        divergence: as for `fused_suffix_kl`.
+        beta: as for `fused_suffix_kl`.
+        reduction: as for `fused_suffix_kl`.
+        student_bias: as for `fused_suffix_kl`.
+        student_transform: as for `fused_suffix_kl`.
+        vocab_size: as for `fused_suffix_kl`.
+        vocab_group: as for `fused_suffix_kl`, DTensors too. Ids count over the whole vocabulary of a group, and are the
+            same on every rank.
+        max_workspace_bytes: as for `fused_suffix_kl`.
+        impl: as for `fused_suffix_kl`.
 
     Returns:
-        The loss in nats: a scalar, or `[M]` for "none"; float32, or float64 where hidden states are. Gradients go to
+        The loss in nats, a scalar or, for "none", `[M]`; float32, or float64 where hidden states are. Gradients go to
         `student_hidden`, `student_weight` and `student_bias`, as for `fused_suffix_kl`: 3 products of 2 M V D
         operations with a scalar result (2 where the head is frozen), 1 without gradients. One operator in
         `torch.compile` too.

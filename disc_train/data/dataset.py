@@ -84,7 +84,9 @@ class DocumentDataset(ExampleDataset):
     Args:
         documents: tokenised documents.
         templates: what stands around them; nothing by default.
-        split_strategy, num_splits, suffix_tokens: as for `disc_train.data.splits.choose_splits`.
+        split_strategy: as for `disc_train.data.splits.choose_splits`.
+        num_splits: as there.
+        suffix_tokens: as there.
         seed: of all draws.
 
     Attributes:

@@ -42,7 +42,8 @@ class Example:
 
     Args:
         name: for messages.
-        teacher_trunk, student_trunk: what the branches have in common before their targets, read once for all.
+        teacher_trunk: what the branches have in common before their targets for the teacher, read once for all.
+        student_trunk: the same for the student.
         branches: at least one; all weigh the same.
         replayed: not taught by the method: the student is held to what the teacher says of it.
         counted: False where it stands in for an example that a process lacks: it is no part of the loss.

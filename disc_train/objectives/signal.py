@@ -119,8 +119,10 @@ def measure_signal(
     """Measure the signal of some examples, forward only, and show how far it is.
 
     Args:
-        student, teacher: prepared by `disc_train.models.causal_lm.use_attention`, on one device; the student's mode
-            (train or eval) is kept. No teacher: the student without its adapters.
+        student: prepared by `disc_train.models.causal_lm.use_attention`; its mode (train or eval) is kept.
+        teacher: prepared likewise, on the student's device; None: the student without its adapters.
+        examples: those that are measured.
+        temperature: of both models' distributions.
     """
     training = student.training
     student.eval()
