@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Inputs
@@ -42,11 +43,16 @@ def plain_torch(x: Inputs, compute: torch.dtype) -> Outcome:
     for start in range(0, case.rows, max(CHUNK_ENTRIES // case.vocab, 1)):
         rows = slice(start, start + max(CHUNK_ENTRIES // case.vocab, 1))
         log_q = (student[rows].to(compute) @ student_head.T).log_softmax(-1)
-        log_p = (teacher[rows].to(compute) @ teacher_head.T).log_softmax(-1)
-        loss += (log_p.exp() * (log_p - log_q)).sum() / case.rows
+        if x.labels is None:
+            log_p = (teacher[rows].to(compute) @ teacher_head.T).log_softmax(-1)
+            p = log_p.exp()
+            loss += (p * (log_p - log_q)).sum() / case.rows
+        else:
+            p = F.one_hot(x.labels[rows], case.vocab).to(compute)
+            loss -= (p * log_q).sum() / case.rows
         if hidden is None:
             continue
-        gradient = (log_q.exp() - log_p.exp()) / case.rows
+        gradient = (log_q.exp() - p) / case.rows
         if compute != torch.float64:
             gradient = gradient.to(case.dtype).to(compute)
         hidden[rows] = gradient @ student_head

@@ -13,6 +13,13 @@ CHUNKED_PEERS = ("liger_fused", "liger_kl_div", "liger_chunked", "trl_chunked", 
 EVERYONE = ("products", "ours", "eager", *CHUNKED_PEERS, "eager_compiled")
 UNCOMPILED = ("products", "ours", "eager", "liger_fused", "liger_kl_div", "trl_chunked", "fla_fused", "orda")
 FEW = ("products", "ours", "eager")
+CROSS_ENTROPIES = (
+    "products",
+    "ours_cross_entropy",
+    "eager_cross_entropy",
+    "torch_linear_cross_entropy",
+    "liger_cross_entropy",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Case:
     valid_percent: int = 100  # of the tokens, those that are compared
     shared: int = 1  # student rows that are compared with one teacher row
     summarised: bool = False  # the teacher is a summary that was made before
+    labelled: bool = False  # cross-entropy: the teacher is certain of one entry a row
     divergence: float | None = None  # nats a row from a teacher with the same head; None: a model of its own
     rank: int = 0  # cases of a lower rank are measured first
     rehearsal: bool = False  # on the CPU, everybody's Triton kernels by its interpreter, one round
@@ -40,7 +48,7 @@ class Case:
     @property
     def teacher_rows(self) -> int:
         """The teacher rows that have to be projected."""
-        return 0 if self.summarised else self.rows // self.shared
+        return 0 if self.summarised or self.labelled else self.rows // self.shared
 
     @property
     def units(self) -> float:
@@ -84,7 +92,11 @@ class Case:
         else:
             teacher, teacher_weight = moved(student, weight, teacher, self.divergence), weight.clone()
         weight.requires_grad_(not self.frozen_head)
-        return Inputs(self, student.requires_grad_(), weight, teacher, teacher_weight, student_index, teacher_index)
+        labels = None
+        if self.labelled:
+            labels = torch.randint(self.vocab, (self.tokens,), generator=generator, device=device)
+        indices = student_index, teacher_index
+        return Inputs(self, student.requires_grad_(), weight, teacher, teacher_weight, *indices, labels)
 
 
 def moved(hidden: Tensor, weight: Tensor, direction: Tensor, divergence: float) -> Tensor:
@@ -106,6 +118,7 @@ class Inputs:
     teacher_weight: Tensor  # [V, D]
     student_index: Tensor | None  # [M] int64, on the CPU, where a collator makes it; None: all rows
     teacher_index: Tensor | None  # the same
+    labels: Tensor | None  # [N] int64, in place of a teacher
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Student rows [M, D] and weight, teacher rows [M, D] and weight, for those that take no indices."""
@@ -138,6 +151,7 @@ VALID: Changes = {"valid50": {"valid_percent": 50}, "valid10": {"valid_percent":
 SHARED: Changes = {"shared4": {"shared": 4}, "shared16": {"shared": 16}}
 EXPECTED: Changes = {"expected": {"frozen_head": True, "summarised": True}}
 SUMMARISED = ("products", "ours_expected_embedding")
+LABELLED: Changes = {"cross-entropy": {"labelled": True}}
 
 GPT2 = Case("gpt2-fp32", 512, 896, 50257, torch.float32, EVERYONE)
 SMALL = Case("small-fp32", 512, 256, 32000, torch.float32)
@@ -147,6 +161,7 @@ CPU_CASES = (
     SMALL,
     *variants(SMALL, FEW, tokens(128, 1024, 2048) | VALID | SHARED | FORWARD),
     *variants(SMALL, SUMMARISED, EXPECTED),
+    *variants(SMALL, CROSS_ENTROPIES, LABELLED),
     Case("small-bf16", 256, 256, 32000, torch.bfloat16),
     Case("gemma-vocabulary-fp32", 64, 128, 262144, torch.float32),
 )
@@ -165,6 +180,7 @@ GPU_CASES = (
     *variants(LLAMA_8B, UNCOMPILED, FROZEN),
     *variants(LLAMA_8B, SUMMARISED, EXPECTED),
     *(replace(case, rank=2) for case in variants(QWEN_7B, FEW, VALID | FORWARD)),
+    *(replace(case, rank=2) for case in variants(QWEN_7B, CROSS_ENTROPIES, LABELLED)),
     QWEN_HALF_B,
     *variants(QWEN_HALF_B, UNCOMPILED, tokens(512, 2048, 32768, 65536)),
     Case("gemma-bf16", 4096, 2304, 262144, torch.bfloat16, UNCOMPILED, rank=2),

@@ -1,5 +1,5 @@
 """Who is measured. Each function makes ready what is not timed and returns the call that is: mean forward KL over the
-rows that are compared, at temperature 1, in nats.
+rows that are compared, at temperature 1, in nats, or mean cross-entropy where there are labels.
 
 Peers run with their own defaults, as a user would call them. None but ours takes row indices, so they are given
 gathered rows (gathered within the timed call), which costs them less than the label masks some offer: a masked row is
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.accuracy import Wrong
 from benchmarks.cases import Inputs
-from disc_kernels import fused_suffix_kl
+from disc_kernels import fused_cross_entropy, fused_suffix_kl
 
 Call = Callable[[], Any]  # gives a Tensor []
 PRODUCT_ROWS = 8192  # rows of logits that the products alone write at once; more would not be faster, only larger
@@ -84,6 +84,30 @@ def ours_expected_embedding(x: Inputs) -> Call:
     impl = _impl(x)
     summary = teacher_summary(x.teacher, x.teacher_weight, x.student_weight, teacher_index=x.teacher_index, impl=impl)
     return lambda: expected_embedding_kl(x.student, x.student_weight, summary, student_index=x.student_index, impl=impl)
+
+
+def ours_cross_entropy(x: Inputs) -> Call:
+    return lambda: fused_cross_entropy(x.student, x.student_weight, x.labels, impl=_impl(x))
+
+
+def eager_cross_entropy(x: Inputs) -> Call:
+    return lambda: F.cross_entropy((x.student @ x.student_weight.T).float(), x.labels)
+
+
+def torch_linear_cross_entropy(x: Inputs) -> Call:
+    """PyTorch's own, by chunks of its choice; without such options it would be eager."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotAvailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda: F.linear_cross_entropy(x.student, x.student_weight, x.labels, options=options)
+
+
+def liger_cross_entropy(x: Inputs) -> Call:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    _require_cuda(x)
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda: loss(x.student_weight, x.student, x.labels)
 
 
 def full_logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def time_over_limit(figure: Figure, rows: list[Row]) -> str:
         "time / time of the matrix products alone\n\n"
         "forward: without a backward; else with one. frozen: a head that is not trained. n: so many tokens.\n"
         "valid: that percentage of the tokens is compared. shared: so many rows are compared with each teacher row.\n"
-        "expected: the teacher's expected embedding is given.",
+        "expected: the teacher's expected embedding is given. cross-entropy: labels are.",
         fontsize=9,
     )
     return "Mean forward KL: time over the limit"
@@ -117,7 +117,9 @@ def memory_over_tokens(figure: Figure, rows: list[Row]) -> str:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["system"] != "products":
-            groups.setdefault(tuple(row[field] for field in same), []).append(row)
+            # Results of before there were labels do not say that they have none.
+            key = *(row[field] for field in same), row.get("labelled", False)
+            groups.setdefault(key, []).append(row)
     group = max(groups.values(), key=lambda group: len({row["tokens"] for row in group}), default=[])
     tokens = sorted({row["tokens"] for row in group})
     if len(tokens) < 2:
@@ -203,7 +205,8 @@ TABLES = {
     "linear_kl": Table(
         title="The linear KL: time, memory, accuracy",
         explanation=(
-            "Mean forward KL over the rows; forward and backward, unless the case says `forward`. `products` is the"
+            "Mean forward KL over the rows, or cross-entropy where the case says so; forward and backward, unless it"
+            " says `forward`. `products` is the"
             " limit: the matrix products of the case alone, operands and results in its dtype (on CUDA by cuBLAS)."
             " Times are medians between synchronisations, on CUDA with the L2 cache overwritten before each call."
             " MiB is the peak above inputs and gradients. An error is the norm of the difference from float64 over the"

@@ -57,6 +57,7 @@ def test_shared_teacher_rows():
         ({"shared": 16}, 3 + 1 / 16),
         ({"valid_percent": 10}, 4),
         ({"frozen_head": True, "summarised": True}, 2),
+        ({"labelled": True}, 3),
     ],
     ids=str,
 )

@@ -69,6 +69,20 @@ def test_expected_embedding(measure):
     assert row["errors"]["hidden"] < 1e-5
 
 
+@pytest.mark.parametrize("fields", [{}, {"frozen_head": True}, {"backward": False}], ids=str)
+@pytest.mark.parametrize(
+    "system", [peers.ours_cross_entropy, peers.eager_cross_entropy, peers.torch_linear_cross_entropy]
+)
+def test_cross_entropy(measure, fields, system):
+    try:
+        row = measure(replace(TINY, labelled=True, **fields), system)
+    except peers.NotAvailable as absent:
+        assert "linear_cross_entropy" in str(absent) and system is peers.torch_linear_cross_entropy
+        assert not hasattr(torch.nn.functional, "linear_cross_entropy")
+        return
+    assert max(row["errors"].values()) < 1e-5
+
+
 def wrong(x: Inputs, mutation: str) -> torch.Tensor:
     student, student_weight, teacher, teacher_weight = x.gathered()
     if mutation == "twice":
