@@ -21,7 +21,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     "teacher_template": ("disc",),
     **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
     **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
-    **dict.fromkeys(("teacher", "teacher_name_or_path", "teacher_cache"), WITH_TEACHER),
+    **dict.fromkeys(("teacher", "teacher_name_or_path", "teacher_cache", "kl_clip"), WITH_TEACHER),
     "kl_weight": ("ft_kl",),
     "teacher_system_prompt": ("cd",),
     "signal_examples": AT_TEMPERATURE,
@@ -112,6 +112,10 @@ class DiscArguments:
     )
     beta: float = flag("jsd: the teacher's share of the mixture that both are compared with.", 0.5)
     kl_weight: float = flag("ft_kl: of the KL from the initial model.", 0.1)
+    kl_clip: float | None = flag(
+        "disc, cd and ft_kl: the most nats that a token's KL, or other --divergence, counts: min(KL, this). Tokens of"
+        " more have no gradient. Default: no bound."
+    )
     lora_rank: int = flag(
         "Train low-rank adapters of this rank beside all linear layers but the head, and nothing else; 0: train the"
         " model. The method's authors: 16.",
@@ -196,6 +200,8 @@ class DiscArguments:
         check_flag(self, "temperature", 0 < self.temperature < math.inf, "a positive, finite number")
         for name in ("ce_weight", "kl_weight"):
             check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
+        clip = self.kl_clip
+        check_flag(self, "kl_clip", clip is None or 0 < clip < math.inf, "a positive, finite number")
         check_flag(self, "beta", 0 < self.beta < 1, "a number between 0 and 1")
         check_flag(self, "lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
         check_flag(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")

@@ -17,6 +17,7 @@ from disc_kernels.hf import output_head
 from disc_kernels.hf.forward import decoder_of
 from disc_kernels.linear_kl.workspace import DEFAULT_BYTES
 from disc_train.data.dataset import ExampleDataset
+from disc_train.models.frozen_head import head_is_frozen
 from disc_train.objectives.predictions import predict_as_student, predict_as_teacher
 from disc_train.packing.drawing import sample_batches
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
@@ -121,7 +122,10 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset) -> Cost:
     rows, head = len(batch["student_index"]), output_head(student).weight
     vocabulary, width = head.shape
     teachers_head = output_head(student if teacher is None else teacher).weight
+    product = 2 * rows * vocabulary * width
     loss = of_all.get_total_flops() - forward - of_teacher.get_total_flops()
+    if reads and trainer.settings.kl_clip is not None:  # then its gradient is computed in the backward pass
+        loss += (3 if head_is_frozen(student) else 4) * product
     per_batch = {"teacher": of_teacher.get_total_flops(), "student": forward + backward, "loss": loss}
     tokens = {"teacher": batch["teacher_input_ids"].numel() if reads else 0, "student": batch["input_ids"].numel()}
     steps = args.gradient_accumulation_steps
@@ -139,7 +143,7 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset) -> Cost:
         activations=activations,
         tokens={reader: steps * count for reader, count in tokens.items() if count},
         operations={part: steps * count for part, count in per_batch.items() if count},
-        product=steps * 2 * rows * vocabulary * width,
+        product=steps * product,
     )
 
 

@@ -222,10 +222,13 @@ def describe_method(disc: DiscArguments) -> str:
         "reverse_kl": "KL(student || teacher)",
         "jsd": f"JSD(teacher, student; beta = {disc.beta:g})",
     }[disc.divergence]
+    of_initial = "KL(initial model || student)"
+    if disc.kl_clip is not None:
+        divergence, of_initial = (f"min({each}, {disc.kl_clip:g})" for each in (divergence, of_initial))
     loss = {
         "ft": "cross-entropy",
         "split_ft": "cross-entropy of suffixes, each read without its prefix",
-        "ft_kl": f"cross-entropy + {disc.kl_weight:g} KL(initial model || student)",
+        "ft_kl": f"cross-entropy + {disc.kl_weight:g} {of_initial}",
         "talr": "cross-entropy with weights max(p^(1/tau), 0.01)",
     }.get(disc.method, f"T^2 {divergence} at T = {disc.temperature:g}")
     return loss + (f" + {disc.ce_weight:g} cross-entropy" if disc.ce_weight else "")
@@ -253,10 +256,17 @@ def describe_teacher(student: PreTrainedModel, teacher: Teacher, needed: bool) -
     return "the student without its adapters" if teacher is None else describe_model(teacher)
 
 
-def describe_head(student: PreTrainedModel, teacher: Teacher, compared: bool, divergence: str = "forward_kl") -> str:
+def describe_head(
+    student: PreTrainedModel,
+    teacher: Teacher,
+    compared: bool,
+    divergence: str = "forward_kl",
+    kl_clip: float | None = None,
+) -> str:
     """Say whether the output head is trained, and how often the comparison with a teacher multiplies with a head."""
+    again = 0 if kl_clip is None else 2  # the backward pass computes both models' logits anew
     if not head_is_frozen(student):
-        return "trained" + ("; the comparison takes 4 products with a head a step" if compared else "")
+        return "trained" + (f"; the comparison takes {4 + again} products with a head a step" if compared else "")
     what = "frozen" + (", and so are the embeddings, which are tied to it" if head_is_tied(student) else "")
     if not compared:
         return what
@@ -270,8 +280,8 @@ def describe_head(student: PreTrainedModel, teacher: Teacher, compared: bool, di
     elif cached:
         why = "the cache has hidden states, not summaries"
     else:
-        why = "a live teacher's summary would be a 4th"
-    return f"{what}; the comparison takes 3 products with a head a step ({why})"
+        why = "a live teacher's summary would be one more"
+    return f"{what}; the comparison takes {3 + again} products with a head a step ({why})"
 
 
 def describe_attention(attention: Mapping[str, Attention]) -> str:

@@ -67,6 +67,7 @@ class DiscTrainer(CheckpointingTrainer):
         kl_weight: ft_kl: of the KL from the teacher.
         divergence: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
         beta: of "jsd".
+        kl_clip: disc, cd and ft_kl: the most nats that a token's divergence counts; None: there is no bound.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s: `eval_dataset`, examples of the same kind; the tokenizer, as
             `processing_class`, is saved with the model.
@@ -101,6 +102,7 @@ class DiscTrainer(CheckpointingTrainer):
         kl_weight: float = 0.1,
         divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
         beta: float = 0.5,
+        kl_clip: float | None = None,
         attention: str = "auto",
         **options: Any,
     ) -> None:
@@ -142,7 +144,7 @@ class DiscTrainer(CheckpointingTrainer):
             self.teacher = freeze(teacher)
             self._move_to_device(teacher, trained=False)
         self.method = method
-        self.settings = methods.Settings(temperature, ce_weight, kl_weight, divergence, beta)
+        self.settings = methods.Settings(temperature, ce_weight, kl_weight, divergence, beta, kl_clip)
         self.noun = train_dataset.noun
         self.examples_read = 0
         self.packing = self._logged_packing = PackingStats()

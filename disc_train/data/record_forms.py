@@ -33,7 +33,7 @@ def contexts_and_target(name: str, record: dict[str, Any], teacher_system_prompt
         return {field: fields.get(field, "") for field in ("teacher_context", "student_context", "target")}
     prompt, privileged, completion = (fields[field] for field in SDFT)
     if isinstance(privileged, list):
-        privileged = "\n".join(message["content"] for message in privileged)
+        privileged = "\n".join(message["content"] for message in privileged if message["content"])  # as TRL has it
     if not privileged.strip():
         raise ValueError(f"{name}: expected a privileged_context that is not empty")
     if isinstance(prompt, str):

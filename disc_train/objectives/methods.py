@@ -33,6 +33,7 @@ class Settings(NamedTuple):
         ce_weight: disc and cd: weight of the cross-entropy on the same tokens.
         kl_weight: ft_kl: weight of the KL from the initial model.
         divergence, beta: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
+        kl_clip: disc, cd and ft_kl: the most nats that a token's divergence counts; None: there is no bound.
         tau: talr: the median over a step's sequences of their mean loss; None: over those of the batch.
     """
 
@@ -41,6 +42,7 @@ class Settings(NamedTuple):
     kl_weight: float = 0.1
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     beta: float = 0.5
+    kl_clip: float | None = None
     tau: Tensor | None = None
 
 
@@ -50,8 +52,13 @@ def distill(predictions: Predictions, settings: Settings) -> Tensor:
     T^2 keeps the gradients as large as at T = 1 (Hinton et al., arXiv 1503.02531). disc is arXiv 2602.16093, equation
     3; cd the general form (Snell et al., arXiv 2209.15189). `ce_weight` adds cross-entropy: it teaches what no context
     tells, such as what a document says once.
+
+    `kl_clip` C puts min(KL, C) in the place of a token's KL, before T^2, so tokens beyond C teach nothing. It is what
+    verl's `loss_max_clamp` does; a teacher in another style disagrees most about words that say little.
     """
-    of_both = divergence(predictions, settings.temperature, kind=settings.divergence, beta=settings.beta)
+    of_both = divergence(
+        predictions, settings.temperature, kind=settings.divergence, beta=settings.beta, clip=settings.kl_clip
+    )
     loss = settings.temperature**2 * of_both
     return loss + settings.ce_weight * cross_entropy(predictions) if settings.ce_weight else loss
 
@@ -63,7 +70,8 @@ def finetune(predictions: Predictions, settings: Settings) -> Tensor:
 
 def finetune_with_kl(predictions: Predictions, settings: Settings) -> Tensor:
     """Compute the loss of ft_kl: cross-entropy + kl_weight * KL(initial model || student) on the same tokens."""
-    return cross_entropy(predictions) + settings.kl_weight * divergence(predictions, temperature=1.0)
+    of_both = divergence(predictions, temperature=1.0, clip=settings.kl_clip)
+    return cross_entropy(predictions) + settings.kl_weight * of_both
 
 
 def talr(predictions: Predictions, settings: Settings) -> Tensor:

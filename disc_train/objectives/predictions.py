@@ -145,16 +145,21 @@ def divergence(
     reduction: str = "sum",
     kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
     beta: float = 0.5,
+    clip: float | None = None,
 ) -> Tensor:
     """Compute the divergence of teacher and student in nats: the sum by weight, or for "none" all M.
 
     Args:
         kind, beta: as `divergence` and `beta` of `disc_kernels.fused_suffix_kl`; forward_kl is KL(teacher || student).
+        clip: a row of more nats counts as this many, and has no gradient; None: every row counts in full.
 
     Raises:
         ValueError: the teacher was summarised at another temperature, or the summaries do not serve: for another
             divergence, or a head with a soft cap or that is trained.
     """
+    if clip is not None:
+        rows = divergence(predictions, temperature, "none", kind, beta).clamp(max=clip)
+        return rows if reduction == "none" else (predictions.weight * rows).sum()
     student, teacher = predictions.student, predictions.teacher
     assert teacher is not None
     if isinstance(teacher, SummarisedPredictions):

@@ -60,11 +60,13 @@ def test_a_step_takes_what_was_said(change, make_trainer, make_dataset):
     assert 0.6 < peak / expected < 1.1
 
 
-def test_operations_are_those_of_a_step(make_trainer, make_dataset):
+@pytest.mark.parametrize(("kl_clip", "products"), [(None, 4), (1.0, 6)])
+def test_operations_are_those_of_a_step(kl_clip, products, make_trainer, make_dataset):
     trainer = make_trainer()
+    trainer.settings = trainer.settings._replace(kl_clip=kl_clip)
     cost = measure_cost(trainer, make_dataset(num_splits=3))
     batch = trainer.data_collator([trainer._padded_dataset.dataset[i] for i in range(7)])
     with FlopCounterMode(display=False) as counted:
         trainer.training_step(trainer.model, batch, num_items_in_batch=7)
     assert sum(cost.operations.values()) == pytest.approx(counted.get_total_flops(), rel=0.02)
-    assert cost.operations["loss"] == 4 * cost.product
+    assert cost.operations["loss"] == products * cost.product

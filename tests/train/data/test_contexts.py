@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -84,7 +85,11 @@ SYSTEM = {"role": "system", "content": "Y"}
             (CHAT_TEXT.format("B\n\nH"), CHAT_TEXT.format("B"), "x</>\n"),
         ),
         (
-            {"prompt": CHAT, "privileged_context": [_user("H"), _assistant("I")], "completion": [_assistant("x")]},
+            {
+                "prompt": CHAT,
+                "privileged_context": [_user("H"), _user(""), _assistant("I")],
+                "completion": [_assistant("x")],
+            },
             None,
             (CHAT_TEXT.format("B\n\nH\nI"), CHAT_TEXT.format("B"), "x</>\n"),
         ),
@@ -108,6 +113,10 @@ SYSTEM = {"role": "system", "content": "Y"}
 def test_records_in_the_forms_of_other_libraries(record, system, expected, load, chat_tokenizer):
     (example,) = load(record | {"id": 1}, teacher_system_prompt=system)
     assert _texts(example, chat_tokenizer) == expected
+    (plain,) = load(dict(zip(("teacher_context", "student_context", "target"), expected, strict=True)))
+    for name in ("teacher_trunk", "student_trunk"):
+        assert np.array_equal(getattr(example, name), getattr(plain, name))
+    assert np.array_equal(example.branches[0].target, plain.branches[0].target)
 
 
 def test_the_flag_of_the_teachers_system_prompt(tmp_path, chat_tokenizer):

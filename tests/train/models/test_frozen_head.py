@@ -43,6 +43,7 @@ def test_what_is_frozen():
     assert not head_is_frozen(model)
     assert describe_head(model, None, compared=True).startswith("trained; the comparison takes 4 products")
     assert describe_head(model, None, compared=False) == "trained"
+    assert "6 products" in describe_head(model, None, compared=True, kl_clip=1.0)
     assert head_is_frozen(add_lora(make_model("llama"), rank=2, alpha=4, dropout=0.0))
     tied = freeze_head(make_model("qwen2"))
     assert head_is_frozen(tied) and not tied.get_input_embeddings().weight.requires_grad

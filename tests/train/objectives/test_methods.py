@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -12,14 +13,15 @@ import torch
 from torch.nn.functional import cross_entropy, log_softmax
 from transformers import TrainingArguments
 
-from disc_kernels import LogitTransform
+from disc_kernels import LogitTransform, teacher_summary
 from disc_kernels.hf import OutputHead
 from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.data.templates import Templates
 from disc_train.models.causal_lm import use_attention
-from disc_train.objectives.methods import OF_SUFFIXES, WITH_TEACHER, Settings, batch_loss, median, talr
-from disc_train.objectives.predictions import ModelPredictions, Predictions
+from disc_train.models.frozen_head import freeze_head
+from disc_train.objectives.methods import OF_SUFFIXES, WITH_TEACHER, Settings, batch_loss, distill, median, talr
+from disc_train.objectives.predictions import ModelPredictions, Predictions, SummarisedPredictions, predict
 from disc_train.packing.collator import collator, pack
 from disc_train.packing.rows import RowRule
 from disc_train.trainer import DiscTrainer
@@ -58,8 +60,8 @@ def plain_ft(teacher, student, documents):
     return torch.stack([_token_losses(student, ids).mean() for ids in documents]).mean()
 
 
-def plain_ft_kl(teacher, student, documents, kl_weight=0.1):
-    divergences = [_token_divergences(teacher, student, ids).mean() for ids in documents]
+def plain_ft_kl(teacher, student, documents, kl_weight=0.1, clip=math.inf):
+    divergences = [_token_divergences(teacher, student, ids).clamp(max=clip).mean() for ids in documents]
     return plain_ft(teacher, student, documents) + kl_weight * torch.stack(divergences).mean()
 
 
@@ -193,6 +195,38 @@ def test_distillation_by_other_divergences(settings, between, compare):
     assert max(error.loss, error.gradient) < TOLERANCE
 
 
+CLIP = 0.2  # nats; of the tokens here some have more, and some less
+
+
+def _clipped(p, q, clip=CLIP):
+    return _kl(p, q).clamp(max=clip)
+
+
+@pytest.mark.parametrize(("architecture", "clip"), [("llama", CLIP), ("gemma2", CLIP / 2)])
+def test_the_clip_of_a_token(architecture, clip, compare):
+    settings, plain = Settings(ce_weight=0.3, kl_clip=clip), partial(plain_disc, between=partial(_clipped, clip=clip))
+    error = compare("disc", architecture, settings, plain)
+    assert max(error.loss, error.gradient) < TOLERANCE
+    error = compare("ft_kl", architecture, Settings(kl_clip=clip), partial(plain_ft_kl, clip=clip))
+    assert max(error.loss, error.gradient) < TOLERANCE
+
+
+def test_the_clip_of_summarised_tokens(make_dataset):
+    """With a frozen head, from the summaries that a cache holds."""
+    teacher = make_model().double()
+    student = freeze_head(perturbed(teacher))
+    for model in (student, teacher):
+        use_attention(model, "auto")
+    dataset = make_dataset(4, num_splits=3)
+    live = predict(student, teacher, collator(student, teacher)([dataset[i] for i in range(4)]))
+    summary = teacher_summary(live.teacher.hidden, live.teacher.head, live.student.head, temperature=2.0)
+    cached = replace(live, teacher=SummarisedPredictions(summary, live.teacher.index, 2.0, None))
+    losses = [distill(predictions, Settings(kl_clip=CLIP)) for predictions in (live, cached)]
+    wanted, got = (torch.autograd.grad(loss, live.student.hidden, retain_graph=True)[0] for loss in losses)
+    assert float(losses[1].detach()) == pytest.approx(float(losses[0].detach()), rel=1e-6)
+    assert torch.allclose(got, wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_what_a_method_leaves_out_would_show(compare):
     """Each mutant of a loss is off by far more than the tolerance."""
     mutants = {
@@ -201,6 +235,7 @@ def test_what_a_method_leaves_out_would_show(compare):
         "the other direction": compare(
             "disc", settings=Settings(divergence="reverse_kl"), plain=partial(plain_disc, ce_weight=0.0)
         ),
+        "no clip": compare("disc", plain=partial(plain_disc, ce_weight=0.0, between=_clipped)),
         "no KL": compare("ft_kl", settings=Settings(kl_weight=0.0)),
         "weights of one": compare("ft", plain=plain_talr),
         "a first token that nothing predicts": compare("split_ft", plain=partial(plain_split_ft, header=(1,))),
