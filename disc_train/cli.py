@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +71,9 @@ def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv
 
 
 def _read_and_work(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str]) -> int:
+    if "--version" in argv:  # known without what the flags' definitions import, which takes ten seconds
+        print(f"{command} {_version()}")
+        return 0
     try:
         work = read(argv)
     except SystemExit as exit_:  # argparse has printed its help
@@ -91,6 +95,13 @@ def _read_and_work(command: str, read: Callable[[Sequence[str]], Callable[[], No
     except Terminated as ending:
         return _failed(command, ending, 128 + ending.signal, quiet=another_reports)
     return 0
+
+
+def _version() -> str:
+    try:
+        return version("disc-kernels")
+    except PackageNotFoundError:  # run from the source tree
+        return "(not installed)"
 
 
 def _failed(command: str, error: Exception | str, code: int, *, quiet: bool = False) -> int:

@@ -236,11 +236,10 @@ class DiscArguments:
             raise ValueError("expected one of --load_in_4bit and --load_in_8bit, got both")
         if "beta" in given and self.divergence != "jsd":
             raise ValueError(f"--beta is for --divergence jsd, got it with {self.divergence}")
-        if (self.teacher == "cache") != (self.teacher_cache is not None):
-            raise ValueError(
-                "--teacher cache and --teacher_cache DIR go together, got"
-                f" --teacher {self.teacher} and --teacher_cache {self.teacher_cache}"
-            )
+        if self.teacher == "cache" and self.teacher_cache is None:
+            raise ValueError("--teacher cache needs --teacher_cache DIR, got it without")
+        if self.teacher != "cache" and self.teacher_cache is not None:
+            raise ValueError(f"--teacher_cache DIR needs --teacher cache, got it with --teacher {self.teacher}")
         if self.teacher == "adapter" and "lora_rank" not in given:
             raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
         if self.teacher == "adapter" and "teacher_name_or_path" in given:

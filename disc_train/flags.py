@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import field, fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -47,8 +46,11 @@ def check_folder(flag: str, folder: Path) -> None:
 
 # What other trainers and libraries call the same.
 OTHER_NAMES = {
+    "attn_implementation": "attention",
     "batch_size": "per_device_train_batch_size",
     "dataset": "dataset_name",
+    "dataset_text_field": "text_column",
+    "dtype": "student_dtype",
     "epochs": "num_train_epochs",
     "eval_data": "eval_file",
     "eval_dataset": "eval_file",
@@ -69,6 +71,7 @@ OTHER_NAMES = {
     "use_lora": "lora_rank",
     "use_peft": "lora_rank",
     "validation_file": "eval_file",
+    "warmup_ratio": "warmup_steps",
 }
 
 
@@ -86,10 +89,10 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
 
     Raises:
         ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
-        SystemExit: from argparse, after it has printed help or the version.
+        SystemExit: from argparse, after it has printed help.
     """
     first = _config_parser()
-    first.add_argument("--version", action="version", version=f"{command} {_version()}", help="Print it, and stop.")
+    first.add_argument("--version", action="store_true", help="Print it, and stop.")  # `disc_train.cli` does
     parser = _Parser(
         classes,  # type: ignore[arg-type]
         prog=command,
@@ -164,12 +167,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _nearest(name: str, known: set[str]) -> str:
     plain = name.lstrip("-").split("=")[0].replace("-", "_")
     other = OTHER_NAMES.get(plain)
-    matches = [other] if other in known else difflib.get_close_matches(plain, known, n=1)
+    matches = [other] if other in known else difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
     return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _version() -> str:
-    try:
-        return version("disc-kernels")
-    except PackageNotFoundError:  # run from the source tree
-        return "(not installed)"

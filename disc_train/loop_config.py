@@ -4,19 +4,42 @@ import json
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from disc_train.flags import check_flag, flag
 from disc_train.parallel.launch import check_launch, processes_started
 
 MEASURED = ("loss", "cross_entropy", "kl")  # of held-out examples, see `disc_train.objectives.held_out`; less is better
+
+NEEDS_EVALUATION = (
+    *("do_eval", "eval_on_start", "eval_delay", "eval_steps", "per_device_eval_batch_size"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+# Of transformers' own evaluation, prediction, labels and columns, none of which this trainer has.
+WITHOUT_USE = (
+    *("do_predict", "prediction_loss_only", "eval_accumulation_steps", "eval_do_concat_batches"),
+    *("eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval"),
+    *("label_names", "label_smoothing_factor", "remove_unused_columns", "length_column_name"),
+    "average_tokens_across_devices",
+    "enable_jit_checkpoint",  # SIGTERM saves a checkpoint anyway
+)
+# Each changes nothing unless the other is given.
+NEEDED_BY = {
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "activation_checkpointing",
+    **dict.fromkeys(("dataloader_persistent_workers", "dataloader_multiprocessing_context"), "dataloader_num_workers"),
+    "liger_kernel_config": "use_liger_kernel",
+    "fsdp_config": "fsdp",
+    **dict.fromkeys(("hub_model_id", "hub_private_repo", "hub_always_push", "hub_revision"), "push_to_hub"),
+}
 
 
 @dataclass
@@ -42,6 +65,7 @@ class LoopArguments(TrainingArguments):
             " models from 500 million parameters on. None elsewhere: it would take a core from the training."
         },
     )
+    do_train: bool = flag("There is nothing else to do; false is refused.", True)
     early_stopping_patience: int = flag(
         "--load_best_model_at_end: stop after so many evaluations in a row that are no better than the best; 0: never.",
         0,
@@ -62,6 +86,7 @@ class LoopArguments(TrainingArguments):
             "random or sequential (documents of any lengths are packed with hardly any padding)",
         )
         self._check_numbers()
+        self._check_uses()
         self._check_json()
         self._check_evaluation()
         if self.accelerator_config is None:  # a copy from pinned memory need not be waited for
@@ -72,8 +97,11 @@ class LoopArguments(TrainingArguments):
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # the logs are printed as plain lines
+        if self.deepspeed and not is_deepspeed_available():
+            raise ValueError("--deepspeed needs deepspeed, which is not installed: pip install deepspeed")
         super().__post_init__()
         check_launch(self)
+        self._check_scheduler()
         missing = set(self.report_to or ()) - set(get_available_reporting_integrations())
         if missing:
             raise ValueError(
@@ -91,9 +119,35 @@ class LoopArguments(TrainingArguments):
             check_flag(self, name, 0 <= getattr(self, name) < 1, "a number from 0 to 1, less than 1")
         for name in ("save_steps", "eval_steps", "logging_steps"):
             check_flag(self, name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number")
-        check_flag(self, "label_smoothing_factor", self.label_smoothing_factor == 0, "0, no method has it")
         if self.max_steps <= 0:
             check_flag(self, "num_train_epochs", 0 < self.num_train_epochs < math.inf, "a positive, finite number")
+
+    def _check_uses(self) -> None:
+        """Raise ValueError for a flag that was given and would change nothing."""
+        given = [item.name for item in fields(self) if item.init and getattr(self, item.name) != _default(item)]
+        for name in given:
+            if name in WITHOUT_USE:
+                raise ValueError(f"--{name} would change nothing, got {getattr(self, name)}: leave it out")
+            if name in NEEDS_EVALUATION and self.eval_strategy == "no":
+                raise ValueError(
+                    f"--{name} needs --eval_strategy steps or epoch (and --eval_file), got --eval_strategy no"
+                )
+            if (needed := NEEDED_BY.get(name)) and not getattr(self, needed):
+                raise ValueError(f"--{name} needs --{needed}, got it without")
+        if self.optim_args and self.optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad"):
+            raise ValueError(f"--optim_args is not for --optim {self.optim}, which has flags of its own: leave it out")
+        if self.optim_target_modules and not str(self.optim).startswith(("galore", "apollo")):
+            raise ValueError(f"--optim_target_modules is for --optim galore and apollo, got it with {self.optim}")
+        check_flag(self, "do_train", self.do_train, "true (--dry_run says what would run, disc-eval evaluates)")
+        if self.eval_steps is not None and self.eval_strategy == "epoch":
+            raise ValueError("--eval_steps needs --eval_strategy steps, got epoch")
+        on_cpu = self.use_cpu or processes_started() > 1
+        for name in ("bf16", "fp16"):
+            if getattr(self, name) and not on_cpu and not torch.accelerator.is_available():
+                raise ValueError(
+                    f"--{name} is for a GPU, and none was found: leave it out on a CPU, or add --use_cpu to run the"
+                    " matrix products in 16 bits there, which is slower"
+                )
 
     def _check_json(self) -> None:
         """Raise ValueError for a flag that should be JSON and is none, or has fields that accelerate does not know."""
@@ -110,21 +164,36 @@ class LoopArguments(TrainingArguments):
                 except TypeError as error:
                     raise ValueError(f"--{name}: expected fields of AcceleratorConfig, got: {error}") from error
 
+    def _check_scheduler(self) -> None:
+        """Raise ValueError for arguments that the schedule of the learning rate does not have."""
+        optimizer = torch.optim.SGD([torch.zeros(1)], self.learning_rate)
+        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        try:
+            if options:
+                get_scheduler(kind, optimizer, 0, 1, scheduler_specific_kwargs=options)
+        except TypeError as error:
+            raise ValueError(
+                f"--lr_scheduler_kwargs: expected arguments of the {kind} schedule, got: {error}"
+            ) from error
+
     def _check_evaluation(self) -> None:
-        """Raise ValueError for a flag that needs an evaluation where there is none; the best model has the least."""
-        for name in ("do_eval", "eval_on_start", "load_best_model_at_end", "metric_for_best_model"):
-            if getattr(self, name) and self.eval_strategy == "no":
-                raise ValueError(f"--{name} needs --eval_file and --eval_strategy, got it without")
+        """Raise ValueError for settings of the best model that do not go together; the best has the least."""
         check_flag(self, "early_stopping_patience", self.early_stopping_patience >= 0, "0 (never) or more")
         if self.early_stopping_patience and not self.load_best_model_at_end:
             raise ValueError("--early_stopping_patience needs --load_best_model_at_end true, got it without")
         if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ValueError("--save_strategy best needs --eval_file and --eval_strategy, got it without")
+            raise ValueError(
+                "--save_strategy best needs --eval_strategy steps or epoch (and --eval_file), got --eval_strategy no"
+            )
         if self.save_strategy == "best" and not (self.metric_for_best_model or self.load_best_model_at_end):
             raise ValueError("--save_strategy best needs --metric_for_best_model, got it without")
         # transformers takes all but losses for what should be large.
         if self.greater_is_better is None and str(self.metric_for_best_model).removeprefix("eval_") in MEASURED:
             self.greater_is_better = False
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 @dataclass

@@ -97,7 +97,7 @@ def run_sweep(runs: Sequence[Planned], folder: Path, settings: dict[str, Any]) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "sweep.json"
-    rows = _read_rows(file, settings)
+    rows, picture = _read_rows(file, settings), ""
     for number, planned in enumerate(runs, start=1):
         print(f"run {number} of {len(runs)}: {planned.name}", flush=True)
         if "failed" in rows.get(planned.name, {"failed": None}):
@@ -105,9 +105,10 @@ def run_sweep(runs: Sequence[Planned], folder: Path, settings: dict[str, Any]) -
             code = _run_process(planned.argv, log)
             rows[planned.name] = {"values": planned.values, **_outcome(code, log, folder / planned.name)}
             _write(file, json.dumps({"settings": settings, "runs": rows}, indent=2))
-            _write(file.with_suffix(".md"), _table(rows, draw(rows, file.with_suffix(".png"))))
+            picture = draw(rows, file.with_suffix(".png"))
+            _write(file.with_suffix(".md"), _table(rows, picture))
         print(f"  {_summary(rows[planned.name])}", flush=True)
-    print(f"the table is in {file.with_suffix('.md')}")
+    print(f"the table is in {file.with_suffix('.md')}. {picture}".rstrip())
     if failed := [name for name, row in rows.items() if "failed" in row]:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed ({', '.join(failed)}); see {folder}/*.log")
 
@@ -177,8 +178,8 @@ def _summary(row: dict[str, Any]) -> str:
     return ", ".join(f"{_label(name)} {_cell(row, name)}" for name in row["last"])
 
 
-def _table(rows: dict[str, dict[str, Any]], drawn: bool) -> str:
-    """Write the runs as a table in Markdown."""
+def _table(rows: dict[str, dict[str, Any]], picture: str) -> str:
+    """Write the runs as a table in Markdown, and below it what its numbers are and a sentence on the picture."""
     finished = [row for row in rows.values() if "failed" not in row]
     keys = list(next(iter(rows.values()))["values"])
     names = list(dict.fromkeys(name for row in finished for name in row["last"]))
@@ -186,9 +187,7 @@ def _table(rows: dict[str, dict[str, Any]], drawn: bool) -> str:
     for row in rows.values():
         cells = [str(value) for value in row["values"].values()] + [_cell(row, name) for name in names]
         lines.append(f"| {' | '.join([*cells, row.get('failed', 'finished').replace('|', '/')])} |")
-    notes = "Numbers are those logged last; of probes and of the loss, first -> last."
-    if drawn:
-        notes += " sweep.png has the uptake of the first group of probes against the change of all others."
+    notes = f"Numbers are those logged last; of probes and of the loss, first -> last. {picture}"
     return "\n".join(["# Sweep", "", *lines, "", notes, ""])
 
 
@@ -216,16 +215,18 @@ def trade_off(row: dict[str, Any]) -> tuple[float, float] | None:
     return uptake, sum(others) / len(others)
 
 
-def draw(rows: dict[str, dict[str, Any]], path: Path) -> bool:
-    """Draw uptake against retention; False if there is no matplotlib, or nothing to draw."""
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> str:
+    """Draw uptake against retention, and say in a sentence what the picture has, or why there is none."""
     points = {name: point for name, row in rows.items() if (point := trade_off(row)) is not None}
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return f"There is no {path.name}: pip install matplotlib draws one after the next run."
     if not points:
-        return False
+        return (
+            f"There is no {path.name}: it takes --probes_file of two groups, what is to be learned and what to be kept."
+        )
     figure = Figure(figsize=(8, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -239,7 +240,7 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> bool:
     axes.set_ylabel("retention: mean rise of the others")
     axes.margins(0.2)
     figure.savefig(path, dpi=100)
-    return True
+    return f"{path.name} has the uptake of the first group of probes against the change of all others."
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,9 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from disc_train.data.chat import encode
 from disc_train.data.context_length import length_of
+from disc_train.data.sequence_start import bos_prefix
 from disc_train.flags import check_folder
 from disc_train.generation.config import GenerateArguments
 from disc_train.generation.decoding import continue_prompts
@@ -50,28 +58,35 @@ def run(arguments: GenerateArguments) -> None:
             ]
         )
 
-    empty = cut = 0
+    start = bos_prefix(tokenizer, arguments.add_bos)
+    empty = short = cut = 0
     limits = arguments.max_new_tokens, arguments.batch_size, arguments.max_batch_tokens
     prompts = [text.prompt for text in texts]
     with path.open("a", encoding="utf-8", newline="\n") as file:
         for index, generated, ended in continue_prompts(
             model, tokenizer, prompts, *limits, done=done, processors=sampling
         ):
-            empty += not generated.strip()
             cut += not ended
-            if generated.strip():
+            fields = _fields(arguments.mode, texts[index].source, generated)
+            if not generated.strip():
+                empty += 1
+            elif _predicts_nothing(fields, tokenizer, start):
+                short += 1
+            else:
                 origin = "source" if arguments.mode == "answers" else "document"
-                record = {"id": texts[index].id, origin: texts[index].source.name, "ended": ended}
-                record |= _fields(arguments.mode, texts[index].source, generated)
+                record = {"id": texts[index].id, origin: texts[index].source.name, "ended": ended} | fields
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: all {len(texts):,} texts are empty: the model ends at once; try another prompt")
+        raise ValueError(
+            f"{path}: all {len(texts):,} texts are empty or a single token: the model ends at once; try another prompt"
+        )
     method = "ft" if arguments.mode == "rephrase" else "cd --temperature 1"
-    found = f"{len(texts) - done:,} texts written" + (f", {done:,} were there" if done else "")
+    found = f"{len(texts) - done - empty - short:,} texts written" + (f", {done:,} were there" if done else "")
+    left = f"{empty:,} empty" + (f", {short:,} of a single token, which has nothing before it" if short else "")
     print_section(
         "What came of it",
-        ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {empty:,} empty, left out"),
+        ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {left}, left out"),
         (f"{arguments.noun}s", f"{len(sources):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
         ("saved", str(path)),
         ("next", f"disc-train --method {method} --train_file {shlex.quote(str(path))}"),
@@ -93,6 +108,14 @@ class _Sample(LogitsProcessor):
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - noise.clamp_min(torch.finfo(noise.dtype).tiny).log()
+
+
+def _predicts_nothing(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, start: Sequence[int]) -> bool:
+    """Tell whether a student would predict no token of a record: the first of a text has nothing before it."""
+    target = fields.get("target")
+    if not isinstance(target, str) or fields.get("student_context") or start:
+        return False
+    return len(encode(tokenizer, target)) < 2
 
 
 def _fields(mode: str, source: Source, generated: str) -> dict[str, Any]:

@@ -49,15 +49,18 @@ class Signal(NamedTuple):
             temperature: what the divergence was measured at.
         """
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
-        gains = f"add {fmean(self.gain_over_student):+.4f} nats a token to the log-probability of what follows"
+        gains = (
+            "make the target itself likelier to the teacher, in nats a token at T = 1:"
+            f" {fmean(self.gain_over_student):+.4f} than to the student without"
+        )
         if self.gain_over_other_context:
-            gains += f"; {fmean(self.gain_over_other_context):+.4f} compared with another {noun}'s in their place"
+            gains += f", {fmean(self.gain_over_other_context):+.4f} than to the teacher with another {noun}'s"
         lines = [
             (
                 "signal",
-                f"{fmean(self.divergence):.4f} nats a token at T = {temperature:g}: mean KL from the teacher with its"
-                f" context to the initial student without; by {noun} {low:.4f} to {high:.4f}, median {middle:.4f}"
-                f" ({len(self.divergence):,} measured)",
+                f"{fmean(self.divergence):.4f} nats a token at T = {temperature:g}, over the whole vocabulary: mean KL"
+                f" from the teacher with its context to the initial student without; by {noun} {low:.4f} to {high:.4f},"
+                f" median {middle:.4f} ({len(self.divergence):,} measured)",
             ),
             ("contexts", gains),
         ]

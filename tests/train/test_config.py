@@ -1,11 +1,13 @@
 """Flags and YAML: what is read, what wins, and what is refused in which words."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from disc_train.cli import main
 from disc_train.config import DiscArguments, parse_arguments
 from disc_train.loop_config import LoopArguments
 
@@ -73,11 +75,18 @@ def test_flags_win_over_the_file(write_yaml):
     assert (disc.num_splits, loop.seed) == (3, 7)
 
 
-def test_the_version_is_printed(capsys):
-    with pytest.raises(SystemExit) as ending:
-        parse_arguments(["--version"])
-    assert ending.value.code == 0
+def test_the_version_is_printed_at_once(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "disc_train.config", None)  # whose imports take ten seconds
+    assert main(["--version"]) == 0
     assert re.fullmatch(r"disc-train \S.*\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "fp16"])
+def test_sixteen_bits_without_a_gpu(flag, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    message = f"--{flag} is for a GPU, and none was found: leave it out on a CPU, or add --use_cpu"
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([*REQUIRED[:-2], f"--{flag}"])
 
 
 def test_several_files_behind_one_flag_or_several(write_yaml):
@@ -100,6 +109,8 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--lr", "1"], "--lr; did you mean learning_rate?"),
         (["--target_modules=q_proj"], "did you mean lora_target_modules?"),
         (["--num-split=3"], "did you mean num_splits?"),
+        (["--dtype=bfloat16"], "--dtype=bfloat16; did you mean student_dtype?"),
+        (["--init_lora_weights", "pissa"], "unknown argument --init_lora_weights$"),
         (["--zzzzzz"], "unknown argument --zzzzzz$"),
         (["second.yaml"], "unknown argument second.yaml"),
         (
@@ -111,13 +122,36 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--num_splits", "0"], "--num_splits: expected at least 1, got 0"),
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size: expected at least 1, got 0"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size: expected at least 1, got 0"),
-        (
-            ["--load_best_model_at_end"],
-            "--load_best_model_at_end needs --eval_file and --eval_strategy, got it without",
+        *(
+            ([f"--{flag}", *values], f"--{flag} needs --eval_strategy steps or epoch .*, got --eval_strategy no")
+            for flag, *values in (
+                ("load_best_model_at_end",),
+                ("eval_on_start",),
+                ("eval_delay", "2"),
+                ("eval_steps", "5"),
+                ("per_device_eval_batch_size", "3"),
+                ("metric_for_best_model", "loss"),
+                ("greater_is_better", "false"),
+                ("load_best_model_at_end", "true", "--eval_file", "e.jsonl"),
+            )
         ),
-        (["--eval_on_start"], "--eval_on_start needs --eval_file and --eval_strategy, got it without"),
-        (["--metric_for_best_model", "loss"], "--metric_for_best_model needs --eval_file and --eval_strat"),
-        (["--save_strategy", "best"], "--save_strategy best needs --eval_file and --eval_strat"),
+        (["--save_strategy", "best"], "--save_strategy best needs --eval_strategy steps or epoch"),
+        (
+            ["--eval_file", "e.jsonl", "--eval_strategy", "epoch", "--eval_steps", "5"],
+            "--eval_steps needs .* steps, got",
+        ),
+        (["--do_train", "false"], "--do_train: expected true .*, got False"),
+        (["--do_predict"], "--do_predict would change nothing, got True: leave it out"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor would change nothing, got 0.1"),
+        (["--include_for_metrics", "inputs"], r"--include_for_metrics would change nothing, got \['inputs'\]"),
+        (["--bf16_full_eval"], "--bf16_full_eval would change nothing, got True"),
+        (["--gradient_checkpointing_kwargs", "{}"], "--gradient_checkpointing_kwargs needs --gradient_checkpointing"),
+        (["--enable_jit_checkpoint"], "--enable_jit_checkpoint would change nothing, got True"),
+        (["--optim_args", "eps=1"], "--optim_args is not for --optim adamw_torch"),
+        (["--optim_target_modules", "attn"], "--optim_target_modules is for --optim galore and apollo, got it with"),
+        (["--dataloader_persistent_workers", "--dataloader_num_workers=0"], "--dataloader_persistent_workers needs"),
+        (["--lr_scheduler_kwargs", '{"a": 1}'], "--lr_scheduler_kwargs: expected arguments of .* 'a'"),
+        (["--hub_model_id", "a/b"], "--hub_model_id needs --push_to_hub, got it without"),
         (
             [*EVALUATION, "--save_strategy", "best"],
             "--save_strategy best needs --metric_for_best_model, got it without",

@@ -99,6 +99,7 @@ def test_a_failed_run_is_a_row_and_is_taken_again(config, tmp_path, capsys, monk
     )
     monkeypatch.setattr(sweep, "_run_process", lambda argv, log: main(argv))
     assert main([path]) == 0
+    assert "There is no sweep.png: it takes --probes_file of two groups" in capsys.readouterr().out
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
     assert set(rows["learning_rate=0.001"]) == {"values", "first", "last"}
 

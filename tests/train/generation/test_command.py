@@ -1,6 +1,7 @@
 """disc-generate: the records it writes, the same file whether interrupted or not, bad input in one clear line."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -181,6 +182,12 @@ def test_texts_that_end_at_once_are_counted(disc_generate, fails, model_folder, 
     assert f"{9 - len(records)} empty, left out" in capsys.readouterr().out
     assert disc_generate("--temperature", 3) == 0
     assert read_jsonl(tmp_path / "out.jsonl") == records
+    assert disc_generate("--temperature", 3, "--mode", "cd", output="cd.jsonl") == 0  # of which disc-train refuses none
+    records = read_jsonl(tmp_path / "cd.jsonl")
+    assert min(len(tokenizer(record["target"], add_special_tokens=False).input_ids) for record in records) > 1
+    out = capsys.readouterr().out
+    left_out = re.search(r"(\d) texts written; .*; (\d) empty, (\d) of a single token, .*, left out", out)
+    assert sum(map(int, left_out.groups())) == 9 and left_out[1] == str(len(records)) and left_out[3] != "0"
     model.generation_config.eos_token_id = list(range(300))
     model.save_pretrained(model_folder)
     tokenizer.add_special_tokens({"additional_special_tokens": tokenizer.convert_ids_to_tokens(range(300))})

@@ -92,7 +92,8 @@ def test_without_another_context_no_comparison_is_claimed(examples, make_dataset
     assert (len(signal.gain_over_student), signal.gain_over_other_context) == (examples, [])
     lines = dict(signal.describe("document", 2.0))
     assert "another document" not in str(lines)
-    assert " nats a token at T = 2: mean KL" in lines["signal"]
+    assert " nats a token at T = 2, over the whole vocabulary: mean KL" in lines["signal"]
+    assert lines["contexts"].startswith("make the target itself likelier to the teacher, in nats a token at T = 1: ")
 
 
 def test_a_copy_of_a_document_is_not_another_document(make_dataset):

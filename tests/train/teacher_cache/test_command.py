@@ -115,8 +115,8 @@ def test_hidden_states_keep_the_head_and_say_so(command, tmp_path, capsys, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--teacher", "cache"), "--teacher cache and --teacher_cache DIR go together"),
-        (("--teacher_cache", "x"), "--teacher cache and --teacher_cache DIR go together"),
+        (("--teacher", "cache"), "--teacher cache needs --teacher_cache DIR, got it without"),
+        (("--teacher_cache", "x"), "--teacher_cache DIR needs --teacher cache, got it with --teacher auto"),
         (("--teacher_cache_dtype", "float32"), "--teacher_cache_dtype needs --teacher_cache"),
         (("--method", "ft", "--teacher_cache", "x"), "--teacher_cache is for --method"),
     ],
