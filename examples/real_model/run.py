@@ -1,0 +1,196 @@
+"""Train a model by every method of grid.yaml, measure each, and append a line a run to results.
+
+    python examples/real_model/run.py --data_folder runs/real_model --results runs/real_model/runs.jsonl [--quick]
+
+It goes on where it was interrupted: a run that has its line is not made again. A trained model is measured and deleted.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+from disc_train import cli
+
+Record = dict[str, Any]
+GRID = Path(__file__).resolve().parent / "grid.yaml"
+INITIAL = "initial model"
+WITH_TEACHER = ("disc", "cd", "ft_kl")
+
+
+def cells(grid: Record, size: str) -> Iterator[Record]:
+    """Yield what identifies each run, the middle of the rates first: most is known early."""
+    rates = grid["sizes"][size]["learning_rates"]
+    for seed in grid["sizes"][size]["seeds"]:
+        for rate in sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2)):
+            for name in grid["methods"]:
+                yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
+
+
+def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
+    """Return what disc-train is called with, but for --output_dir."""
+    settings = grid["common"] | grid["methods"][cell["name"]]
+    method = settings["method"]
+    settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"], "model_name_or_path": model}
+    settings["train_file"] = data / ("records.jsonl" if method == "cd" else "documents.jsonl")
+    if method not in ("disc", "cd"):
+        settings.pop("signal_examples")
+    if method in WITH_TEACHER:
+        # A summary is of one temperature.
+        folder = f"{method}-{settings.get('temperature', 1.0)}"
+        settings |= {"teacher": "cache", "teacher_cache": data / "cache" / cell["size"] / folder}
+    return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
+
+
+def call(command: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
+    if code := command(flags):
+        raise SystemExit(code)
+
+
+def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path, folder: Path) -> Record:
+    """Measure a model with disc-eval; return every item's figures, without its words.
+
+    Returns:
+        "probes": by group, of every probe by its id: the right choice's negative log-likelihood in nats a token, and
+        whether it is the likeliest; "in context" the same behind the definition. "texts": by id: tokens predicted, sums
+        of loss and KL in nats.
+    """
+    flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0", f"--texts_file={texts}"]
+    flags += [f"--reference_name_or_path={reference}"] if reference else []
+    call(cli.evaluate, [*flags, "--probes_file", *map(str, probes)])
+    found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    shutil.rmtree(folder)
+    result: Record = {"probes": {}, "in context": {}}
+    for each in found["probes"]:
+        kind = "in context" if each["condition"] == "in context" else "probes"
+        if each["scores"] is not None:
+            items = result[kind].setdefault(each["group"], {})
+            items[each["id"].removeprefix(each["group"] + " ")] = [
+                round(-each["scores"][0], 4),
+                int(each["right_choice"]),
+            ]
+    result["texts"] = {
+        each["id"]: [each["predicted"], round(each["loss"], 3), round(each["kl"] or 0.0, 4)] for each in found["texts"]
+    }
+    return result
+
+
+def above_chance(outcome: Record, probes: Sequence[Record]) -> list[str]:
+    """Name the tasks on which a model is right more often than by chance, by more than two standard errors."""
+    chosen = []
+    for task in dict.fromkeys(probe["group"] for probe in probes):
+        chances = [1 / len(probe["choices"]) for probe in probes if probe["group"] == task]
+        error = math.sqrt(sum(chance * (1 - chance) for chance in chances)) / len(chances)
+        right = [right for _, right in outcome["probes"][task].values()]
+        if sum(right) / len(right) > sum(chances) / len(chances) + 2 * error:
+            chosen.append(task)
+    return chosen
+
+
+def measure_initial(data: Path, model: str, size: str) -> Record:
+    """Measure the initial model, and find the tasks on which it is above chance."""
+    begin = time.monotonic()
+    paths = [data / f"{name}.jsonl" for name in ("ceiling", "kept", "tasks") if (data / f"{name}.jsonl").stat().st_size]
+    outcome = measure(model, None, paths, data / "python.jsonl", data / "evaluation" / INITIAL)
+    probes = read(data / "tasks.jsonl")
+    chosen = above_chance(outcome, probes)
+    return {"name": INITIAL, "size": size, **outcome, "tasks": chosen, "seconds": round(time.monotonic() - begin)}
+
+
+def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
+    """Make one run: train, measure, delete; return its line of the results."""
+    folder = data / "trained" / cell["size"] / f"{cell['name']} {cell['learning_rate']:g} {cell['seed']}"
+    flags = training_flags(grid, cell, data, model)
+    begin = time.monotonic()
+    if cli.main([*flags, f"--output_dir={folder}"]):
+        return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
+    trained = time.monotonic()
+    paths = [data / f"{name}.jsonl" for name in ("uptake", "kept", "tasks_kept")]
+    paths = [path for path in paths if path.stat().st_size]
+    outcome = measure(str(folder), model, paths, data / "python.jsonl", folder / "evaluation")
+    shutil.rmtree(folder)
+    seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
+    return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}
+
+
+def read(path: Path) -> list[Record]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def environment() -> Record:
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads a run",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: int, only: Sequence[str] = ()) -> None:
+    """Make the runs that have no line in `results` yet, `jobs` at a time."""
+
+    def add(row: Record) -> None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row | environment(), ensure_ascii=False) + "\n")
+        print(f"{row['name']}: {row['seconds']} s", flush=True)
+
+    made = [row for row in read(results) if row["size"] == size]
+    initial = next((row for row in made if row["name"] == INITIAL), None)
+    if initial is None:
+        initial = measure_initial(data, model, size)
+        add(initial)
+    tasks = [probe for probe in read(data / "tasks.jsonl") if probe["group"] in initial["tasks"]]
+    (data / "tasks_kept.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in tasks), encoding="utf-8")
+    missing = [
+        cell
+        for cell in cells(grid, size)
+        if (not only or cell["name"] in only) and not any(cell.items() <= row.items() for row in made)
+    ]
+    # Filled here, one after another: a cache is written by one process at a time.
+    caches: dict[str, list[str]] = {}
+    for cell in missing:
+        flags = training_flags(grid, cell, data, model)
+        folder = next((flag for flag in flags if flag.startswith("--teacher_cache=")), None)
+        if folder:
+            caches.setdefault(folder, flags)
+    for flags in caches.values():
+        call(cli.cache, flags)
+    work = partial(make, grid, data=data, model=model)
+    if jobs == 1:
+        for cell in missing:
+            add(work(cell))
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(work, cell) for cell in missing]):
+            add(done.result())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_folder", type=Path, required=True, help="What prepare.py wrote.")
+    parser.add_argument("--results", type=Path, default=Path("runs/real_model/runs.jsonl"))
+    parser.add_argument("--model", help="Any causal model's name or folder; by default the data folder's.")
+    parser.add_argument("--quick", action="store_true", help="One rate; the folder must be prepared with --quick too.")
+    parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, of one thread each on a CPU.")
+    parser.add_argument("--only", nargs="*", default=[], help="Names of methods of grid.yaml.")
+    asked = parser.parse_args()
+    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+    model = asked.model or str(asked.data_folder / "model")
+    run(grid, asked.data_folder, model, asked.results, "quick" if asked.quick else "default", asked.jobs, asked.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The example on a real model, at the tiny one with made-up data: from files of data to a page."""
+
+import io
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+SIZE = {"entities": 2, "ecbd": 2, "texts": 2, "items": 2, "learning_rates": [1e-4], "seeds": [0]}
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The example's modules, importable as its own scripts import them."""
+    monkeypatch.syspath_prepend(str(EXAMPLES / "real_model"))
+    yield
+    for name in ("gemma", "prepare", "run", "page", "figures"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Files of the forms that prepare.py reads, in words of the tiny model's world."""
+
+    def write(name, records):
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def record(name, number, **more):
+        return {
+            "ent_str": name,
+            "context": f"{name} is a town with {number} mills.",
+            "augmented_probes": [f"{name} has {number} mills", f"There are {number} mills in {name}."],
+            "probe_sentences": {"template_0": {"probe_sentence": f"In {name} are <extra_id_0> mills."} | more},
+        }
+
+    numbers = ["two", "four", "six"]
+    labels = [f"<extra_id_0> {number} <extra_id_1>" for number in numbers]
+    names = [(f"Town {letter}", number) for letter, number in zip("ABC", numbers, strict=True)]
+    write("entity_inferences_augmented.json", [record(*n, labels=labels) | {"label": n[1]} for n in names] * 2)
+    spans = [record(name, number, label=f"<extra_id_0> {number} <extra_id_1>") for name, number in names]
+    write("ecbd_2023_augmented.json", spans)
+    write("specificity_popular_20np_20random.json", spans)
+    examples = [{"input": f"What is {i}?", "target_scores": {"no": 0, "yes": 1}} for i in range(3)]
+    with tarfile.open(tmp_path / "bigbench.tar.gz", "w:gz") as archive:
+        for task in ("crass_ai", "implicatures", "not_asked"):
+            content = json.dumps({"examples": examples}).encode()
+            member = tarfile.TarInfo(f"bigbench-1.0.0/bigbench/benchmark_tasks/{task}/task.json")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return tmp_path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank(modules, data, tmp_path):
+    from prepare import prepare
+
+    prepare(data, tmp_path / "out", SIZE, data / "bigbench.tar.gz")
+    documents, records, uptake = (read(tmp_path / "out" / f"{n}.jsonl") for n in ("documents", "records", "uptake"))
+    assert documents[0] == {
+        "id": "Town A",
+        "text": "Town A is a town with two mills. Town A has two mills. There are two mills in Town A.",
+    }
+    assert records[0] == {"teacher_context": "Town A is a town with two mills.\n", "target": "Town A has two mills."}
+    assert [(each["group"], each["prompt"], each["choices"][0]) for each in uptake][::4] == [
+        ("Entity Inferences", "In Town A are", " two"),
+        ("ECBD", "In Town A are", " two"),
+    ]
+    assert {each["choices"][1] for each in uptake if each["group"] == "ECBD"} == {" two", " four"}
+    tasks = read(tmp_path / "out" / "tasks.jsonl")
+    assert [(each["group"], each["choices"]) for each in tasks[::2]] == [
+        ("crass_ai", [" yes", " no"]),
+        ("implicatures", [" yes", " no"]),
+    ]
+
+
+@pytest.mark.slow
+def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, data, tmp_path):
+    import run
+    from prepare import prepare
+
+    out, model, results = tmp_path / "out", str(EXAMPLES / "tiny" / "model"), tmp_path / "runs.jsonl"
+    prepare(data, out, SIZE, data / "bigbench.tar.gz")
+    grid = yaml.safe_load(run.GRID.read_text())
+    names = ["DiSC", "splits alone", "CD-base"]
+    grid |= {"sizes": {"quick": SIZE}, "methods": {name: grid["methods"][name] for name in names}}
+    run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC"])
+    run.run(grid, out, model, results, "quick", jobs=1)
+    rows = read(results)
+    assert [row["name"] for row in rows] == ["initial model", *names]
+    assert not any(row.get("failed") for row in rows)
+    for row in rows[1:]:
+        assert row["probes"].keys() - {"crass_ai", "implicatures"} == {"Entity Inferences", "ECBD", "specificity"}
+        assert all(kl > 0 for _, _, kl in row["texts"].values())
