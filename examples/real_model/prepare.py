@@ -1,6 +1,6 @@
 """Write the documents, records, probes and texts that run.py needs, from packages and a folder of data.
 
-    python examples/real_model/prepare.py --data_folder DATA --output_dir runs/real_model [--quick]
+    python examples/real_model/prepare.py --data_folder DATA --output_dir runs/real_model [--size quick]
 
 DATA has `entity_inferences_augmented.json`, `ecbd_2023_augmented.json` and `specificity_popular_20np_20random.json` of
 the public repository of "Propagating Knowledge Updates to LMs Through Distillation" (arXiv 2306.09306). BIG-bench is
@@ -169,13 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_folder", type=Path, required=True, help="The three JSON files of arXiv 2306.09306.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real_model"))
-    parser.add_argument("--quick", action="store_true", help="Fewer of everything.")
+    parser.add_argument("--size", default="default", help="One of the sizes of grid.yaml.")
     parser.add_argument("--bigbench", type=Path, help="bigbench-1.0.0.tar.gz; by default pip downloads it (358 MB).")
-    parser.add_argument("--no_tasks", action="store_true", help="Leave BIG-bench out.")
     parser.add_argument("--no_model", action="store_true", help="Make no model: run.py will be given another.")
     asked = parser.parse_args()
-    sdist = None if asked.no_tasks else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
-    prepare(asked.data_folder, asked.output_dir, size_of("quick" if asked.quick else "default"), sdist)
+    size = size_of(asked.size)
+    sdist = None if not size["items"] else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
+    prepare(asked.data_folder, asked.output_dir, size, sdist)
     if not asked.no_model:
         make_model(asked.output_dir / "downloads", asked.output_dir / "model")
 

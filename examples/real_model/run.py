@@ -1,6 +1,6 @@
 """Train a model by every method of grid.yaml, measure each, and append a line a run to results.
 
-    python examples/real_model/run.py --data_folder runs/real_model --results runs/real_model/runs.jsonl [--quick]
+    python examples/real_model/run.py --data_folder runs/real_model --results runs/real_model/runs.jsonl [--size quick]
 
 It goes on where it was interrupted: a run that has its line is not made again. A trained model is measured and deleted.
 """
@@ -43,11 +43,13 @@ def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[s
     """Return what disc-train is called with, but for --output_dir."""
     settings = grid["common"] | grid["methods"][cell["name"]]
     method = settings["method"]
-    settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"], "model_name_or_path": model}
+    size = grid["sizes"][cell["size"]]
+    settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"], "num_train_epochs": size["epochs"]}
+    settings["model_name_or_path"] = model
     settings["train_file"] = data / ("records.jsonl" if method == "cd" else "documents.jsonl")
     if method not in ("disc", "cd"):
         settings.pop("signal_examples")
-    if method in WITH_TEACHER:
+    if method in WITH_TEACHER and size["cache"]:
         # A summary is of one temperature.
         folder = f"{method}-{settings.get('temperature', 1.0)}"
         settings |= {"teacher": "cache", "teacher_cache": data / "cache" / cell["size"] / folder}
@@ -183,13 +185,13 @@ def main() -> None:
     parser.add_argument("--data_folder", type=Path, required=True, help="What prepare.py wrote.")
     parser.add_argument("--results", type=Path, default=Path("runs/real_model/runs.jsonl"))
     parser.add_argument("--model", help="Any causal model's name or folder; by default the data folder's.")
-    parser.add_argument("--quick", action="store_true", help="One rate; the folder must be prepared with --quick too.")
+    parser.add_argument("--size", default="default", help="Of grid.yaml, that with which the folder was prepared.")
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, of one thread each on a CPU.")
     parser.add_argument("--only", nargs="*", default=[], help="Names of methods of grid.yaml.")
     asked = parser.parse_args()
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     model = asked.model or str(asked.data_folder / "model")
-    run(grid, asked.data_folder, model, asked.results, "quick" if asked.quick else "default", asked.jobs, asked.only)
+    run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SIZE = {"entities": 2, "ecbd": 2, "texts": 2, "items": 2, "learning_rates": [1e-4], "seeds": [0]}
+SIZE = {"entities": 2, "ecbd": 2, "texts": 2, "items": 2, "epochs": 1, "cache": True, "learning_rates": [1e-4], "seeds": [0]}
 
 
 @pytest.fixture
