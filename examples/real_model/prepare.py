@@ -174,7 +174,9 @@ def main() -> None:
     parser.add_argument("--no_model", action="store_true", help="Make no model: run.py will be given another.")
     asked = parser.parse_args()
     size = size_of(asked.size)
-    sdist = None if not size["items"] else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
+    sdist = (
+        None if not size["items"] else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
+    )
     prepare(asked.data_folder, asked.output_dir, size, sdist)
     if not asked.no_model:
         make_model(asked.output_dir / "downloads", asked.output_dir / "model")

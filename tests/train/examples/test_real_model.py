@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-SIZE = {"entities": 2, "ecbd": 2, "texts": 2, "items": 2, "epochs": 1, "cache": True, "learning_rates": [1e-4], "seeds": [0]}
+SIZE = {
+    "entities": 2,
+    "ecbd": 2,
+    "texts": 2,
+    "items": 2,
+    "epochs": 1,
+    "cache": True,
+    "learning_rates": [1e-4],
+    "seeds": [0],
+}
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
     out, model, results = tmp_path / "out", str(EXAMPLES / "tiny" / "model"), tmp_path / "runs.jsonl"
     prepare(data, out, SIZE, data / "bigbench.tar.gz")
     grid = yaml.safe_load(run.GRID.read_text())
-    names = ["DiSC", "splits alone", "CD-base"]
+    names = ["DiSC", "split finetuning", "CD-base"]
     grid |= {"sizes": {"quick": SIZE}, "methods": {name: grid["methods"][name] for name in names}}
     run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC"])
     run.run(grid, out, model, results, "quick", jobs=1)
@@ -98,3 +107,36 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
     for row in rows[1:]:
         assert row["probes"].keys() - {"crass_ai", "implicatures"} == {"Entity Inferences", "ECBD", "specificity"}
         assert all(kl > 0 for _, _, kl in row["texts"].values())
+
+
+def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
+    """Two entities of two probes each: 0.1 and 0.3 nats less, so 0.2 with an error of 0.1; the ceiling beside it."""
+    import page
+
+    def row(name, nlls, **more):
+        probes = {"Entity Inferences": {f"{i // 2} {i % 2}": [nll, i % 2] for i, nll in enumerate(nlls)}}
+        probes |= {group: {"0 0": [2.0, 1], "1 0": [3.0, 0]} for group in ("ECBD", "specificity")}
+        texts = {"for": [10, 20.0, 0.0], "with": [10, 40.0, 1.0]}
+        found = {
+            "name": name,
+            "size": "quick",
+            "probes": probes,
+            "texts": texts,
+            "seconds": {"training": 2, "measuring": 1},
+        }
+        return found | {"machine": "m", "python": "3", "torch": "2", "transformers": "5"} | more
+
+    initial = row("initial model", [1.0, 1.0, 2.0, 2.0], tasks=[])
+    initial["in context"] = {"Entity Inferences": {"0 0": [0.5, 1]}}
+    trained = row("DiSC", [0.9, 0.9, 1.7, 1.7], learning_rate=1e-4, seed=0)
+    broken = {"name": "TALR", "size": "quick", "learning_rate": 1e-4, "seed": 0, "failed": True, "seconds": 1}
+    results = tmp_path / "runs.jsonl"
+    environment = {name: initial[name] for name in ("machine", "python", "torch", "transformers")}
+    results.write_text("".join(json.dumps(each) + "\n" for each in (initial, trained, broken | environment)))
+    (tmp_path / "discussion.md").write_text("## Why\n\nBecause.\n")
+    page.write_page(results)
+    text = (tmp_path / "results.md").read_text()
+    assert "| initial model | 50.0 | 1.500 |" in text and "| ... behind the definition | 100.0 | 0.500 |" in text
+    assert "| DiSC, 0.0001 | +0.0 ± 0.0 | -0.200 ± 0.100 | +0.000 ± 0.000 |" in text
+    assert "Broke down: TALR, 0.0001." in text and text.endswith("## Why\n\nBecause.\n")
+    assert (tmp_path / "quick.png").stat().st_size > 1000

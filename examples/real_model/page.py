@@ -1,0 +1,181 @@
+"""Write the page of a file of results: a table a size, paired differences, a plot; discussion.md is put at its end.
+
+python examples/real_model/page.py examples/real_model/results/runs.jsonl
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from run import INITIAL, read
+
+Record = dict[str, Any]
+Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
+UPTAKE = ("Entity Inferences", "ECBD")
+# Name -> what its values are multiplied by where they are shown.
+MEASURES = {
+    "Entity Inferences, % right": 100.0,
+    "Entity Inferences, NLL": 1.0,
+    "ECBD, NLL": 1.0,
+    "specificity, NLL": 1.0,
+    "BIG-bench, % right": 100.0,
+    "Python's documentation, loss": 1.0,
+    "Python's documentation, KL": 1.0,
+}
+
+
+def items(row: Record, measure: str, condition: str = "probes") -> Items:
+    """Return what a measure is the mean of. Probes of one entity are one item: they are not independent."""
+    group, _, what = measure.rpartition(", ")
+    if group.startswith("Python"):
+        column = {"loss": 1, "KL": 2}[what]
+        return {name: (values[column], values[0]) for name, values in row["texts"].items()}
+    found: dict[str, list[float]] = {}
+    probes = row.get(condition, {})
+    names = [group] if group != "BIG-bench" else [name for name in probes if name not in (*UPTAKE, "specificity")]
+    for name in names:
+        for number, (nll, right) in probes.get(name, {}).items():
+            entity = number.partition(" ")[0] if name in UPTAKE else f"{name} {number}"
+            found.setdefault(entity, []).append(nll if what == "NLL" else right)
+    return {entity: (sum(values), len(values)) for entity, values in found.items()}
+
+
+def mean(found: Mapping[str, tuple[float, float]]) -> float:
+    return sum(part for part, _ in found.values()) / sum(whole for _, whole in found.values())
+
+
+def difference(found: Items, base: Items) -> tuple[float, float]:
+    """Return the mean of `found` less that of `base` over the items of both, and its standard error."""
+    pairs = [(found[name][0] - base[name][0], found[name][1]) for name in found if name in base]
+    whole = sum(weight for _, weight in pairs)
+    change = sum(part for part, _ in pairs) / whole
+    squares = sum((part - change * weight) ** 2 for part, weight in pairs)
+    return change, math.sqrt(squares * len(pairs) / max(len(pairs) - 1, 1)) / whole
+
+
+def shown(value: float, scale: float, sign: str = "") -> str:
+    return f"{scale * value:{sign}.1f}" if scale > 1 else f"{value:{sign}.3f}"
+
+
+def compared(row: Record, base: Record, measure: str) -> str:
+    """Return the paired difference, in bold where it is larger than two standard errors."""
+    found, other = items(row, measure), items(base, measure)
+    if not found.keys() & other.keys():
+        return ""
+    change, error = difference(found, other)
+    scale = MEASURES[measure]
+    text = f"{shown(change, scale, '+')} ± {shown(error, scale)}"
+    return f"**{text}**" if abs(change) > 2 * error else text
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["--:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def title(row: Record) -> str:
+    return f"{row['name']}, {row['learning_rate']:g}" + (f", seed {row['seed']}" if row["seed"] else "")
+
+
+def section(rows: Sequence[Record], size: str) -> str:
+    """Write the means of one size, the differences from the initial model, and those from split finetuning."""
+    initial = next(row for row in rows if row["name"] == INITIAL)
+    runs = [row for row in rows if row["name"] != INITIAL and not row.get("failed")]
+    measures = [measure for measure in MEASURES if items(initial, measure)]
+    lines = [
+        [
+            "initial model",
+            *("" if m.endswith("KL") else shown(mean(items(initial, m)), MEASURES[m]) for m in measures),
+            "",
+        ]
+    ]
+    ceiling = [
+        items(initial, measure, "in context") if not measure.startswith("Python") else {} for measure in measures
+    ]
+    lines.append(
+        ["... behind the definition"]
+        + [shown(mean(each), MEASURES[m]) if each else "" for each, m in zip(ceiling, measures, strict=True)]
+        + [""]
+    )
+    for row in runs:
+        values = [shown(mean(items(row, measure)), MEASURES[measure]) for measure in measures]
+        lines.append([title(row), *values, f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
+    parts = [f"## {size}", table(["", *measures, "s, training + measuring"], lines)]
+    parts += [
+        "From the initial model, paired:",
+        table(
+            ["", *measures], [[title(row), *(compared(row, initial, measure) for measure in measures)] for row in runs]
+        ),
+    ]
+    against = []
+    for row in runs:
+        same = [r for r in runs if r["name"] == "split finetuning" and r["learning_rate"] == row["learning_rate"]]
+        base = next((r for r in same if r["seed"] == row["seed"]), None)
+        if base and row is not base:
+            against.append([title(row), *(compared(row, base, measure) for measure in measures)])
+    if against:
+        parts += ["From split finetuning at the same rate, paired:", table(["", *measures], against)]
+    failed = [title(row) for row in rows if row.get("failed")]
+    parts += [f"Broke down: {', '.join(failed)}."] if failed else []
+    if initial["tasks"]:
+        parts.append(f"BIG-bench: {', '.join(initial['tasks'])}.")
+    return "\n\n".join(parts)
+
+
+def plot(rows: Sequence[Record], path: Path) -> None:
+    """Draw uptake against what moved: a line a method, a point a learning rate."""
+    initial = next(row for row in rows if row["name"] == INITIAL)
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    measures = [("Python's documentation, KL", "Entity Inferences, NLL"), ("specificity, NLL", "ECBD, NLL")]
+    for axes, (across, up) in zip(figure.subplots(1, 2), measures, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
+            runs = [row for row in rows if row["name"] == name and not row.get("failed")]
+            runs.sort(key=lambda row: row.get("learning_rate", 0))
+            x, y = ([mean(items(row, measure)) for row in runs] for measure in (across, up))
+            axes.plot(x, y, "k*" if name == INITIAL else "o-", label=name)
+        inside = items(initial, up, "in context")
+        if inside:
+            axes.axhline(mean(inside), color="grey", linestyle=":", label="initial model behind the definition")
+        axes.set_xlabel(f"{across} (nats a token)")
+        axes.set_ylabel(f"{up} (nats a token; less is more learned)")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def write_page(results: Path) -> None:
+    """Write results.md and a plot a size beside the file of results."""
+    rows = read(results)
+    environments = dict.fromkeys(
+        f"{row['machine']}, Python {row['python']}, torch {row['torch']}, transformers {row['transformers']}"
+        for row in rows
+    )
+    parts = [
+        "# A real model on real texts",
+        f"Written by `page.py` from `{results.name}`: {'; '.join(environments)}. `protocol.md` says what was fixed"
+        " before the runs. NLL, loss and KL in nats a token; ± is the standard error of the paired difference over"
+        " entities, texts or items; bold: more than two of them. It does not hold the spread over seeds.",
+    ]
+    for size in dict.fromkeys(row["size"] for row in rows):
+        of_size = [row for row in rows if row["size"] == size]
+        plot(of_size, results.parent / f"{size}.png")
+        parts += [section(of_size, size), f"![uptake against what moved]({size}.png)"]
+    discussion = results.parent / "discussion.md"
+    parts += [discussion.read_text(encoding="utf-8").strip()] if discussion.exists() else []
+    (results.parent / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    write_page(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    main()
