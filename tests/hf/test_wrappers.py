@@ -173,3 +173,27 @@ def test_the_autocast_that_accelerate_puts_into_a_model():
         assert logits.dtype == torch.float32  # as accelerate gives them
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    ("share", "ours", "peft"), [(2**-4, 0.03, 0.04), (2**-8, 0.40, 0.59), (2**-12, 0.95, 7.0)], ids=lambda value: ""
+)
+def test_float32_adapters_merged_into_a_16_bit_head_are_rounded(share, ours, peft):
+    """As docs/heads.md says, by how much; peft's own forward loses more."""
+    torch.manual_seed(0)
+    model = get_peft_model(make("llama").float(), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    causal_lm = model.base_model.model
+    layer = causal_lm.lm_head
+    layer.base_layer.weight = torch.nn.Parameter((0.02 * torch.randn(4096, 512)).bfloat16(), requires_grad=False)
+    layer.base_layer.out_features, layer.base_layer.in_features = 4096, 512
+    a, b = torch.randn(8, 512), torch.randn(4096, 8)
+    weight = layer.base_layer.weight.double()
+    b *= share * weight.norm() / (b @ a).norm() / layer.scaling["default"]
+    layer.lora_A["default"].weight, layer.lora_B["default"].weight = map(torch.nn.Parameter, (a, b))
+    hidden = torch.randn(64, 512).bfloat16()
+    exact = hidden.double() @ (b @ a).double().T * layer.scaling["default"]
+    with torch.no_grad():
+        merged = hidden.double() @ output_head(model).weight.double().T
+        by_peft = layer(hidden).double()
+    errors = [float((got - hidden.double() @ weight.T - exact).norm() / exact.norm()) for got in (merged, by_peft)]
+    assert errors == pytest.approx([ours, peft], rel=0.2)
