@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import platform
 import shutil
 import time
@@ -23,6 +24,8 @@ import transformers
 import yaml
 
 from disc_train import cli
+from disc_train.config import parse_arguments
+from disc_train.run import run as train
 
 Record = dict[str, Any]
 GRID = Path(__file__).resolve().parent / "grid.yaml"
@@ -71,6 +74,7 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
     """
     flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0", f"--texts_file={texts}"]
     flags += [f"--reference_name_or_path={reference}"] if reference else []
+    shutil.rmtree(folder, ignore_errors=True)
     call(cli.evaluate, [*flags, "--probes_file", *map(str, probes)])
     found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
@@ -116,7 +120,10 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     folder = data / "trained" / cell["size"] / f"{cell['name']} {cell['learning_rate']:g} {cell['seed']}"
     flags = training_flags(grid, cell, data, model)
     begin = time.monotonic()
-    if cli.main([*flags, f"--output_dir={folder}"]):
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    try:
+        train(*parse_arguments([*flags, f"--output_dir={folder}"]))
+    except FloatingPointError:
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
     trained = time.monotonic()
     paths = [data / f"{name}.jsonl" for name in ("uptake", "kept", "tasks_kept")]
@@ -133,7 +140,7 @@ def read(path: Path) -> list[Record]:
 
 def environment() -> Record:
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads a run",
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads a run",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

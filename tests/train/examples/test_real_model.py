@@ -109,6 +109,19 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
         assert all(kl > 0 for _, _, kl in row["texts"].values())
 
 
+def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch):
+    import run
+
+    def break_down(*arguments):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(run, "train", break_down)
+    grid = yaml.safe_load(run.GRID.read_text())
+    cell = next(cell for cell in run.cells(grid, "quick") if cell["name"] == "split finetuning")
+    row = run.make(grid, cell, tmp_path, "no model is read")
+    assert row["failed"] and cell.items() <= row.items()
+
+
 def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
     """Two entities of two probes each: 0.1 and 0.3 nats less, so 0.2 with an error of 0.1; the ceiling beside it."""
     import page
