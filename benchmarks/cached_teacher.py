@@ -32,7 +32,7 @@ from disc_train.data.splits import TokenizedDocument
 from disc_train.models.causal_lm import use_attention
 from disc_train.models.frozen_head import freeze_head
 from disc_train.teacher_cache.cached_teacher import CachedTeacher
-from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
+from disc_train.teacher_cache.fill import FrozenHead, row_bytes, rows_of
 from disc_train.teacher_cache.readings import Reading, readings
 from disc_train.teacher_cache.store import Store, writer
 from disc_train.trainer import DiscTrainer
@@ -93,7 +93,7 @@ def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> Cach
     summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
     size = row_bytes(head.weight.shape[1], frozen, torch.bfloat16)
     with writer(folder) as store:
-        fill(store, readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
+        store.fill(readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
     kept = None if frozen else OutputHead(head.weight.detach().clone(), head.bias, LogitTransform())
     return CachedTeacher(Store(folder), kept, TEMPERATURE if frozen else None, None, "")
 
@@ -182,7 +182,7 @@ def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         with writer(folder) as store:
             ones = torch.ones(1000 * rows, width, dtype=torch.bfloat16)
-            fill(store, made_up, lambda some: {"hidden": ones[: rows * len(some)]}, 1000, 2 * width)
+            store.fill(made_up, lambda some: {"hidden": ones[: rows * len(some)]}, 1000, 2 * width)
         before, began = own_bytes(), time.process_time()
         opened = Store(folder)
         seconds, held = time.process_time() - began, own_bytes()

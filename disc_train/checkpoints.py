@@ -90,11 +90,7 @@ def is_finished(output_dir: str, done: int, steps: int) -> bool:
 
 
 def load_state(checkpoint: str) -> TrainerState:
-    """Read the state of the training that wrote a checkpoint.
-
-    Raises:
-        ValueError: the file that says so is damaged.
-    """
+    """Read the state of the training that wrote a checkpoint; raise ValueError if its file is damaged."""
     path = Path(checkpoint, TRAINER_STATE_NAME)
     try:
         return TrainerState.load_from_json(str(path))

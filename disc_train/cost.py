@@ -1,7 +1,7 @@
 """Count what a run's steps will take, before they are taken: memory a process, tokens, operations."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,22 +41,11 @@ class Cost:
     gradients: int
     optimizer: int | None  # None: unknown
     teacher: int
-    teacher_head: int  # of these, or of the student's, what hidden states from a cache are multiplied with
-    teacher_width: int  # D
     workspace: int
     activations: int
     tokens: dict[str, int]  # by reader
     operations: dict[str, int]  # by part
-    product: int  # operations of one product with a head
-
-    def with_cache(self, cache: TeacherCache) -> "Cost":
-        """Return the cost of the same run with a cached teacher."""
-        tokens = {reader: count for reader, count in self.tokens.items() if reader != "teacher"}
-        operations = {part: count for part, count in self.operations.items() if part != "teacher"}
-        head = self.teacher_head
-        if cache.summarises:
-            head, operations["loss"] = 0, 2 * self.product
-        return replace(self, teacher=head, tokens=tokens, operations=operations)
+    cache: str | None  # what a cache of the teacher holds, and takes on disk
 
     @property
     def total(self) -> int:
@@ -64,12 +53,8 @@ class Cost:
         held = self.weights + self.gradients + (self.optimizer or 0) + self.teacher
         return held + self.workspace + self.activations
 
-    def describe(self, cache: TeacherCache | None) -> list[tuple[str, str]]:
-        """Describe it in lines (label, text), with what the teacher's cache takes on disk if there is one."""
-        if cache is not None:
-            rows = cache.disk_bytes(self.teacher_width)
-            disk = f"{cache.describe()}; {_size(rows + (0 if cache.summarises else self.teacher_head))} on disk"
-            return [("cache", disk), *self.with_cache(cache).describe(None)]
+    def describe(self) -> list[tuple[str, str]]:
+        """Describe it in lines (label, text)."""
         states = "not counted" if self.optimizer is None else _size(self.optimizer)
         memory = (
             f"about {_size(self.total)} a process: weights {_size(self.weights)}, gradients {_size(self.gradients)},"
@@ -80,16 +65,16 @@ class Cost:
         parts = ", ".join(f"{part} {count:.3g}" for part, count in self.operations.items())
         total = sum(self.operations.values())
         return [
+            *([("cache", self.cache)] if self.cache else []),
             ("memory", memory),
             ("a step", f"a process reads {tokens} tokens at most, {total:.3g} operations (estimated): {parts}"),
         ]
 
 
-def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset) -> Cost:
+def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCache | None = None) -> Cost:
     """Count what a step takes, by a forward pass on the largest of some batches of which nothing is kept.
 
-    Args:
-        trainer: of a live teacher, before it trains. All processes call this alike.
+    The trainer has a live teacher, which a `cache` is to stand in for when it trains. All processes call this alike.
     """
     args, student, teacher = trainer.args, trainer.student, live(trainer.teacher)
     collate: Any = trainer.data_collator
@@ -113,37 +98,39 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset) -> Cost:
     forward = of_student.get_total_flops()
     backward = forward * (2 if any(".lora_" not in name for name in _trained_names(student)) else 1)
     if args.gradient_checkpointing:  # a layer's input is kept, and one layer at a time is run again
-        layers, hidden = (
-            student.config.get_text_config().num_hidden_layers,
-            student.config.get_text_config().hidden_size,
-        )
-        activations = activations // layers + layers * batch["input_ids"].numel() * hidden * student.dtype.itemsize
+        config = student.config.get_text_config()
+        layers, inputs = config.num_hidden_layers, batch["input_ids"].numel() * config.hidden_size
+        activations = activations // layers + layers * inputs * student.dtype.itemsize
         backward += forward
-    rows, head = len(batch["student_index"]), output_head(student).weight
-    vocabulary, width = head.shape
-    teachers_head = output_head(student if teacher is None else teacher).weight
+    rows, (vocabulary, width) = len(batch["student_index"]), output_head(student).weight.shape
     product = 2 * rows * vocabulary * width
     loss = of_all.get_total_flops() - forward - of_teacher.get_total_flops()
     if reads and trainer.settings.kl_clip is not None:  # then its gradient is computed in the backward pass
         loss += (3 if head_is_frozen(student) else 4) * product
     per_batch = {"teacher": of_teacher.get_total_flops(), "student": forward + backward, "loss": loss}
     tokens = {"teacher": batch["teacher_input_ids"].numel() if reads else 0, "student": batch["input_ids"].numel()}
+    held_by_teacher, cached = held_bytes(teacher) if teacher is not None else 0, None
+    if cache is not None:  # what hidden states from it are multiplied with is kept; summaries need none
+        head = output_head(student if teacher is None else teacher).weight
+        held_by_teacher, tokens["teacher"], per_batch["teacher"] = 0 if cache.summarises else head.nbytes, 0, 0
+        if cache.summarises:
+            per_batch["loss"] = 2 * product
+        on_disk = held_by_teacher + cache.rows * cache.row_bytes(head.shape[1])
+        cached = f"{cache.describe()}; {_size(on_disk)} on disk"
     steps = args.gradient_accumulation_steps
     return Cost(
         weights=held_bytes(student),
         # DDP sums them in buckets of its own.
         gradients=gradients * (2 if args.world_size > 1 and not trainer.is_fsdp_enabled else 1),
         optimizer=None if states is None else states * gradients,
-        teacher=held_bytes(teacher) if teacher is not None else 0,
-        teacher_head=teachers_head.nbytes,
-        teacher_width=teachers_head.shape[1],
+        teacher=held_by_teacher,
         workspace=min(
             DEFAULT_BYTES.get(args.device.type, DEFAULT_BYTES["cpu"]), 4 * rows * (2 * vocabulary + 9 * width)
         ),
         activations=activations,
         tokens={reader: steps * count for reader, count in tokens.items() if count},
         operations={part: steps * count for part, count in per_batch.items() if count},
-        product=steps * product,
+        cache=cached,
     )
 
 

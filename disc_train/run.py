@@ -97,7 +97,12 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         return measure_signal(trainer.student, live(trainer.teacher), examples, temperature=disc.temperature)
 
     before = signal_now()
-    cost = measure_cost(trainer, inputs.data.dataset) if disc.dry_run else None
+    cost = None
+    if disc.dry_run:
+        cache = None
+        if disc.teacher == "cache" and main_process:  # the teacher is in memory, so that the signal can be measured
+            cache = teacher_cache(disc, loop, inputs.tokenizer, inputs.data, trainer.student)
+        cost = measure_cost(trainer, inputs.data.dataset, cache)
     if main_process:
         print_section("What will run", *_describe_run(disc, trainer, inputs, before, cost))
     if disc.dry_run:
@@ -272,10 +277,7 @@ def _describe_run(
     dataset, student, teacher = inputs.data.dataset, trainer.student, trainer.teacher
     compared = disc.method in WITH_TEACHER
     collate = collator(student, read_by(teacher, student), compared)
-    cache = None
     cached = isinstance(teacher, CachedTeacher) and disc.method in AT_TEMPERATURE
-    if disc.teacher == "cache" and disc.dry_run:  # the teacher is in memory, so that the signal can be measured
-        cache = teacher_cache(disc, trainer.args, inputs.tokenizer, inputs.data, student)
     return [
         *inputs.data.description,
         ("method", f"{disc.method}: {describe_method(disc)}"),
@@ -285,7 +287,7 @@ def _describe_run(
         ("head", describe_head(student, teacher, compared or dataset.replays_by_kl, disc.divergence, disc.kl_clip)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),
-        *(cost.describe(cache) if cost else []),
+        *(cost.describe() if cost else []),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *([("probes", trainer.probes.describe())] if trainer.probes else []),
         *(signal.describe(dataset.noun, disc.temperature) if signal else []),

@@ -6,7 +6,6 @@ docs/performance.md has the times.
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,10 +14,8 @@ from disc_train.data.example import Context
 from disc_train.evaluation.probes import Probe, encode_probes
 from disc_train.evaluation.texts import check_numbers
 from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length
-from disc_train.models.causal_lm import hidden_states
+from disc_train.models.causal_lm import target_states
 from disc_train.objectives.cross_entropy import linear_cross_entropy
-from disc_train.packing.branch_inputs import make_branch_inputs
-from disc_train.packing.rows import arrange, row_rule
 from disc_train.progress import show_progress
 
 
@@ -61,25 +58,15 @@ def choice_scores(
     encoded = encode_probes(model, tokenizer, probes, prefix)
     branches = [[(prompt, Context(len(prompt)), choice) for choice in choices] for prompt, choices in encoded]
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]
-
-    rule = row_rule(model)
     scores: list[list[float]] = [[]] * len(probes)
     batches = batches_by_length(lengths, batch_size, max_batch_tokens)
     for batch in show_progress(batches, len(probes), "probes whose choices are scored"):
         together = [branch for index in batch for branch in branches[index]]
-        rows = arrange(make_branch_inputs(together, rule.share), rule)
-        hidden = hidden_states(model, rows.input_ids.to(model.device), rows.layout.to(model.device)).flatten(0, 1)
-        # A row predicts the next token, and the last token read predicts the choice's last.
-        ends = [positions[-len(choice) :] for positions, (*_, choice) in zip(rows.positions, together, strict=True)]
-        targets = np.concatenate([choice for *_, choice in together])
-        losses = linear_cross_entropy(
-            hidden,
-            output_head(model),
-            torch.from_numpy(targets).long().to(model.device),
-            index=torch.from_numpy(np.concatenate(ends)),
-            reduction="none",
-        )
-        means = iter(torch.stack([-each.mean() for each in losses.split([len(end) for end in ends])]).tolist())
+        hidden, rows = target_states(model, together)
+        targets = [torch.from_numpy(choice).long() for *_, choice in together]
+        labels = torch.cat(targets).to(model.device)
+        losses = linear_cross_entropy(hidden, output_head(model), labels, index=rows, reduction="none")
+        means = iter(torch.stack([-each.mean() for each in losses.split(list(map(len, targets)))]).tolist())
         for index in batch:
             scores[index] = [next(means) for _ in branches[index]]
             check_numbers(f"probes[{index}]", scores[index])

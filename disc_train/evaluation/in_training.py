@@ -23,8 +23,6 @@ class AskProbes(TrainerCallback):
     Every process asks all of them, so that models that are divided over processes are put together in step.
 
     Args:
-        trainer: the trainer that this is added to; its model is what is asked.
-        questions: see `disc_train.evaluation.read_questions`.
         prefix: what every sequence starts with, see `disc_train.data.sequence_start.bos_prefix`.
         every: steps between; 0: none in between.
 

@@ -16,12 +16,9 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Run tasks under lm-eval's own defaults, in the model's chat template where it has one.
 
-    Args:
-        add_bos: start sequences with a BOS token; lm-eval writes no second one behind a chat template's.
-
     Returns:
-        `results`: task -> "metric,filter" -> value; `n-samples`; `versions` of the tasks; and `items`: task ->
-        "metric,filter" -> document -> (part, whole), for metrics that are means of numbers.
+        lm-eval's `results`, `n-samples` and `versions`; and `items`: task -> "metric,filter" -> document ->
+        (part, whole), for metrics that are means of numbers.
 
     Raises:
         ImportError: there is no lm-eval.

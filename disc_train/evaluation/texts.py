@@ -5,14 +5,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from disc_kernels import SuffixKLStats, fused_suffix_kl
+from disc_kernels import fused_cross_entropy, fused_suffix_kl
 from disc_kernels.hf import last_hidden_states, output_head
 from disc_train.evaluation.results import TextSums, exp
-from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad_right
-from disc_train.objectives.cross_entropy import linear_cross_entropy
+from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad
 from disc_train.progress import show_progress
+
+# The fields of `TextSums` that `SuffixKLStats` has, in its order.
+_COMPARED = ("kl", "entropy", "reference_entropy", "agreement")
 
 
 def perplexity(
@@ -67,14 +70,22 @@ def text_sums(
     for batch in show_progress(batches, len(filled), "texts read"):
         indices = [filled[each] for each in batch]
         lengths = [len(texts[index]) for index in indices]
-        ids = pad_right([texts[index] for index in indices], model.device)
+        ids, _ = pad([texts[index] for index in indices], "right", model.device)
         hidden = _hidden_states(model, ids, lengths)
-        losses = _losses(model, hidden, ids, lengths)
-        compared = _compare(model, hidden, reference, ids, lengths) if reference else [{}] * len(indices)
-        for index, length, loss, sums in zip(indices, lengths, losses, compared, strict=True):
+        head = output_head(model)
+        # The last token of a text predicts nothing.
+        labels = torch.cat([F.pad(ids[row, 1:length], (0, 1), value=-100) for row, length in enumerate(lengths)])
+        measured: list[Tensor] = [fused_cross_entropy(hidden, head, labels, reduction="none")]
+        if reference is not None:
+            of_reference = _hidden_states(reference, ids, lengths), output_head(reference)
+            measured += fused_suffix_kl(hidden, head, *of_reference, return_stats=True)[1]
+        sums = torch.stack([each.double() for each in measured]).split(lengths, dim=1)
+        for index, length, part in zip(indices, lengths, sums, strict=True):
+            loss, *compared = part.sum(1).tolist()
             check_numbers(f"texts[{index}]", [loss])
-            check_numbers(f"texts[{index}] beside the reference", sums.values())
-            results[index] = TextSums(tokens=length, predicted=length - 1, loss=loss, **sums)
+            check_numbers(f"texts[{index}] beside the reference", compared)
+            beside = dict(zip(_COMPARED, compared, strict=False))
+            results[index] = TextSums(tokens=length, predicted=length - 1, loss=loss, **beside)
     return results
 
 
@@ -82,31 +93,6 @@ def _hidden_states(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int]) 
     """Return the hidden states of all tokens that are not padding, text after text."""
     hidden = last_hidden_states(model, input_ids=ids, use_cache=False)
     return torch.cat([hidden[row, :length] for row, length in enumerate(lengths)])
-
-
-def _losses(model: PreTrainedModel, hidden: Tensor, ids: Tensor, lengths: Sequence[int]) -> list[float]:
-    last = torch.tensor(lengths).cumsum(0) - 1  # predict nothing
-    rows = torch.ones(sum(lengths), dtype=torch.bool).index_fill(0, last, False).nonzero().flatten()
-    targets = torch.cat([ids[row, 1:length] for row, length in enumerate(lengths)])
-    nats = linear_cross_entropy(hidden, output_head(model), targets, index=rows, reduction="none")
-    return [float(each) for each in _sum_texts(nats, [length - 1 for length in lengths])]
-
-
-def _compare(
-    model: PreTrainedModel, hidden: Tensor, reference: PreTrainedModel, ids: Tensor, lengths: Sequence[int]
-) -> list[dict[str, float]]:
-    """Return what `TextSums` has of each text beside a reference."""
-    stats: SuffixKLStats = fused_suffix_kl(  # type: ignore[assignment]
-        *(hidden, output_head(model), _hidden_states(reference, ids, lengths), output_head(reference)),
-        return_stats=True,
-    )[1]
-    names = ("kl", "entropy", "reference_entropy", "agreement")
-    sums = zip(*(_sum_texts(each, lengths) for each in stats), strict=True)
-    return [dict(zip(names, each, strict=True)) for each in sums]
-
-
-def _sum_texts(values: Tensor, lengths: Sequence[int]) -> list[float]:
-    return torch.stack([part.double().sum() for part in values.split(list(lengths))]).tolist()
 
 
 def check_numbers(name: str, values: Iterable[float]) -> None:

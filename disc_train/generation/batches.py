@@ -1,9 +1,11 @@
 """Put sequences of different lengths into padded batches whose memory is bounded."""
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 MAX_BATCH_TOKENS = 16_384
 
@@ -11,9 +13,7 @@ MAX_BATCH_TOKENS = 16_384
 def batches_by_length(
     lengths: Sequence[int], batch_size: int, max_batch_tokens: int, equal: bool = False
 ) -> Iterator[list[int]]:
-    """Yield the indices of all sequences in batches of similar lengths, the longest first.
-
-    What does not fit in memory so fails at once.
+    """Yield the indices of sequences in batches of similar lengths, the longest first: too long ones fail at once.
 
     Args:
         batch_size: the most sequences in a batch.
@@ -32,16 +32,14 @@ def batches_by_length(
         yield batch
 
 
-def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return token ids [B, L] with zeros behind shorter sequences, where causal models do not see them."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in sequences], device=device)
+def pad(
+    sequences: Sequence[Sequence[int]], side: Literal["left", "right"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return token ids [B, L] with zeros on a side of shorter sequences, and the mask that is 0 there and 1 elsewhere.
 
-
-def pad_left(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return token ids [B, L] with zeros before shorter sequences, and the mask that is 0 there and 1 elsewhere."""
-    longest = max(map(len, sequences))
-    pads = [longest - len(ids) for ids in sequences]
-    ids = torch.tensor([[*[0] * pad, *ids] for pad, ids in zip(pads, sequences, strict=True)], device=device)
-    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)
+    Causal models do not see what is padded on the right, and need no mask for it.
+    """
+    rows = [torch.tensor(ids) for ids in sequences]
+    both = rows, [torch.ones_like(row) for row in rows]
+    ids, mask = (pad_sequence(each, batch_first=True, padding_side=side).to(device) for each in both)
     return ids, mask

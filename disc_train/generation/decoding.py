@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad_left
+from disc_train.generation.batches import MAX_BATCH_TOKENS, batches_by_length, pad
 from disc_train.progress import show_progress
 
 
@@ -30,8 +30,7 @@ def continue_prompts(
 ) -> Iterator[tuple[int, str, bool]]:
     """Yield the index of each prompt, the text of its likeliest continuation, and whether the model ended it.
 
-    The longest prompts come first. Whatever the model's generation config says of sampling and penalties is left
-    aside; a continuation ends at the tokens that the config or the tokenizer names.
+    The longest prompts come first. What the model's generation config says of sampling and penalties is left aside.
 
     Args:
         prompts: token ids, none of them empty.
@@ -89,7 +88,7 @@ def find_batching(model: PreTrainedModel) -> Literal["padded", "equal lengths", 
 
 def _first_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Return the first prompt's logits of two new tokens [2, V], of which the first is chosen for it."""
-    ids, mask = pad_left(prompts, model.device)
+    ids, mask = pad(prompts, "left", model.device)
     found = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
@@ -124,19 +123,17 @@ def continue_batch(
     ends: Sequence[int],
     processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
-    """Return the likeliest tokens after each prompt, taken one after another, up to and with one of `ends`.
-
-    Raises:
-        FloatingPointError: logits that are NaN.
-    """
-    ids, mask = pad_left(prompts, model.device)
+    """Return the likeliest tokens after each prompt, taken one after another, up to and with one of `ends`."""
+    ids, mask = pad(prompts, "left", model.device)
     read = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
         generation_config=_greedy(max_new_tokens, ends),
         logits_processor=LogitsProcessorList([_RefuseNaN(), *processors]),
     )
-    return [_until_end(row, ends) for row in read[:, ids.shape[1] :].tolist()]
+    continuations: list[list[int]] = read[:, ids.shape[1] :].tolist()
+    stops = [next((i + 1 for i, token in enumerate(row) if token in ends), None) for row in continuations]
+    return [row[:stop] for row, stop in zip(continuations, stops, strict=True)]
 
 
 class _RefuseNaN(LogitsProcessor):
@@ -149,8 +146,3 @@ class _RefuseNaN(LogitsProcessor):
                 " too small a range"
             )
         return scores
-
-
-def _until_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    stop = next((position + 1 for position, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:stop]

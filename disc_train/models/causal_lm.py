@@ -1,7 +1,7 @@
 """Load a causal language model, run it on packed sequences, and check that it computes what the loss expects."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -16,8 +16,11 @@ from disc_kernels.hf import output_head
 from disc_kernels.hf.forward import run_as_forward, run_decoder
 from disc_kernels.hf.head import check_logits, logits_of
 from disc_kernels.shared_prefix import VARLEN, attention_implementation, attention_mask, can_share
+from disc_train.data.example import Context, Ids
 from disc_train.models.adapters import base_of_adapter, merge_adapter, put_adapter
 from disc_train.models.pretrained import explain_load_errors, load_pretrained
+from disc_train.packing.branch_inputs import make_branch_inputs
+from disc_train.packing.rows import arrange, row_rule
 
 
 def load_model(
@@ -88,6 +91,20 @@ def hidden_states(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefi
         return run_as_forward(model.get_output_embeddings(), lambda hidden: hidden, hidden)
 
     return run_as_forward(model, decode)
+
+
+@torch.no_grad()
+def target_states(model: PreTrainedModel, branches: Sequence[tuple[Ids, Context, Ids]]) -> tuple[Tensor, Tensor]:
+    """Run a model on branches, given as (trunk, context, target); return what predicts the targets' tokens.
+
+    Returns:
+        Hidden states [rows, L, D]; and [M] int64, for each token of the targets the row, of these flattened, before it.
+    """
+    rule = row_rule(model)
+    rows = arrange(make_branch_inputs(branches, rule.share), rule)
+    index = torch.from_numpy(rows.ends(len(target) for *_, target in branches))
+    hidden = hidden_states(model, rows.input_ids.to(model.device), rows.layout.to(model.device))
+    return hidden, index
 
 
 def _inputs(model: PreTrainedModel, input_ids: Tensor, layout: SharedPrefixLayout) -> dict[str, Any]:

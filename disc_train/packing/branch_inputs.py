@@ -30,10 +30,8 @@ class BranchInput(NamedTuple):
 def make_branch_inputs(branches: Iterable[tuple[Ids, Context, Ids]], share: bool) -> list[BranchInput]:
     """Decide what a model reads for branches, given as (trunk, context, target): no more than it must.
 
-    The last token of a target is only ever predicted, so it is not read.
-
-    Args:
-        share: the model can read a trunk once for several branches.
+    The last token of a target is only ever predicted, so it is not read. With `share` the model can read a trunk once
+    for several branches.
     """
     inputs = [_branch_input(trunk, context, target, share) for trunk, context, target in branches]
     return _share_first_tokens(inputs) if share else inputs

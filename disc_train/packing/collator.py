@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from disc_kernels import SharedPrefixLayout
 from disc_train.data.example import Branch, Example
 from disc_train.packing.branch_inputs import BranchInput, make_branch_inputs
-from disc_train.packing.rows import ONE_ROW, PackedRows, RowRule, arrange, row_rule
+from disc_train.packing.rows import ONE_ROW, RowRule, arrange, row_rule
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,6 @@ def pack(
     student_rows = arrange(student_inputs, student)
     teacher_inputs: list[BranchInput] = []
     teacher_rows, cached, teacher_index = None, None, np.zeros(0, dtype=np.int64)
-
-    def index(rows: PackedRows, pairs: Sequence[tuple[Example, Branch]]) -> np.ndarray:
-        # A row predicts the next token, and the last token read predicts the target's last.
-        ends = [position[-branch.rows :] for position, (_, branch) in zip(rows.positions, pairs, strict=True)]
-        return np.concatenate(ends)
-
     if not isinstance(teacher, RowRule):
         if compared:
             cached, teacher_index = teacher(compared)
@@ -104,7 +98,7 @@ def pack(
         of_teacher = [(example.teacher_trunk, branch.teacher, branch.target) for example, branch in compared]
         teacher_inputs = make_branch_inputs(of_teacher, teacher.share)
         teacher_rows = arrange(teacher_inputs, teacher)
-        teacher_index = index(teacher_rows, compared)
+        teacher_index = teacher_rows.ends(branch.rows for _, branch in compared)
     weights = [
         np.full(branch.rows, example.counted / (branch.rows * len(example.branches))) for example, branch in pairs
     ]
@@ -115,7 +109,7 @@ def pack(
         teacher_input_ids=teacher_rows.input_ids if teacher_rows else None,
         teacher_layout=teacher_rows.layout if teacher_rows else None,
         teacher_rows=cached,
-        student_index=index(student_rows, pairs),
+        student_index=student_rows.ends(branch.rows for _, branch in pairs),
         teacher_index=teacher_index,
         targets=torch.from_numpy(np.concatenate([branch.target[branch.first :] for _, branch in pairs])).long(),
         row_weight=torch.from_numpy(np.concatenate(weights)).float(),
@@ -134,10 +128,6 @@ def pack(
 def collator(
     student: PreTrainedModel, teacher: PreTrainedModel | ReadRows, compare_all: bool = True
 ) -> Callable[[Sequence[Example]], PackedBatch]:
-    """Make a collator for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one.
-
-    Args:
-        teacher: or what reads the rows that it once gave.
-    """
+    """Make a collator for two models that `disc_train.models.causal_lm.use_attention` has prepared; they may be one."""
     rule_or_rows = row_rule(teacher) if isinstance(teacher, PreTrainedModel) else teacher
     return partial(pack, student=row_rule(student), teacher=rule_or_rows, compare_all=compare_all)

@@ -26,16 +26,11 @@ def are_shared(groups: Sequence[int]) -> bool:
 
 
 def draw_together(drawn: Sequence[int], groups: Sequence[int], step: int) -> list[int]:
-    """Put examples of one group into as few steps as may be, and keep the order at random.
+    """Put examples of one group into as few steps of `step` examples as may be, and keep the order at random.
 
     Groups are divided into blocks of a step's size; what is left of each follows one another and fills the other steps.
     Steps come in the order in which their first examples were drawn. So without groups, and with one group of all, the
-    order is that of `drawn`.
-
-    Args:
-        drawn: a permutation of the examples' indices.
-        groups: the group of each example.
-        step: examples a step.
+    order is that of `drawn`, a permutation of the examples' indices.
     """
     place = {index: number for number, index in enumerate(drawn)}
     members: dict[int, list[int]] = {}

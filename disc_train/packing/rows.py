@@ -4,7 +4,7 @@ A batch is a rectangle of rows, because that is what a model takes. Where attent
 one row holds all and nothing is padded. A dense mask costs the square of a row's length, so there it is several.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,15 +25,10 @@ CAPACITY_GROWTH = 1.25  # between the capacities that are tried
 
 @dataclass(frozen=True)
 class RowRule:
-    """Say how the rows of one model are made.
+    """Say how the rows of one model are made."""
 
-    Args:
-        share: a trunk may be read once for many branches. Otherwise every sequence gets a row of its own.
-        dense_hidden_size: the model's D, if its attention runs over a dense mask; None: all in one row.
-    """
-
-    share: bool = True
-    dense_hidden_size: int | None = None
+    share: bool = True  # a trunk may be read once for many branches; else every sequence has a row of its own
+    dense_hidden_size: int | None = None  # the model's D, if its attention runs over a dense mask; None: one row
 
 
 ONE_ROW = RowRule()
@@ -60,6 +55,10 @@ class PackedRows(NamedTuple):
     # where every row is one sequence, as more of that: what is after them no tokens see, so causal attention will do
     positions: list[np.ndarray]  # [length] int64 for each branch: where in the flattened rows its tokens are
     tokens: int  # that are not padding
+
+    def ends(self, counts: Iterable[int]) -> np.ndarray:
+        """Return where the last `counts[i]` tokens read for each branch are, which predict its target: [M] int64."""
+        return np.concatenate([at[-count:] for at, count in zip(self.positions, counts, strict=True)])
 
 
 def arrange(inputs: Sequence[BranchInput], rule: RowRule) -> PackedRows:

@@ -37,19 +37,14 @@ class PaddedDataset(Dataset[Example]):
 class PaddedSampler(Sampler[int]):
     """Give an epoch's examples in the order that one process takes them in, then indices beyond their end.
 
-    Those whose contexts begin alike are drawn together, see `disc_train.packing.drawing`.
-
     Args:
         multiple: the number of indices is a multiple of it: the examples of all processes' batches together.
         seed: of the order, with the epoch.
-        step: examples a step, among which those that share a context are put together.
+        step: examples a step, into which those whose contexts begin alike are drawn together.
     """
 
     def __init__(self, dataset: PaddedDataset, multiple: int, seed: int, step: int = 1) -> None:
-        self.dataset = dataset
-        self.multiple = multiple
-        self.seed = seed
-        self.step = step
+        self.dataset, self.multiple, self.seed, self.step = dataset, multiple, seed, step
 
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.multiple) * self.multiple

@@ -23,10 +23,7 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
 
     In mixed precision what is trained is kept in float32 and gathered in 16 bits; gradients are summed in float32. What
     is not trained keeps its dtype. The head, which accelerate groups with the last norm, stays whole until its backward
-    pass.
-
-    Raises:
-        ValueError: it was told to by the older FSDP.
+    pass. Raises ValueError for the older FSDP.
     """
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:

@@ -17,11 +17,7 @@ INTERRUPTED = (
 
 
 class Terminated(Exception):
-    """Say that the training was asked to stop, and has saved a checkpoint.
-
-    Attributes:
-        signal: which signal asked.
-    """
+    """Say that the training was asked to stop, by which signal, and has saved a checkpoint."""
 
     def __init__(self, message: str, signal: signal.Signals) -> None:
         super().__init__(message)
@@ -33,15 +29,10 @@ class StopOnSignal(TrainerCallback):
 
     A second Ctrl-C ends the process as if nobody had caught it. Processes are signalled at different times, or only
     some of them, but have to stop after the same step: the trainer asks each before a step, and tells all.
-
-    Attributes:
-        requested: the signal that this process got.
-        agreed: the signal that a process had got before the step that runs, so all stop after that step.
     """
 
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
-        self.agreed: signal.Signals | None = None
+    requested: signal.Signals | None = None  # the signal that this process got
+    agreed: signal.Signals | None = None  # that a process had got before the step that runs, after which all stop
 
     def __enter__(self) -> None:
         self.requested = self.agreed = None

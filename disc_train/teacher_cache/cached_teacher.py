@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from disc_kernels.hf import OutputHead
 from disc_train.data.example import Branch, Example
+from disc_train.packing.collator import ReadRows
 from disc_train.teacher_cache.readings import reading_of
 from disc_train.teacher_cache.store import Rows, Store
 
@@ -20,40 +22,27 @@ def move_head(head: OutputHead, device: torch.device) -> OutputHead:
 
 
 @dataclass(frozen=True)
-class RowReader:
-    """Read what a teacher says of branches, for the collator; a data loader's worker reads for itself."""
-
-    store: Store
-
-    def __call__(self, branches: Sequence[tuple[Example, Branch]]) -> tuple[Rows, np.ndarray]:
-        """Return rows, each once, and which of them each predicted token of the branches has, [M] int64."""
-        return self.store.read([reading_of(e.name, e.teacher_trunk, branch) for e, branch in branches])
-
-
-@dataclass(frozen=True)
 class CachedTeacher:
-    """Hold all that is kept of a teacher while a student trains.
+    """Hold all that is kept of a teacher while a student trains."""
 
-    Args:
-        store: its rows, on disk.
-        head: with hidden states, the teacher's head; None: the rows are summaries, which need none.
-        temperature, vocab_size: of summaries, which hold for these alone.
-        note: what the cache is, for the summary.
-    """
-
-    store: Store
-    head: OutputHead | None
-    temperature: float | None
+    store: Store  # its rows, on disk
+    head: OutputHead | None  # the teacher's, for hidden states; None: the rows are summaries, which need none
+    temperature: float | None  # of summaries, which hold for it alone
     vocab_size: int | None
-    note: str
+    note: str  # what the cache is, for the summary
 
     @property
-    def reader(self) -> RowReader:
-        return RowReader(self.store)
+    def reader(self) -> ReadRows:
+        """Return what a collator reads the teacher's rows by; a data loader's worker reads for itself."""
+        return partial(_read_rows, self.store)
 
     def to(self, device: torch.device) -> "CachedTeacher":
         """Move the head, if there is one, to a device."""
         return self if self.head is None else replace(self, head=move_head(self.head, device))
+
+
+def _read_rows(store: Store, branches: Sequence[tuple[Example, Branch]]) -> tuple[Rows, np.ndarray]:
+    return store.read([reading_of(example, branch) for example, branch in branches])
 
 
 Teacher = PreTrainedModel | CachedTeacher | None  # None: the student with its adapters switched off
@@ -64,6 +53,6 @@ def live(teacher: Teacher) -> PreTrainedModel | None:
     return None if isinstance(teacher, CachedTeacher) else teacher
 
 
-def read_by(teacher: Teacher, student: PreTrainedModel) -> PreTrainedModel | RowReader:
+def read_by(teacher: Teacher, student: PreTrainedModel) -> PreTrainedModel | ReadRows:
     """Return what a collator asks for the teacher's part of a batch."""
     return teacher.reader if isinstance(teacher, CachedTeacher) else teacher or student

@@ -33,18 +33,14 @@ NAMES = {
 
 
 def check_identity(folder: str, found: Mapping[str, Any], expected: Mapping[str, Any], readings: list[Reading]) -> None:
-    """Raise ValueError, naming the first field in which a cache is another than the one expected.
-
-    Args:
-        readings: those wanted that the cache lacks, for the message.
-    """
+    """Raise ValueError, naming the first field in which a cache is another than expected, and `readings` it lacks."""
     for field, name in NAMES.items():
         if found.get(field) == expected.get(field):
             continue
         missing = ""
         if field == "documents" and readings:
-            missing = f" (not in it: {', '.join(reading.name for reading in readings[:3])}"
-            missing += ", ...)" if len(readings) > 3 else ")"
+            names = [reading.name for reading in readings[:3]] + ["..."] * (len(readings) > 3)
+            missing = f" (not in it: {', '.join(names)})"
         raise ValueError(
             f"--teacher_cache: {folder} was filled for another run: {name}: expected {expected.get(field)!r}, got"
             f" {found.get(field)!r}{missing}; choose another folder, or delete this one"

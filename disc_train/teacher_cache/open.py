@@ -14,7 +14,7 @@ from disc_kernels.hf import OutputHead, output_head
 from disc_train.data.dataset import DocumentDataset, ExampleDataset
 from disc_train.models.frozen_head import head_is_frozen
 from disc_train.teacher_cache.cached_teacher import CachedTeacher, move_head
-from disc_train.teacher_cache.fill import FrozenHead, fill, row_bytes, rows_of
+from disc_train.teacher_cache.fill import FrozenHead, row_bytes, rows_of
 from disc_train.teacher_cache.identity import check_identity, head_checksum, tokenizer_checksum, weights_checksum
 from disc_train.teacher_cache.readings import Reading, digest, merge, readings, texts
 from disc_train.teacher_cache.store import (
@@ -32,35 +32,23 @@ HIDDEN, SUMMARIES = "hidden states", "summaries"
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """Hold the settings that decide what a run's cache contains.
+    """Hold the settings that decide what a run's cache contains."""
 
-    Args:
-        folder: where it is, or is to be.
-        teacher_name_or_path: the teacher's weights.
-        dtype: the teacher's.
-        stored: the dtype of hidden states and summaries on disk.
-        temperature: of the run's divergence.
-        autocast: of the training.
-        forward_kl: it is the divergence, so that summaries serve.
-        start: the token ids that every sequence starts with.
-    """
-
-    folder: str
+    folder: str  # where it is, or is to be
     teacher_name_or_path: str
-    dtype: torch.dtype
-    stored: torch.dtype
-    temperature: float
-    autocast: torch.dtype | None
-    forward_kl: bool
-    start: list[int]
+    dtype: torch.dtype  # of the teacher's weights
+    stored: torch.dtype  # of hidden states and summaries on disk
+    temperature: float  # of the run's divergence
+    autocast: torch.dtype | None  # of the training
+    forward_kl: bool  # the divergence is the forward KL, so that summaries serve
+    start: list[int]  # token ids that every sequence starts with
 
 
 class TeacherCache:
     """Compare a run with what is in a cache's folder, and make it the run's teacher.
 
     Args:
-        read: the data sets that the teacher reads, see `disc_train.teacher_cache.readings.sources`, and of each in how
-            many epochs, whose splits are sequences of their own behind a template's footer.
+        read: the data sets that the teacher reads, each with the number of epochs.
         student: as it is before it is trained.
         identity: another process's, which has computed the checksums.
 
@@ -124,77 +112,58 @@ class TeacherCache:
         """Tell whether the cache can be used: no sequence is missing, nor the teacher's head."""
         return not self.missing and (self.summarises or Path(self.settings.folder, HEAD).is_file())
 
-    def disk_bytes(self, hidden_size: int) -> int:
-        """Count the bytes of all rows on disk.
+    @property
+    def rows(self) -> int:
+        """Count the rows of all sequences."""
+        return sum(reading.rows for reading in self.readings)
 
-        Args:
-            hidden_size: the teacher's.
-        """
+    def row_bytes(self, hidden_size: int) -> int:
+        """Count the bytes of a row on disk, for a teacher of this hidden size."""
         width = self._student_head.weight.shape[1] if self.summarises else hidden_size
-        return sum(reading.rows for reading in self.readings) * row_bytes(width, self.summarises, self.settings.stored)
+        return row_bytes(width, self.summarises, self.settings.stored)
 
     def describe(self) -> str:
         """Say what the cache holds once it is filled, and how much of that is missing."""
-        tokens = sum(reading.rows for reading in self.readings)
-        what = f"{self.identity['rows']} of {tokens:,} tokens in {self.identity['stored']}, in {self.settings.folder}"
+        what = f"{self.identity['rows']} of {self.rows:,} tokens in {self.identity['stored']}"
+        what += f", in {self.settings.folder}"
         missing = len(self.missing)
         return what + (f"; {missing:,} of {len(self.readings):,} sequences are missing" if missing else "")
 
     def fill(self, teacher: PreTrainedModel, batch_size: int) -> None:
-        """Run a teacher over what is missing, and write it.
-
-        Args:
-            teacher: on the device it runs on, prepared by `disc_train.models.causal_lm.use_attention`.
-            batch_size: sequences at once.
+        """Run a teacher, which `use_attention` has prepared, over what is missing, and write it.
 
         Raises:
             ValueError: another process is filling the cache, or another run has begun it since it was opened.
             OSError: it cannot be written.
         """
-        settings, student_head, teacher_head = self.settings, self._student_head, output_head(teacher)
-        frozen = None
+        settings, teacher_head, frozen = self.settings, output_head(teacher), None
+        vocab_size = min(head.vocab_size or len(head.weight) for head in (self._student_head, teacher_head))
         if self.summarises:
-            vocab_size = _common_vocabulary(student_head, teacher_head)
-            head = move_head(student_head, teacher.device)
+            head = move_head(self._student_head, teacher.device)
             frozen = FrozenHead(head, settings.temperature, vocab_size, settings.autocast)
-        width = (student_head if frozen else teacher_head).weight.shape[1]
-        with writer(settings.folder) as store:
-            self._store = store
+        with writer(settings.folder) as self._store:
             self._description = read_description(settings.folder)  # another run may have begun it since
             if self._description is not None:
                 check_identity(settings.folder, self._description, self.identity, self.missing)
-            if not self.summarises and not (self._description and (store.folder / HEAD).is_file()):
-                self._write_head(teacher_head, store.folder)
+            path = Path(settings.folder, HEAD)
+            if not self.summarises and not (self._description and path.is_file()):
+                tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
+                on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+                write_tensors(path, on_host, {})
             if self._description is None:
-                self._begin(teacher_head, store.folder)
-            fill(
-                store,
+                self._description = {**self.identity, "vocab_size": vocab_size}
+                if not self.summarises:
+                    self._description |= {**vars(teacher_head.transform), "head": head_checksum(teacher_head)}
+                write_description(settings.folder, self._description)
+            self._store.fill(
                 self.readings,
                 lambda some: rows_of(teacher, some, frozen, settings.stored),
                 batch_size,
-                row_bytes(width, self.summarises, settings.stored),
+                self.row_bytes(teacher_head.weight.shape[1]),
             )
 
-    def _begin(self, teacher_head: OutputHead, folder: Path) -> None:
-        """Write which teacher, texts and settings the rows of the cache belong to."""
-        self._description = {**self.identity, "vocab_size": _common_vocabulary(self._student_head, teacher_head)}
-        if not self.summarises:
-            scale, softcap = teacher_head.transform.scale, teacher_head.transform.softcap
-            self._description |= {"scale": scale, "softcap": softcap, "head": head_checksum(teacher_head)}
-        write_description(folder, self._description)
-
-    def _write_head(self, teacher_head: OutputHead, folder: Path) -> None:
-        """Write the teacher's head, which hidden states are multiplied with."""
-        tensors = {"weight": teacher_head.weight, "bias": teacher_head.bias}
-        on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-        write_tensors(folder / HEAD, on_host, {})
-
     def teacher(self) -> CachedTeacher:
-        """Hold what training needs of the teacher, which has been cached.
-
-        Raises:
-            ValueError: the file of its head is damaged.
-        """
+        """Return what training needs of the teacher, all of which is cached; raise ValueError for a damaged head."""
         description, folder = self._description, Path(self.settings.folder)
         assert description is not None and not self.missing
         head = None
@@ -216,7 +185,3 @@ class TeacherCache:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _common_vocabulary(*heads: OutputHead) -> int:
-    return min(head.vocab_size or len(head.weight) for head in heads)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from disc_train.data.dataset import MIN_TOKENS, DocumentDataset, ExampleDataset, ReplayDataset
-from disc_train.data.example import Branch, Ids
+from disc_train.data.example import Branch, Example, Ids
 
 KEY_BYTES = 16
 
@@ -32,16 +32,14 @@ class Reading(NamedTuple):
 
     @property
     def key(self) -> bytes:
-        return key_of(self.tokens)
+        """Return what a cache finds the sequence by, `KEY_BYTES` bytes."""
+        tokens = np.ascontiguousarray(self.tokens, dtype=np.int32)
+        return hashlib.blake2b(tokens.tobytes(), digest_size=KEY_BYTES).digest()
 
 
-def key_of(tokens: Ids) -> bytes:
-    """Return what a cache finds a token sequence by, `KEY_BYTES` bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(tokens, dtype=np.int32).tobytes(), digest_size=KEY_BYTES).digest()
-
-
-def reading_of(name: str, trunk: Ids, branch: Branch) -> tuple[Reading, int]:
-    """Return the reading that a branch of a teacher's trunk belongs to, and the token that its target ends before."""
+def reading_of(example: Example, branch: Branch) -> tuple[Reading, int]:
+    """Return the reading that an example's branch belongs to, and the token that its target ends before."""
+    name, trunk = example.name, example.teacher_trunk
     text = np.concatenate([branch.teacher.lead, branch.target])
     end = branch.teacher.attach + len(text)
     first = end - 1 - branch.rows
@@ -51,11 +49,7 @@ def reading_of(name: str, trunk: Ids, branch: Branch) -> tuple[Reading, int]:
 
 
 def sources(dataset: ExampleDataset, compare_all: bool = True) -> list[ExampleDataset]:
-    """List the data sets that a teacher reads examples of.
-
-    Args:
-        compare_all: it reads every example; else only those that are replayed by KL.
-    """
+    """List the data sets that a teacher reads examples of: all, or without `compare_all` what is replayed by KL."""
     if not isinstance(dataset, ReplayDataset):
         return [dataset] if compare_all else []
     own = [dataset.dataset] if compare_all else []
@@ -70,18 +64,28 @@ def texts(dataset: ExampleDataset) -> Iterator[Reading]:
             if len(document.input_ids) >= MIN_TOKENS:
                 tokens = np.concatenate([header, document.input_ids])
                 yield Reading(document.name, tokens, first=max(0, len(header) - 1))
-        return
-    for number in range(len(dataset)):
-        example = dataset[number]
-        for branch in example.branches:
-            yield reading_of(example.name, example.teacher_trunk, branch)[0]
+    else:
+        yield from _as_drawn(dataset)
 
 
 def readings(dataset: ExampleDataset, epochs: int) -> list[Reading]:
     """List what a teacher reads of a data set in some epochs, each sequence once, always in the same order."""
-    if isinstance(dataset, DocumentDataset) and len(dataset.templates.teacher_footer):
-        return merge(_drawn(dataset, epochs))
-    return merge(texts(dataset))
+    if not (isinstance(dataset, DocumentDataset) and len(dataset.templates.teacher_footer)):
+        return merge(texts(dataset))
+    several: list[Reading] = []
+    current = dataset.epoch
+    for epoch in range(epochs):
+        dataset.set_epoch(epoch)
+        several += _as_drawn(dataset)
+    dataset.set_epoch(current)
+    return merge(several)
+
+
+def _as_drawn(dataset: ExampleDataset) -> Iterator[Reading]:
+    for number in range(len(dataset)):
+        example = dataset[number]
+        for branch in example.branches:
+            yield reading_of(example, branch)[0]
 
 
 def merge(several: Iterable[Reading]) -> list[Reading]:
@@ -92,17 +96,6 @@ def merge(several: Iterable[Reading]) -> list[Reading]:
         if key not in distinct or reading.first < distinct[key].first:
             distinct[key] = reading
     return list(distinct.values())
-
-
-def _drawn(dataset: DocumentDataset, epochs: int) -> Iterator[Reading]:
-    current = dataset.epoch
-    for epoch in range(epochs):
-        dataset.set_epoch(epoch)
-        for number in range(len(dataset)):
-            example = dataset[number]
-            for branch in example.branches:
-                yield reading_of(example.name, example.teacher_trunk, branch)[0]
-    dataset.set_epoch(current)
 
 
 def digest(several: Iterable[Reading]) -> str:

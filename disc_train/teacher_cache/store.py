@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from disc_train.progress import show_progress
 from disc_train.teacher_cache.readings import KEY_BYTES, Reading
 
 DESCRIPTION, LOCK, HEAD, UNFINISHED = "cache.json", "lock", "head.safetensors", ".unfinished"
@@ -41,26 +43,12 @@ class _Entry(NamedTuple):
 
 
 class Store:
-    """Read the rows of a cache; they stay on disk until they are asked for.
-
-    Args:
-        folder: what a `writer` has filled, or is about to.
-
-    Raises:
-        ValueError: a file is damaged, or of another format.
-    """
+    """Read the rows of a cache; they stay on disk until they are asked for. Raises ValueError for a damaged file."""
 
     shard_bytes = SHARD_BYTES
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.refresh()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.folder,)  # a data loader's worker maps the files itself
-
-    def refresh(self) -> None:
-        """Find the shards that are there now."""
         self._entries: dict[bytes, _Entry] = {}
         self._checked: set[bytes] = set()
         self._shards: list[Rows] = []
@@ -68,6 +56,9 @@ class Store:
         self._begins = [0]  # row of each shard's first, and of all that there are
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._add(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.folder,)  # a data loader's worker maps the files itself
 
     def _add(self, path: Path) -> None:
         with explain_damage(path):
@@ -140,14 +131,62 @@ class Store:
             if _checksum(rows) != entry.crc:
                 raise ValueError(f"the rows of {name} are not what was written")
 
+    def fill(
+        self,
+        readings: Sequence[Reading],
+        compute: Callable[[Sequence[Reading]], Rows],
+        batch_size: int,
+        row_bytes: int,
+    ) -> None:
+        """Compute the rows of readings that are not there, and write them shard by shard; the caller holds the lock.
+
+        Args:
+            compute: returns the rows of at most `batch_size` readings.
+            row_bytes: of a token's rows together; how many readings make a shard depends on it.
+
+        Raises:
+            OSError: a shard cannot be written; nothing of it is left.
+        """
+        missing = [reading for reading in readings if not self.has(reading)]
+        shards = _divide(missing, self.shard_bytes // row_bytes)
+        for shard in show_progress(shards, len(missing), "sequences read by the teacher"):
+            parts = [compute(shard[first : first + batch_size]) for first in range(0, len(shard), batch_size)]
+            self._write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+    def _write(self, readings: Sequence[Reading], rows: Rows) -> None:
+        counts = [reading.rows for reading in readings]
+        parts = zip(*(tensor.split(counts) for tensor in rows.values()), strict=True)
+        keys = b"".join(reading.key for reading in readings)
+        tensors = rows | {
+            "key": torch.from_numpy(np.frombuffer(keys, dtype=np.uint8).copy()),
+            "first": torch.tensor([reading.first for reading in readings]),
+            "count": torch.tensor(counts),
+            "crc": torch.tensor([_checksum(dict(zip(rows, part, strict=True))) for part in parts]),
+        }
+        paths = (self.folder / f"shard-{number:05}.safetensors" for number in count())
+        path = next(path for path in paths if not path.exists())
+        write_tensors(path, tensors, {"index": _index_checksum(tensors)})
+        self._add(path)
+
+
+def _divide(readings: Sequence[Reading], rows: int) -> list[list[Reading]]:
+    """Put readings into shards of at most so many rows, or of one reading."""
+    shards: list[list[Reading]] = []
+    room = 0
+    for reading in readings:
+        if not shards or reading.rows > room:
+            shards.append([])
+            room = rows
+        shards[-1].append(reading)
+        room -= reading.rows
+    return shards
+
 
 @contextmanager
 def writer(folder: str | Path) -> Iterator[Store]:
     """Lock a folder for one writer, and yield the store that is in it.
 
-    Raises:
-        ValueError: another process holds it.
-        OSError: the folder cannot be made or written to.
+    Raises ValueError where another process holds it, OSError where it cannot be made or written to.
     """
     folder = Path(folder)
     lock = FileLock(folder / LOCK, timeout=0)
@@ -169,31 +208,8 @@ def writer(folder: str | Path) -> Iterator[Store]:
         lock.release()
 
 
-def write_shard(store: Store, readings: Sequence[Reading], rows: Rows) -> None:
-    """Write a shard with the rows of some readings, one after another; the caller holds the lock.
-
-    Raises:
-        OSError: it cannot be written; nothing of it is left.
-    """
-    counts = [reading.rows for reading in readings]
-    parts = {name: tensor.split(counts) for name, tensor in rows.items()}
-    index = {
-        "key": torch.from_numpy(np.frombuffer(b"".join(reading.key for reading in readings), dtype=np.uint8).copy()),
-        "first": torch.tensor([reading.first for reading in readings]),
-        "count": torch.tensor(counts),
-        "crc": torch.tensor([_checksum({name: part[i] for name, part in parts.items()}) for i in range(len(readings))]),
-    }
-    names = {path.name for path in store.folder.glob("shard-*.safetensors")}
-    number = next(n for n in range(len(names) + 1) if _shard_name(n) not in names)
-    write_tensors(store.folder / _shard_name(number), index | rows, {"index": _index_checksum(index | rows)})
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file that is complete or absent.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a safetensors file that is complete or absent; raise OSError if it cannot be written."""
     with _complete_or_absent(path) as unfinished:
         save_file(dict(tensors), unfinished, metadata)
 
@@ -216,22 +232,17 @@ def _complete_or_absent(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def write_description(folder: Path, description: Mapping[str, Any]) -> None:
-    """Write into a cache's folder which teacher, texts and settings its rows belong to.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def write_description(folder: str | Path, description: Mapping[str, Any]) -> None:
+    """Write into a cache's folder which teacher, texts and settings its rows belong to."""
     content = {"format": FORMAT, **description, "checksum": _description_checksum(description)}
-    with _complete_or_absent(folder / DESCRIPTION) as unfinished:
+    with _complete_or_absent(Path(folder, DESCRIPTION)) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_description(folder: str | Path) -> dict[str, Any] | None:
     """Read which teacher, texts and settings a cache's rows belong to; None where there is no cache yet.
 
-    Raises:
-        ValueError: the folder is none, or holds something else or a damaged file.
+    Raises ValueError for what is no folder, or holds something else or a damaged file.
     """
     path = Path(folder, DESCRIPTION)
     if not str(folder) or (path.parent.exists() and not path.parent.is_dir()):
@@ -262,10 +273,6 @@ def explain_damage(path: Path, remedy: str = "delete it, and what it held") -> I
         raise ValueError(
             f"--teacher_cache: {path} cannot be read, the file is damaged: {error}; {remedy} is computed again"
         ) from error
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05}.safetensors"
 
 
 def _checksum(tensors: Rows) -> int:

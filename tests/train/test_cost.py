@@ -69,4 +69,5 @@ def test_operations_are_those_of_a_step(kl_clip, products, make_trainer, make_da
     with FlopCounterMode(display=False) as counted:
         trainer.training_step(trainer.model, batch, num_items_in_batch=7)
     assert sum(cost.operations.values()) == pytest.approx(counted.get_total_flops(), rel=0.02)
-    assert cost.operations["loss"] == products * cost.product
+    rows, head = len(batch["student_index"]), trainer.student.lm_head.weight
+    assert cost.operations["loss"] == products * 2 * rows * head.numel()

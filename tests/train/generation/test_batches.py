@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from disc_train.generation.batches import batches_by_length, pad_right
+from disc_train.generation.batches import batches_by_length, pad
 
 
 @pytest.mark.parametrize(("batch_size", "max_batch_tokens"), [(1, 1000), (7, 1000), (64, 200), (64, 1), (100, 10_000)])
@@ -25,6 +25,8 @@ def test_nothing_makes_no_batch():
     assert list(batches_by_length([], 4, 100)) == []
 
 
-def test_padding_is_on_the_right():
-    padded = pad_right([[1, 2, 3], [4]], torch.device("cpu"))
-    assert padded.tolist() == [[1, 2, 3], [4, 0, 0]]
+@pytest.mark.parametrize(("side", "ids", "mask"), [("left", [0, 0, 4], [0, 0, 1]), ("right", [4, 0, 0], [1, 0, 0])])
+def test_padding(side, ids, mask):
+    padded, seen = pad([[1, 2, 3], [4]], side, torch.device("cpu"))
+    assert padded.tolist() == [[1, 2, 3], ids]
+    assert seen.tolist() == [[1, 1, 1], mask]

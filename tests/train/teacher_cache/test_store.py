@@ -13,9 +13,8 @@ from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.packing.collator import collator
 from disc_train.teacher_cache import store as files
-from disc_train.teacher_cache.fill import fill
 from disc_train.teacher_cache.readings import Reading
-from disc_train.teacher_cache.store import Store, write_shard, writer
+from disc_train.teacher_cache.store import Store, writer
 
 
 def contents(folder):
@@ -73,7 +72,7 @@ def test_two_writers(make_cache):
 def test_a_folder_that_another_run_began_meanwhile(make_cache, monkeypatch):
     first, other, same = make_cache(), make_cache(temperature=5.0), make_cache()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("disc_train.teacher_cache.open.fill", lambda *args: 1 / 0)
+        patch.setattr(Store, "fill", lambda *args: 1 / 0)
         first.fill()
     before = contents(first.folder)
     assert before.keys() == {files.DESCRIPTION}
@@ -244,7 +243,7 @@ def test_rows_stay_on_disk(tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 1000, (1000, length), dtype=np.int32)
     readings = [Reading(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
     with writer(tmp_path) as store:
-        fill(store, readings, lambda some: {"hidden": torch.ones(400 * len(some), width, dtype=torch.bfloat16)}, 50, 40)
+        store.fill(readings, lambda some: {"hidden": torch.ones(400 * len(some), width, dtype=torch.bfloat16)}, 50, 40)
     assert len(list(tmp_path.glob("shard-*"))) == 4
     before = _anonymous_bytes()
     store = Store(tmp_path)
@@ -257,10 +256,10 @@ def test_rows_stay_on_disk(tmp_path, monkeypatch):
 
 def test_an_empty_shard_is_never_written(tmp_path):
     with writer(tmp_path) as store:
-        fill(store, [], lambda some: {}, 1, 1)
+        store.fill([], lambda some: {}, 1, 1)
+        assert not list(tmp_path.glob("shard-*"))
         reading = Reading("d", np.arange(9, dtype=np.int32), 3)
-        write_shard(store, [reading], {"hidden": torch.arange(5.0)[:, None]})
-        store.refresh()
+        store.fill([reading], lambda some: {"hidden": torch.arange(5.0)[:, None]}, 1, 4)
         assert store.has(reading) and not store.has(reading._replace(first=2))
         rows, index = store.read([(reading._replace(first=5), 8), (reading._replace(first=4), 7)])
     assert rows["hidden"].flatten().tolist() == [1.0, 2.0, 3.0]
