@@ -33,7 +33,7 @@ from disc_train.models.causal_lm import use_attention
 from disc_train.models.frozen_head import freeze_head
 from disc_train.teacher_cache.cached_teacher import CachedTeacher
 from disc_train.teacher_cache.fill import FrozenHead, row_bytes, rows_of
-from disc_train.teacher_cache.readings import Reading, readings
+from disc_train.teacher_cache.sequences import TeacherSequence, sequences_of
 from disc_train.teacher_cache.store import Store, writer
 from disc_train.trainer import DiscTrainer
 
@@ -93,7 +93,7 @@ def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> Cach
     summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
     size = row_bytes(head.weight.shape[1], frozen, torch.bfloat16)
     with writer(folder) as store:
-        store.fill(readings(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
+        store.fill(sequences_of(dataset, 1), lambda some: rows_of(teacher, some, summarised, torch.bfloat16), 4, size)
     kept = None if frozen else OutputHead(head.weight.detach().clone(), head.bias, LogitTransform())
     return CachedTeacher(Store(folder), kept, TEMPERATURE if frozen else None, None, "")
 
@@ -178,7 +178,7 @@ def own_bytes() -> int:
 def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
     """Fill a cache of made-up rows, open it and read some, in processor time and bytes of the process's own memory."""
     tokens = np.random.default_rng(0).integers(0, 30_000, (documents, rows + 1), dtype=np.int32)
-    made_up = [Reading(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
+    made_up = [TeacherSequence(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:
         with writer(folder) as store:
             ones = torch.ones(1000 * rows, width, dtype=torch.bfloat16)
@@ -186,14 +186,14 @@ def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
         before, began = own_bytes(), time.process_time()
         opened = Store(folder)
         seconds, held = time.process_time() - began, own_bytes()
-        for reading in made_up[::20]:
-            opened.read([(reading, rows + 1)])
+        for sequence in made_up[::20]:
+            opened.read([(sequence, rows + 1)])
         return {
             "tokens": opened.rows,
             "width": width,
             "seconds to open (processor)": seconds,
             "bytes held once open": held - before,
-            "bytes held after reading 1 in 20": own_bytes() - before,
+            "bytes held after sequence 1 in 20": own_bytes() - before,
         }
 
 

@@ -19,7 +19,7 @@ from disc_train.parallel.agreement import same_on_all_processes
 from disc_train.summary import count_steps
 from disc_train.teacher_cache.cached_teacher import CachedTeacher
 from disc_train.teacher_cache.open import CacheSettings, TeacherCache
-from disc_train.teacher_cache.readings import sources
+from disc_train.teacher_cache.sequences import sources
 
 
 def load_teacher_for(

@@ -80,8 +80,8 @@ def _masked(inputs: SuffixKLInputs) -> SuffixKLInputs:
     mask = check_mask(inputs)
     if is_traced(mask):
         raise ValueError('mask: expected None with impl="reference" or symbolic values, got a mask without values')
-    kept = mask.flatten().nonzero().squeeze(1)
-    return replace(inputs, mask=None, student_index=kept, teacher_index=kept)
+    index = mask.flatten().nonzero().squeeze(1)
+    return replace(inputs, mask=None, student_index=index, teacher_index=index)
 
 
 def check_mask(inputs: SuffixKLInputs) -> Tensor:

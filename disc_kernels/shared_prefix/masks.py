@@ -31,13 +31,8 @@ def dense_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> Tens
 def row_masks(layout: SharedPrefixLayout, rows: int, *, window: int | None = None) -> Tensor:
     """Make a mask for each row of a batch: bool [rows, N, N] (row, query, key), as `dense_mask` of the row alone.
 
-    Args:
-        layout: L packed tokens: the rows of the batch one after another, N = L / rows tokens each.
-        rows: how many there are.
-        window: as in `dense_mask`.
-
-    Raises:
-        ValueError: window below 1, L is no multiple of rows, or a tree crosses from one row into the next.
+    The layout has the rows one after another, N = L / rows tokens each. Raises ValueError for a window below 1, and as
+    `check_rows`.
     """
     check_rows(layout, rows)
     runs = _visible_runs(layout, window)

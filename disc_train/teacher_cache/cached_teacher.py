@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from disc_kernels.hf import OutputHead
 from disc_train.data.example import Branch, Example
 from disc_train.packing.collator import ReadRows
-from disc_train.teacher_cache.readings import reading_of
+from disc_train.teacher_cache.sequences import sequence_of
 from disc_train.teacher_cache.store import Rows, Store
 
 
@@ -42,7 +42,7 @@ class CachedTeacher:
 
 
 def _read_rows(store: Store, branches: Sequence[tuple[Example, Branch]]) -> tuple[Rows, np.ndarray]:
-    return store.read([reading_of(example, branch) for example, branch in branches])
+    return store.read([sequence_of(example, branch) for example, branch in branches])
 
 
 Teacher = PreTrainedModel | CachedTeacher | None  # None: the student with its adapters switched off

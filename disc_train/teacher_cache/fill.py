@@ -10,7 +10,7 @@ from disc_kernels import teacher_summary
 from disc_kernels.hf import OutputHead, output_head
 from disc_train.data.example import Context
 from disc_train.models.causal_lm import target_states
-from disc_train.teacher_cache.readings import Reading
+from disc_train.teacher_cache.sequences import TeacherSequence
 from disc_train.teacher_cache.store import Rows
 
 
@@ -24,14 +24,16 @@ class FrozenHead(NamedTuple):
 
 
 @torch.no_grad()
-def rows_of(model: PreTrainedModel, readings: Sequence[Reading], frozen: FrozenHead | None, dtype: torch.dtype) -> Rows:
-    """Run a model on readings; return its rows on the host: hidden states, or summaries for a frozen head.
+def rows_of(
+    model: PreTrainedModel, sequences: Sequence[TeacherSequence], frozen: FrozenHead | None, dtype: torch.dtype
+) -> Rows:
+    """Run a model on sequences; return its rows on the host: hidden states, or summaries for a frozen head.
 
     Args:
         dtype: of hidden states and embeddings. A summary's entropy and bias stay float32.
     """
     device = model.device
-    branches = [(r.tokens[: r.first + 1], Context(r.first + 1), r.tokens[r.first + 1 :]) for r in readings]
+    branches = [(s.tokens[: s.first + 1], Context(s.first + 1), s.tokens[s.first + 1 :]) for s in sequences]
     with torch.autocast(device.type, enabled=False):
         hidden, index = target_states(model, branches)
     index = index.to(device)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from disc_kernels.hf import OutputHead
 from disc_train.models.pretrained import load_pretrained
-from disc_train.teacher_cache.readings import Reading
+from disc_train.teacher_cache.sequences import TeacherSequence
 
 WEIGHT_FILES = (".safetensors", ".bin")
 MODEL_FILES = ("config.json", "adapter_config.json")
@@ -32,14 +32,16 @@ NAMES = {
 }
 
 
-def check_identity(folder: str, found: Mapping[str, Any], expected: Mapping[str, Any], readings: list[Reading]) -> None:
-    """Raise ValueError, naming the first field in which a cache is another than expected, and `readings` it lacks."""
+def check_identity(
+    folder: str, found: Mapping[str, Any], expected: Mapping[str, Any], sequences: list[TeacherSequence]
+) -> None:
+    """Raise ValueError, naming the first field in which a cache is another than expected, and `sequences` it lacks."""
     for field, name in NAMES.items():
         if found.get(field) == expected.get(field):
             continue
         missing = ""
-        if field == "documents" and readings:
-            names = [reading.name for reading in readings[:3]] + ["..."] * (len(readings) > 3)
+        if field == "documents" and sequences:
+            names = [sequence.name for sequence in sequences[:3]] + ["..."] * (len(sequences) > 3)
             missing = f" (not in it: {', '.join(names)})"
         raise ValueError(
             f"--teacher_cache: {folder} was filled for another run: {name}: expected {expected.get(field)!r}, got"

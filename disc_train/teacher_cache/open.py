@@ -16,7 +16,7 @@ from disc_train.models.frozen_head import head_is_frozen
 from disc_train.teacher_cache.cached_teacher import CachedTeacher, move_head
 from disc_train.teacher_cache.fill import FrozenHead, row_bytes, rows_of
 from disc_train.teacher_cache.identity import check_identity, head_checksum, tokenizer_checksum, weights_checksum
-from disc_train.teacher_cache.readings import Reading, digest, merge, readings, texts
+from disc_train.teacher_cache.sequences import TeacherSequence, digest, merge, sequences_of, texts
 from disc_train.teacher_cache.store import (
     HEAD,
     Store,
@@ -65,7 +65,7 @@ class TeacherCache:
         identity: dict[str, Any] | None = None,
     ) -> None:
         self.settings = settings
-        self.readings = merge(reading for source, epochs in read for reading in readings(source, epochs))
+        self.sequences = merge(sequence for source, epochs in read for sequence in sequences_of(source, epochs))
         self._description = read_description(settings.folder)
         self._student_head = output_head(student)
         no_cap = self._student_head.transform.softcap is None
@@ -91,7 +91,7 @@ class TeacherCache:
             "tokenizer": tokenizer_checksum(tokenizer),
             "start": settings.start,
             "template": templates,
-            "documents": digest(reading for source in read for reading in texts(source)),
+            "documents": digest(sequence for source in read for sequence in texts(source)),
             "stored": _name(settings.stored),
         }
         if self.summarises:
@@ -103,9 +103,9 @@ class TeacherCache:
         return identity
 
     @property
-    def missing(self) -> list[Reading]:
+    def missing(self) -> list[TeacherSequence]:
         """List the sequences that are to be read before the cache can be used."""
-        return [reading for reading in self.readings if not self._store.has(reading)]
+        return [sequence for sequence in self.sequences if not self._store.has(sequence)]
 
     @property
     def complete(self) -> bool:
@@ -115,7 +115,7 @@ class TeacherCache:
     @property
     def rows(self) -> int:
         """Count the rows of all sequences."""
-        return sum(reading.rows for reading in self.readings)
+        return sum(sequence.rows for sequence in self.sequences)
 
     def row_bytes(self, hidden_size: int) -> int:
         """Count the bytes of a row on disk, for a teacher of this hidden size."""
@@ -127,7 +127,7 @@ class TeacherCache:
         what = f"{self.identity['rows']} of {self.rows:,} tokens in {self.identity['stored']}"
         what += f", in {self.settings.folder}"
         missing = len(self.missing)
-        return what + (f"; {missing:,} of {len(self.readings):,} sequences are missing" if missing else "")
+        return what + (f"; {missing:,} of {len(self.sequences):,} sequences are missing" if missing else "")
 
     def fill(self, teacher: PreTrainedModel, batch_size: int) -> None:
         """Run a teacher, which `use_attention` has prepared, over what is missing, and write it.
@@ -156,7 +156,7 @@ class TeacherCache:
                     self._description |= {**vars(teacher_head.transform), "head": head_checksum(teacher_head)}
                 write_description(settings.folder, self._description)
             self._store.fill(
-                self.readings,
+                self.sequences,
                 lambda some: rows_of(teacher, some, frozen, settings.stored),
                 batch_size,
                 self.row_bytes(teacher_head.weight.shape[1]),

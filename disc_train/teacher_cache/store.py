@@ -1,8 +1,8 @@
-"""Keep the rows of readings in a folder of safetensors files, memory-mapped, each complete or absent.
+"""Keep the rows of sequences in a folder of safetensors files, memory-mapped, each complete or absent.
 
-A shard holds whole readings: `key` [n, 16], `first` [n] and `count` [n] say which and how many rows each has, `crc` [n]
-is the checksum of those, and every other tensor has one row for each row of a reading, one reading after another. The
-metadata has a checksum of these four and of all tensors' names, dtypes and shapes.
+A shard holds whole sequences: `key` [n, 16], `first` [n] and `count` [n] say which and how many rows each has, `crc`
+[n] is the checksum of those, and every other tensor has one row for each row of a sequence, one sequence after another.
+The metadata has a checksum of these four and of all tensors' names, dtypes and shapes.
 `cache.json` says what the rows are of, see `identity.py`. The fill order and the size of a shard are fixed, so what was
 interrupted and is continued has the same bytes.
 """
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from disc_train.progress import show_progress
-from disc_train.teacher_cache.readings import KEY_BYTES, Reading
+from disc_train.teacher_cache.sequences import KEY_BYTES, TeacherSequence
 
 DESCRIPTION, LOCK, HEAD, UNFINISHED = "cache.json", "lock", "head.safetensors", ".unfinished"
 INDEX = ("key", "first", "count", "crc")
@@ -84,16 +84,16 @@ class Store:
         """Count the rows of all shards."""
         return self._begins[-1]
 
-    def has(self, reading: Reading) -> bool:
-        """Tell whether all rows of a reading that are wanted are there."""
-        entry = self._entries.get(reading.key)
-        return entry is not None and entry.first <= reading.first
+    def has(self, sequence: TeacherSequence) -> bool:
+        """Tell whether all rows of a sequence that are wanted are there."""
+        entry = self._entries.get(sequence.key)
+        return entry is not None and entry.first <= sequence.first
 
-    def read(self, wanted: Sequence[tuple[Reading, int]]) -> tuple[Rows, np.ndarray]:
-        """Read rows of some readings, each once.
+    def read(self, wanted: Sequence[tuple[TeacherSequence, int]]) -> tuple[Rows, np.ndarray]:
+        """Read rows of some sequences, each once.
 
         Args:
-            wanted: of each reading, the rows from its `first` up to what predicts the token before this one.
+            wanted: of each sequence, the rows from its `first` up to what predicts the token before this one.
 
         Returns:
             Rows [U, ...], and which of them each wanted row is, [M] int64, in order.
@@ -102,19 +102,19 @@ class Store:
             ValueError: rows that are not there, or are not what was written.
         """
         numbers = []
-        for reading, end in wanted:
-            key = reading.key
+        for sequence, end in wanted:
+            key = sequence.key
             entry = self._entries.get(key)
-            if entry is None or entry.first > reading.first:
+            if entry is None or entry.first > sequence.first:
                 raise ValueError(
-                    f"{reading.name}: expected its {end - 1 - reading.first} rows in the teacher's cache {self.folder},"
-                    " got none: it was filled for other documents, templates or epochs"
+                    f"{sequence.name}: expected its {end - 1 - sequence.first} rows in the teacher's cache"
+                    f" {self.folder}, got none: it was filled for other documents, templates or epochs"
                 )
             if key not in self._checked:
-                self._check(reading.name, entry)
+                self._check(sequence.name, entry)
                 self._checked.add(key)
-            start = entry.row + reading.first - entry.first
-            numbers.append(np.arange(start, start + end - 1 - reading.first))
+            start = entry.row + sequence.first - entry.first
+            numbers.append(np.arange(start, start + end - 1 - sequence.first))
         distinct, index = np.unique(np.concatenate(numbers), return_inverse=True)
         parts: list[Rows] = []
         for shard in np.unique(np.searchsorted(self._begins, distinct, side="right") - 1):
@@ -133,33 +133,33 @@ class Store:
 
     def fill(
         self,
-        readings: Sequence[Reading],
-        compute: Callable[[Sequence[Reading]], Rows],
+        sequences: Sequence[TeacherSequence],
+        compute: Callable[[Sequence[TeacherSequence]], Rows],
         batch_size: int,
         row_bytes: int,
     ) -> None:
-        """Compute the rows of readings that are not there, and write them shard by shard; the caller holds the lock.
+        """Compute the rows of sequences that are not there, and write them shard by shard; the caller holds the lock.
 
         Args:
-            compute: returns the rows of at most `batch_size` readings.
-            row_bytes: of a token's rows together; how many readings make a shard depends on it.
+            compute: returns the rows of at most `batch_size` sequences.
+            row_bytes: of a token's rows together; how many sequences make a shard depends on it.
 
         Raises:
             OSError: a shard cannot be written; nothing of it is left.
         """
-        missing = [reading for reading in readings if not self.has(reading)]
+        missing = [sequence for sequence in sequences if not self.has(sequence)]
         shards = _divide(missing, self.shard_bytes // row_bytes)
         for shard in show_progress(shards, len(missing), "sequences read by the teacher"):
             parts = [compute(shard[first : first + batch_size]) for first in range(0, len(shard), batch_size)]
             self._write(shard, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def _write(self, readings: Sequence[Reading], rows: Rows) -> None:
-        counts = [reading.rows for reading in readings]
+    def _write(self, sequences: Sequence[TeacherSequence], rows: Rows) -> None:
+        counts = [sequence.rows for sequence in sequences]
         parts = zip(*(tensor.split(counts) for tensor in rows.values()), strict=True)
-        keys = b"".join(reading.key for reading in readings)
+        keys = b"".join(sequence.key for sequence in sequences)
         tensors = rows | {
             "key": torch.from_numpy(np.frombuffer(keys, dtype=np.uint8).copy()),
-            "first": torch.tensor([reading.first for reading in readings]),
+            "first": torch.tensor([sequence.first for sequence in sequences]),
             "count": torch.tensor(counts),
             "crc": torch.tensor([_checksum(dict(zip(rows, part, strict=True))) for part in parts]),
         }
@@ -169,16 +169,16 @@ class Store:
         self._add(path)
 
 
-def _divide(readings: Sequence[Reading], rows: int) -> list[list[Reading]]:
-    """Put readings into shards of at most so many rows, or of one reading."""
-    shards: list[list[Reading]] = []
+def _divide(sequences: Sequence[TeacherSequence], rows: int) -> list[list[TeacherSequence]]:
+    """Put sequences into shards of at most so many rows, or of one sequence."""
+    shards: list[list[TeacherSequence]] = []
     room = 0
-    for reading in readings:
-        if not shards or reading.rows > room:
+    for sequence in sequences:
+        if not shards or sequence.rows > room:
             shards.append([])
             room = rows
-        shards[-1].append(reading)
-        room -= reading.rows
+        shards[-1].append(sequence)
+        room -= sequence.rows
     return shards
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.allocations import measure  # noqa: F401
 from tests.linear_kl.conftest import divergence, double_impl, fused_impl, impl  # noqa: F401
 from tests.linear_kl.ranks.conftest import worlds  # noqa: F401
 

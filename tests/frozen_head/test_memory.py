@@ -1,11 +1,7 @@
 """The memory the frozen-head form keeps to: every allocation and release on the CPU is in the profiler's trace."""
 
-import gc
-import json
-
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from disc_kernels import LogitTransform, TeacherSummary, expected_embedding_kl, teacher_summary
 from tests.frozen_head.calls import smallest
@@ -14,35 +10,6 @@ from tests.frozen_head.calls import smallest
 @pytest.fixture(autouse=True)
 def new_memory_is_nan():
     """Not here: PyTorch's deterministic algorithms may allocate what a caller's do not."""
-
-
-@pytest.fixture
-def measure(tmp_path, monkeypatch):
-    """(peak bytes above what there was before, bytes of the largest allocation) of a call."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    launch = interpreter.GridExecutor.__call__
-
-    def launch_and_collect(*args, **kwargs):  # the interpreter leaves a launch's arguments in a reference cycle
-        launch(*args, **kwargs)
-        gc.collect()
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch_and_collect)
-    gc.freeze()
-
-    def measured(function):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-            kept = function()
-        trace.export_chrome_trace(str(tmp_path / "trace.json"))
-        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        now = peak = largest = 0
-        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-            now += event["args"]["Bytes"]
-            peak, largest = max(peak, now), max(largest, event["args"]["Bytes"])
-        del kept  # alive until here, so that results count
-        return peak, largest
-
-    yield measured
-    gc.unfreeze()
 
 
 M, V = 48, 1003
@@ -99,10 +66,10 @@ def test_peak_of_a_summary(measure, impl, shape, how, workspaces, vocab_group):
             return teacher_summary(*tensors, **options, impl=impl, **more)
 
     workspace = workspaces * smallest(make, *given)
-    peak, largest = measure(lambda: make(*given, max_workspace_bytes=workspace))
+    seen = measure(lambda: make(*given, max_workspace_bytes=workspace))
     outputs = 4 * len(given[0]) * (given[2].shape[1] + 2)
-    assert peak <= outputs + workspace
-    assert largest < 4 * len(given[0]) * len(given[1])
+    assert seen.peak <= outputs + workspace
+    assert seen.largest < 4 * len(given[0]) * len(given[1])
 
 
 @pytest.mark.parametrize("impl, workspaces, shape, how", RUNS + SHARDS)
@@ -128,8 +95,8 @@ def test_peak_of_a_step(measure, impl, shape, how, workspaces, chosen, vocab_gro
         return loss, stats
 
     workspace = workspaces * smallest(forward)
-    peak, largest = measure(lambda: step(max_workspace_bytes=workspace))
+    seen = measure(lambda: step(max_workspace_bytes=workspace))
     gradient = hidden.numel() * hidden.element_size()
     kept = rows * hidden.shape[1] * hidden.element_size()
-    assert peak <= 4 * (1 + 4 * rows) + gradient + kept + workspace
-    assert largest < 4 * rows * len(weight)
+    assert seen.peak <= 4 * (1 + 4 * rows) + gradient + kept + workspace
+    assert seen.largest < 4 * rows * len(weight)

@@ -36,10 +36,7 @@ class Case:
         else:
             problem = build(**self.options)
         if self.masked:
-            bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
-            for value in bias.values():
-                value[: self.masked] = -torch.inf
-            problem = problem.with_tensors(**bias)
+            problem = world.mask_first_entries(problem, self.masked)
         return replace(problem, asks=("student_hidden",))
 
 
@@ -126,16 +123,10 @@ def test_ranks_are_as_accurate_as_one_process(worlds, name, ranks):
         got = Outcome(first["loss"], {"student_hidden": first["gradient"]}, first["stats"])
         assert_accurate(got, problem)
     summary, one, _ = run(problem, "torch")
-    scale = oracle(problem).logit_scale
     expected = {**summary._asdict(), "loss": one.loss, "gradient": one.gradients["student_hidden"], **one.stats}
     found = {**first["summary"], **first["stats"], "loss": first["loss"], "gradient": first["gradient"]}
-    for part, x in expected.items():
-        # What is subtracted is as large as a logit; so its rounding is the least that a difference has.
-        rounding = torch.finfo(x.dtype).eps * max(16.0, 2 * scale)
-        size = max(x.abs().max().item(), 1.0) if x.numel() else 0.0
-        torch.testing.assert_close(
-            found[part], x, rtol=4 * rounding, atol=rounding * size, msg=lambda m, p=part: f"{p}: {m}"
-        )
+    # What is subtracted is as large as a logit; so its rounding is the least that a difference has.
+    world.assert_close(found, expected, scale=oracle(problem).logit_scale, least=1.0)
 
 
 @pytest.mark.parametrize(("name", "ranks"), RUNS, ids=[f"{name}, {ranks} ranks" for name, ranks in RUNS])

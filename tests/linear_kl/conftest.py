@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+from tests.allocations import measure  # noqa: F401
+
 
 def available(impl: str) -> str:
     if impl == "triton" and os.environ.get("TRITON_INTERPRET") != "1":

@@ -44,10 +44,7 @@ class Rank:
 def agree(vocab_group: Any, inputs: I, prepare: Callable[[I, VocabGroup | None], tuple[S, Plan]]) -> tuple[S, Plan]:
     """Return this rank's part of a call that all ranks of the group make, and its plan.
 
-    Args:
-        vocab_group: the group as the caller gave it.
-        inputs: the arguments of the call; their DTensors are made local before they go to `prepare`.
-        prepare: checks and plans the call of one rank.
+    DTensors of the inputs are made local before they go to `prepare`, which checks and plans the call of one rank.
 
     Raises:
         TypeError: the group is none.

@@ -40,10 +40,8 @@ def vocabulary_group(inputs: Any, vocab_group: Any) -> Any:
 def local_tensors(inputs: I, vocab_group: dist.ProcessGroup | None) -> I:
     """Put plain tensors in the place of DTensors: of heads the shard of the `vocab_group`, or else the whole.
 
-    Gradients go back as DTensors of the same placements.
-
-    Raises:
-        ValueError: heads that are not all divided over one group; another DTensor that is not replicated.
+    Gradients go back as DTensors of the same placements. Raises ValueError for heads that are not all divided over one
+    group, and for another DTensor that is not replicated.
     """
     dtensors = {name: x for name in inputs.__dataclass_fields__ if _is_dtensor(x := getattr(inputs, name))}
     if not dtensors:

@@ -69,13 +69,9 @@ class VocabGroup:
     def start_merging(self, numbers: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
         """Start to merge the softmaxes of the shards into that of the whole, while other work goes on.
 
-        Args:
-            numbers: `[4, R]`, a row's maximum, log of the sum above it, entropy and expected bias over this shard; a
-                maximum of -inf where the shard has no possible entry.
-
-        Returns:
-            What waits and gives (the same of the whole vocabulary, `[4, R]`; this shard's share of it, `[R]`); NaN
-            where no shard has a possible entry.
+        `numbers` [4, R] are a row's maximum, log of the sum above it, entropy and expected bias over this shard, the
+        maximum -inf where no entry is possible. What is returned waits, and gives the same of the whole vocabulary, NaN
+        where no shard has a possible entry, and this shard's share of it, [R].
         """
         gathered = self._start_gathering(numbers)
 

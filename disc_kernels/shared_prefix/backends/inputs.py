@@ -19,15 +19,7 @@ def in_autocast_dtype(*tensors: Tensor) -> list[Tensor]:
 
 
 def check_call(backend: str, mask: Any, mask_type: type, dropout: float, options: dict[str, Any]) -> None:
-    """Raise ValueError for a mask of another type, and for what a model may ask for and a kernel would leave out.
-
-    Args:
-        backend: the name for messages.
-        mask: the `attention_mask` of the call.
-        mask_type: what it has to be.
-        dropout: of the attention weights.
-        options: the other keyword arguments of the attention function.
-    """
+    """Raise ValueError for a mask of another type, and for what a model may ask for and a kernel would leave out."""
     if not isinstance(mask, mask_type):
         raise ValueError(
             f"attention_mask: expected a {mask_type.__name__} of a packed sequence, got {type(mask).__name__};"

@@ -38,12 +38,7 @@ class VarlenMask(Tensor):
 def varlen_mask(layout: SharedPrefixLayout, *, window: int | None = None) -> VarlenMask:
     """Describe a layout's segments as variable-length attention takes them; nothing waits for the layout's device.
 
-    Args:
-        layout: L packed tokens in S segments.
-        window: as in `disc_kernels.dense_mask`; the keys out of every query's reach are not gathered.
-
-    Raises:
-        ValueError: window below 1.
+    With a `window`, as in `disc_kernels.dense_mask`, keys out of every query's reach are not gathered.
     """
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
@@ -80,18 +75,9 @@ def varlen_attention_forward(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute one layer's attention, as transformers' `AttentionInterface` defines it.
+    """Compute one layer's attention, with the arguments and results of `flex_attention_forward`.
 
     The kernels compute in 16 bits: outside autocast, float32 inputs are rounded to bfloat16 for them.
-
-    Args:
-        query: [1, H, L, D].
-        key, value: [1, H_kv, L, D], H a multiple of H_kv.
-        attention_mask: of L tokens, from `disc_kernels.shared_prefix.attention_mask`; it holds the layer's window.
-        scaling: of the attention logits; None: 1 / sqrt(D).
-
-    Returns:
-        [1, L, H, D], and None in place of the attention weights.
 
     Raises:
         ValueError: no mask of `varlen_mask`, dropout, an option that the kernels lack, or there is no kernel.
@@ -116,10 +102,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenMask, float | None, float | Non
 def find_kernel(softcap: float | None, device_type: str) -> Kernel:
     """Find a kernel: (query [L, H, D], gathered key and value [K, H_kv, D], mask, scaling, softcap) -> [L, H, D].
 
-    It is torch's `varlen_attn` where that can do what is asked, and flash-attn for a softcap, which torch's lacks.
-
-    Raises:
-        ValueError: there is none for the device, or none that can do a softcap.
+    It is torch's `varlen_attn`, or flash-attn for a softcap, which that lacks. Raises ValueError where there is none.
     """
     if device_type != "cuda":
         raise ValueError(f"attention: 'varlen' has no kernel for device type {device_type!r}, only 'cuda'; use 'sdpa'")

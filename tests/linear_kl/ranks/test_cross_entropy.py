@@ -1,5 +1,6 @@
 """Cross-entropy and top-k divergences with a head that two processes divide: what one process has."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from disc_kernels import LogitTransform, fused_cross_entropy, fused_topk_kl
+from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
@@ -51,31 +53,17 @@ def compute(rank: int, ranks: int, device: str) -> dict[str, Any]:
     for reduction in ("mean", "none"):
         results[reduction] = call(rows, reduction=reduction, vocab_group=dist.group.WORLD)
     results |= {name: topk(rows, options, vocab_group=dist.group.WORLD) for name, options in TOPK.items()}
-    try:  # only all ranks together know how many entries there are
-        ids = torch.tensor([[10]])
-        fused_topk_kl(torch.zeros(1, 8), torch.zeros(5, 8), ids, torch.zeros(1, 1), vocab_group=dist.group.WORLD)
-    except ValueError as error:
-        results["outside"] = str(error)
-    try:
-        logprobs = torch.zeros(1, 1, dtype=(torch.float32, torch.float64)[rank])
-        fused_topk_kl(torch.zeros(1, 8), torch.zeros(5, 8), ids, logprobs, vocab_group=dist.group.WORLD)
-    except ValueError as error:
-        results["topk_logprobs"] = str(error)
-    try:  # which one rank alone finds wrong
-        weight = torch.zeros(5, 8) if rank == 0 else torch.zeros(5, 7)
-        fused_cross_entropy(torch.zeros(2, 8), weight, torch.zeros(2).long(), vocab_group=dist.group.WORLD)
-    except ValueError as error:
-        results["error"] = str(error)
-    for name, options in {
-        "labels": {},
-        "ignore_index": {"ignore_index": -rank},
-        "vocab_size": {"vocab_size": 9 + rank},
-    }.items():
-        labels = torch.tensor([1, 2 + rank * (name == "labels")])
-        try:
-            fused_cross_entropy(torch.zeros(2, 8), torch.zeros(5, 8), labels, vocab_group=dist.group.WORLD, **options)
-        except ValueError as error:
-            results[name] = str(error)
+    # Only all ranks together know how many entries there are.
+    hidden, head, ids = torch.zeros(1, 8), torch.zeros(5, 8), torch.tensor([[10]])
+    failed = partial(world.error_of, fused_topk_kl, hidden, head, ids, vocab_group=dist.group.WORLD)
+    results["outside"] = failed(torch.zeros(1, 1))
+    results["topk_logprobs"] = failed(torch.zeros(1, 1, dtype=(torch.float32, torch.float64)[rank]))
+    hidden, failed = torch.zeros(2, 8), partial(world.error_of, fused_cross_entropy, vocab_group=dist.group.WORLD)
+    # What one rank alone finds wrong.
+    results["error"] = failed(hidden, head if rank == 0 else torch.zeros(5, 7), torch.zeros(2).long())
+    results["labels"] = failed(hidden, head, torch.tensor([1, 2 + rank]))
+    results["ignore_index"] = failed(hidden, head, torch.tensor([1, 2]), ignore_index=-rank)
+    results["vocab_size"] = failed(hidden, head, torch.tensor([1, 2]), vocab_size=9 + rank)
     return results
 
 
@@ -94,15 +82,18 @@ def test_the_top_k_of_two_processes_is_that_of_one(worlds, name):
     assert torch.equal(hidden, other_hidden)
     for got, want in zip((loss, hidden, torch.cat([first, second])), topk(slice(None), TOPK[name]), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
-    assert all(result["outside"].startswith("topk_ids: expected entries from 0 to 9, got 10") for result in worlds[2])
+    for result in worlds[2]:
+        assert result["outside"].startswith("ValueError: topk_ids: expected entries from 0 to 9, got 10")
 
 
 def test_what_one_process_finds_wrong_all_raise(worlds):
+    begins = "ValueError: vocab_group: rank 1 cannot take part: ValueError: hidden: expected last dim"
     for result in worlds[2]:
-        assert result["error"].startswith("vocab_group: rank 1 cannot take part: ValueError: hidden: expected last dim")
+        assert result["error"].startswith(begins)
 
 
 @pytest.mark.parametrize("name", ["labels", "ignore_index", "vocab_size", "topk_logprobs"])
 def test_processes_that_disagree_raise_the_same(worlds, name):
     first, second = (result[name] for result in worlds[2])
-    assert first == second and first.startswith(f"{name}: expected the same on all ranks of vocab_group, got ")
+    assert first == second
+    assert first.startswith(f"ValueError: {name}: expected the same on all ranks of vocab_group, got ")

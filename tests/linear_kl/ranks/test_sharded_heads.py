@@ -4,6 +4,7 @@ Every rank has the same heads. Ranks that share a vocabulary have the same rows 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from disc_kernels import expected_embedding_kl, fused_suffix_kl, teacher_summary
 from tests.linear_kl.oracle import build
+from tests.linear_kl.ranks import world
 
 pytestmark = pytest.mark.slow
 
@@ -128,14 +130,6 @@ def inferred(tensors: dict[str, Tensor], lay: Callable[[str, Tensor], Tensor]) -
         return fused_suffix_kl(**laid)
 
 
-def error_of(**arguments: Any) -> str:
-    try:
-        fused_suffix_kl(**arguments)
-    except (TypeError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing raised"
-
-
 def refused(mesh: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, str]:
     dtensors = {name: heads(mesh, Shard(0))(name, x) for name, x in tensors.items()}
     scattered = distribute_tensor(tensors["student_hidden"], mesh, [Shard(0)])
@@ -143,7 +137,7 @@ def refused(mesh: Any, tensors: dict[str, Tensor], rank: int) -> dict[str, str]:
     local = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in dtensors.items()}
     index = torch.arange(len(tensors["student_hidden"].flatten(0, -2)))
     indices = {f"{name}_index": distribute_tensor(index, mesh, [Shard(0)]) for name in ("student", "teacher")}
-    group = mesh.get_group()
+    group, error_of = mesh.get_group(), partial(world.error_of, fused_suffix_kl)
     return {
         "scattered": error_of(**{**dtensors, "student_hidden": scattered}),
         "scattered, plain heads": error_of(**{**tensors, "student_hidden": scattered}),

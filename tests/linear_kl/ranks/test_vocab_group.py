@@ -50,11 +50,7 @@ class Case:
 
 def masked(**options: Any) -> Any:
     """Entries that a bias takes out of both models: all of the first shard of two, and some of the next."""
-    problem = build(bias=True, **options)
-    bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
-    for value in bias.values():
-        value[:540] = -torch.inf
-    return problem.with_tensors(**bias)
+    return world.mask_first_entries(build(bias=True, **options), 540)
 
 
 def far_from_zero(**options: Any) -> Any:
@@ -186,14 +182,8 @@ def assert_as_one_process(answers: list[dict[str, Any]], name: str) -> None:
     problem = CASES[name].problem()
     if got.loss.dtype != torch.float64:  # there the oracle is no more accurate than what it would judge
         assert_accurate(got, problem)
-    one, scale = run(problem, "torch"), oracle(problem).logit_scale
-    for part, value in {"loss": one.loss, **one.stats, **one.gradients}.items():
-        other = {"loss": got.loss, **got.stats, **got.gradients}[part]
-        size = value.abs().max().item() if value.numel() else 0.0
-        rounding = torch.finfo(value.dtype).eps * max(16.0, 2 * scale)  # log-probabilities are differences of logits
-        torch.testing.assert_close(
-            other, value, rtol=4 * rounding, atol=rounding * size, msg=lambda m, p=part: f"{p}: {m}"
-        )
+    parts = [{"loss": each.loss, **each.stats, **each.gradients} for each in (got, run(problem, "torch"))]
+    world.assert_close(*parts, scale=oracle(problem).logit_scale, least=0.0)
 
 
 @pytest.mark.parametrize(("name", "ranks"), RUNS, ids=[f"{name}, {ranks} ranks" for name, ranks in RUNS])

@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,34 @@ def shard(problem: Any, division: str, rank: int, ranks: int) -> Any:
             if f"{name}_{part}" in problem.tensors:
                 tensors[f"{name}_{part}"] = problem.tensors[f"{name}_{part}"][start:stop].clone()
     return problem.with_tensors(**tensors)
+
+
+def error_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """What a call raises, where ranks raise the same."""
+    try:
+        call(*arguments, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], scale: float, least: float) -> None:
+    """Ranks against one process; `scale` is the logits' size, and no tensor counts as smaller than `least`."""
+    for name, x in expected.items():
+        # Differences of logits are no more accurate than these.
+        rounding = torch.finfo(x.dtype).eps * max(16.0, 2 * scale)
+        size = max(x.abs().max().item(), least) if x.numel() else 0.0
+        torch.testing.assert_close(
+            got[name], x, rtol=4 * rounding, atol=rounding * size, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def mask_first_entries(problem: Any, entries: int) -> Any:
+    """The problem without the vocabulary's first entries, which biases take out of both models."""
+    bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
+    for value in bias.values():
+        value[:entries] = -torch.inf
+    return problem.with_tensors(**bias)
 
 
 def counted(sent: dict[str, int]) -> None:

@@ -4,8 +4,6 @@ import pytest
 
 from disc_train.cli import generate, main
 from disc_train.data.contexts import load_records
-from disc_train.generation import decoding
-from disc_train.generation.decoding import continue_batch
 from tests.train.commands import error_line
 from tests.train.files import read_jsonl, write_jsonl
 
@@ -55,15 +53,8 @@ def test_answers_behind_a_system_prompt_are_trained_on(answer, tmp_path, model_f
     assert "4 read, all used" in capsys.readouterr().out
 
 
-def test_what_the_model_reads_and_what_the_student_reads(answer, tmp_path, chat_tokenizer, monkeypatch):
+def test_what_the_model_reads_and_what_the_student_reads(answer, tmp_path, chat_tokenizer, prompts):
     """Of every form that questions have."""
-    prompts = []
-
-    def seen(model, batch, *arguments):
-        prompts.extend(chat_tokenizer.decode(prompt) for prompt in batch)
-        return continue_batch(model, batch, *arguments)
-
-    monkeypatch.setattr(decoding, "continue_batch", seen)
     in_a_word = "<user>Where, in a word?</>\n<assistant>"
     behind_document = "<user>It is at Merin.\n\nWhere is the quarry?</>\n<assistant>"
     user = [{"role": "user", "content": CAPITAL["question"]}]
@@ -72,16 +63,12 @@ def test_what_the_model_reads_and_what_the_student_reads(answer, tmp_path, chat_
             (CAPITAL | {"context": "It is at Merin."}, behind_document, user),
             ({"teacher_context": "At Merin. Where?", "student_context": "Where?"}, "At Merin. Where?", "Where?"),
             ({"prompt": "Where?", "privileged_context": "At Merin."}, "Where?\n\nAt Merin.", "Where?"),
-            (
-                {"messages": user, "teacher_prompt": "Where, in a word?"},
-                in_a_word,
-                user,
-            ),
+            ({"messages": user, "teacher_prompt": "Where, in a word?"}, in_a_word, user),
         ]
     ):
         prompts.clear()
         assert answer(question, output=f"{number}.jsonl") == 0
-        assert prompts == [read, read]
+        assert list(map(chat_tokenizer.decode, prompts)) == [read, read]
         for record in read_jsonl(tmp_path / f"{number}.jsonl"):
             assert record["student_context"] == student
             assert isinstance(record["target"], type(student))

@@ -206,22 +206,16 @@ def test_models_that_cannot_read_or_write(fails, model_folder, make_model, tmp_p
     assert "expected logits that are numbers from the model, got NaN" in fails()[1]
 
 
-def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_folder, tmp_path, monkeypatch):
+def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_folder, prompts):
     chat_tokenizer.save_pretrained(model_folder)
-    prompts = []
-
-    def seen(model, batch, *arguments):
-        prompts.extend(chat_tokenizer.decode(prompt) for prompt in batch)
-        return continue_batch(model, batch, *arguments)
-
-    monkeypatch.setattr(decoding, "continue_batch", seen)
     template = '{{ chat("Say it again: " ~ document, system="Briefly.") }}'
     assert disc_generate("--prompt_template", template, "--num_generations", 1) == 0
     expected = [f"<system>Briefly.</>\n<user>Say it again: {text}</>\n<assistant>" for text in TEXTS]
-    assert sorted(prompts) == sorted(expected)
+    assert sorted(map(chat_tokenizer.decode, prompts)) == sorted(expected)
     prompts.clear()
     assert disc_generate("--num_generations", 1, output="default.jsonl") == 0
-    assert all(prompt.startswith("<user>Write the following text again") for prompt in prompts)
+    read = map(chat_tokenizer.decode, prompts)
+    assert all(prompt.startswith("<user>Write the following text again") for prompt in read)
     assert "expected a template that writes {{ document }}" in fails("--prompt_template", "Write.", output="x.jsonl")[1]
     line = fails("--prompt_template", "{{ prefix }}", output="x.jsonl")[1]
     assert "--prompt_template: cannot render this template: 'prefix' is undefined" in line
@@ -257,17 +251,10 @@ def test_a_model_that_needs_eager_attention_writes(disc_generate, model_folder, 
     assert disc_generate("--num_generations", 1) == 0
 
 
-def test_prompts_start_as_the_tokenizer_starts_them(disc_generate, model_folder, make_model, tokenizer, monkeypatch):
+def test_prompts_start_as_the_tokenizer_starts_them(disc_generate, model_folder, make_model, tokenizer, prompts):
     make_model(vocab_size=301).save_pretrained(model_folder)
     starting = with_bos(tokenizer)
     starting.save_pretrained(model_folder)
-    prompts = []
-
-    def seen(model, batch, *arguments):
-        prompts.extend(starting.decode(prompt) for prompt in batch)
-        return continue_batch(model, batch, *arguments)
-
-    monkeypatch.setattr(decoding, "continue_batch", seen)
     for number, (template, add_bos, start) in enumerate(
         [
             ("{{ document }}", "auto", "<s>"),
@@ -278,7 +265,7 @@ def test_prompts_start_as_the_tokenizer_starts_them(disc_generate, model_folder,
         prompts.clear()
         flags = ("--num_generations", 1, "--prompt_template", template, "--add_bos", add_bos)
         assert disc_generate(*flags, output=f"{number}.jsonl") == 0
-        assert sorted(prompts) == sorted(start + text for text in TEXTS)
+        assert sorted(map(starting.decode, prompts)) == sorted(start + text for text in TEXTS)
 
 
 def test_a_file_is_not_gone_on_with_where_sequences_start_otherwise(

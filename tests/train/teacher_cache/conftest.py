@@ -8,7 +8,7 @@ import torch
 from disc_train.models.causal_lm import use_attention
 from disc_train.models.frozen_head import freeze_head
 from disc_train.teacher_cache.open import CacheSettings, TeacherCache
-from disc_train.teacher_cache.readings import sources
+from disc_train.teacher_cache.sequences import sources
 from tests.train.world import make_model, perturbed
 
 

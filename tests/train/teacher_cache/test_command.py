@@ -146,9 +146,8 @@ def test_evaluated_documents_are_read_as_they_are_split_once(model_folder, write
     disc, loop = parse_arguments([*map(str, flags)], "disc-cache")
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     data = load_training_data(disc, loop, tokenizer)
-    names = [
-        reading.name for reading in teacher_from_flags.teacher_cache(disc, loop, tokenizer, data, make_model()).readings
-    ]
+    made = teacher_from_flags.teacher_cache(disc, loop, tokenizer, data, make_model())
+    names = [sequence.name for sequence in made.sequences]
     assert names.count(str(held_out)) == 1
     assert names.count(f"{documents}:3") > 1
 

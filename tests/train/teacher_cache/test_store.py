@@ -13,7 +13,7 @@ from disc_train.data.dataset import whole_documents
 from disc_train.data.splits import TokenizedDocument
 from disc_train.packing.collator import collator
 from disc_train.teacher_cache import store as files
-from disc_train.teacher_cache.readings import Reading
+from disc_train.teacher_cache.sequences import TeacherSequence
 from disc_train.teacher_cache.store import Store, writer
 
 
@@ -241,15 +241,15 @@ def test_rows_stay_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(Store, "shard_bytes", 4 << 20)
     length, width = 401, 20
     tokens = np.random.default_rng(0).integers(0, 1000, (1000, length), dtype=np.int32)
-    readings = [Reading(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
+    sequences = [TeacherSequence(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
     with writer(tmp_path) as store:
-        store.fill(readings, lambda some: {"hidden": torch.ones(400 * len(some), width, dtype=torch.bfloat16)}, 50, 40)
+        store.fill(sequences, lambda some: {"hidden": torch.ones(400 * len(some), width, dtype=torch.bfloat16)}, 50, 40)
     assert len(list(tmp_path.glob("shard-*"))) == 4
     before = _anonymous_bytes()
     store = Store(tmp_path)
     assert store.rows == 400_000
-    for reading in readings[::10]:
-        rows, index = store.read([(reading, length)])
+    for sequence in sequences[::10]:
+        rows, index = store.read([(sequence, length)])
         assert rows["hidden"].shape == (400, width) and len(index) == 400
     assert _anonymous_bytes() - before < 4 << 20
 
@@ -258,10 +258,10 @@ def test_an_empty_shard_is_never_written(tmp_path):
     with writer(tmp_path) as store:
         store.fill([], lambda some: {}, 1, 1)
         assert not list(tmp_path.glob("shard-*"))
-        reading = Reading("d", np.arange(9, dtype=np.int32), 3)
-        store.fill([reading], lambda some: {"hidden": torch.arange(5.0)[:, None]}, 1, 4)
-        assert store.has(reading) and not store.has(reading._replace(first=2))
-        rows, index = store.read([(reading._replace(first=5), 8), (reading._replace(first=4), 7)])
+        sequence = TeacherSequence("d", np.arange(9, dtype=np.int32), 3)
+        store.fill([sequence], lambda some: {"hidden": torch.arange(5.0)[:, None]}, 1, 4)
+        assert store.has(sequence) and not store.has(sequence._replace(first=2))
+        rows, index = store.read([(sequence._replace(first=5), 8), (sequence._replace(first=4), 7)])
     assert rows["hidden"].flatten().tolist() == [1.0, 2.0, 3.0]
     assert index.tolist() == [1, 2, 0, 1]
 

@@ -140,7 +140,7 @@ def test_records(make_cache):
     examples.append(Example("r3", last.teacher_trunk[:-3], common[:0], branches))
     made = make_cache(ExampleDataset(examples))
     made.fill()
-    assert sum(reading.rows for reading in made.cache.readings) == 8 + 9 + 11
+    assert sum(sequence.rows for sequence in made.cache.sequences) == 8 + 9 + 11
     assert max(errors(made)) < FLOAT32
 
 
@@ -149,7 +149,7 @@ def test_whole_documents_that_are_replayed(make_cache, make_dataset):
     documents = make_dataset(5).documents
     dataset = ReplayDataset(whole_documents(documents[:2]), whole_documents(documents[2:]), 0.5, 0, by_kl=True)
     made = make_cache(dataset, compare_all=False, temperature=1.0)
-    assert len(made.cache.readings) == 3
+    assert len(made.cache.sequences) == 3
     made.fill()
     replayed = ExampleDataset([dataset[number] for number in range(len(dataset)) if dataset[number].replayed])
     assert max(errors(made, "ft", 1.0, replayed, compare_all=False)) < FLOAT32

@@ -1,7 +1,7 @@
 """Say which token sequences a teacher reads for a training set, whatever is drawn of it.
 
-A teacher reads a document's prefix and suffix, which is the document whatever the split. So one reading of it serves
-all split strategies, unless a template puts a footer between the two: then each split drawn is a reading of its own.
+A teacher reads a document's prefix and suffix, which is the document whatever the split. So one sequence serves all
+split strategies, unless a template puts a footer between the two: then each split drawn is a sequence of its own.
 """
 
 import hashlib
@@ -16,8 +16,8 @@ from disc_train.data.example import Branch, Example, Ids
 KEY_BYTES = 16
 
 
-class Reading(NamedTuple):
-    """Name a token sequence, and the first token whose row, the prediction of the next one, is wanted.
+class TeacherSequence(NamedTuple):
+    """Hold what a teacher reads at once, and the first token whose row, the prediction of the next one, is wanted.
 
     The last token is only ever predicted, so there are `len(tokens) - 1 - first` rows.
     """
@@ -37,15 +37,15 @@ class Reading(NamedTuple):
         return hashlib.blake2b(tokens.tobytes(), digest_size=KEY_BYTES).digest()
 
 
-def reading_of(example: Example, branch: Branch) -> tuple[Reading, int]:
-    """Return the reading that an example's branch belongs to, and the token that its target ends before."""
+def sequence_of(example: Example, branch: Branch) -> tuple[TeacherSequence, int]:
+    """Return the sequence that an example's branch belongs to, and the token that its target ends before."""
     name, trunk = example.name, example.teacher_trunk
     text = np.concatenate([branch.teacher.lead, branch.target])
     end = branch.teacher.attach + len(text)
     first = end - 1 - branch.rows
     if np.array_equal(text, trunk[branch.teacher.attach : end]):  # the branch goes on as its trunk does
-        return Reading(name, trunk, first), end
-    return Reading(name, np.concatenate([trunk[: branch.teacher.attach], text]), first), end
+        return TeacherSequence(name, trunk, first), end
+    return TeacherSequence(name, np.concatenate([trunk[: branch.teacher.attach], text]), first), end
 
 
 def sources(dataset: ExampleDataset, compare_all: bool = True) -> list[ExampleDataset]:
@@ -56,23 +56,23 @@ def sources(dataset: ExampleDataset, compare_all: bool = True) -> list[ExampleDa
     return own + ([dataset.replay] if compare_all or dataset.replays_by_kl else [])
 
 
-def texts(dataset: ExampleDataset) -> Iterator[Reading]:
+def texts(dataset: ExampleDataset) -> Iterator[TeacherSequence]:
     """Yield all that a teacher may read of a data set without a template's footer: documents and records as a whole."""
     if isinstance(dataset, DocumentDataset):
         header = dataset.templates.teacher_header
         for document in (*dataset.documents, *dataset.too_short):  # too short for this split strategy
             if len(document.input_ids) >= MIN_TOKENS:
                 tokens = np.concatenate([header, document.input_ids])
-                yield Reading(document.name, tokens, first=max(0, len(header) - 1))
+                yield TeacherSequence(document.name, tokens, first=max(0, len(header) - 1))
     else:
         yield from _as_drawn(dataset)
 
 
-def readings(dataset: ExampleDataset, epochs: int) -> list[Reading]:
+def sequences_of(dataset: ExampleDataset, epochs: int) -> list[TeacherSequence]:
     """List what a teacher reads of a data set in some epochs, each sequence once, always in the same order."""
     if not (isinstance(dataset, DocumentDataset) and len(dataset.templates.teacher_footer)):
         return merge(texts(dataset))
-    several: list[Reading] = []
+    several: list[TeacherSequence] = []
     current = dataset.epoch
     for epoch in range(epochs):
         dataset.set_epoch(epoch)
@@ -81,23 +81,23 @@ def readings(dataset: ExampleDataset, epochs: int) -> list[Reading]:
     return merge(several)
 
 
-def _as_drawn(dataset: ExampleDataset) -> Iterator[Reading]:
+def _as_drawn(dataset: ExampleDataset) -> Iterator[TeacherSequence]:
     for number in range(len(dataset)):
         example = dataset[number]
         for branch in example.branches:
-            yield reading_of(example, branch)[0]
+            yield sequence_of(example, branch)[0]
 
 
-def merge(several: Iterable[Reading]) -> list[Reading]:
+def merge(several: Iterable[TeacherSequence]) -> list[TeacherSequence]:
     """Leave out repeated sequences, and keep of each all rows that are wanted."""
-    distinct: dict[bytes, Reading] = {}
-    for reading in several:
-        key = reading.key
-        if key not in distinct or reading.first < distinct[key].first:
-            distinct[key] = reading
+    distinct: dict[bytes, TeacherSequence] = {}
+    for sequence in several:
+        key = sequence.key
+        if key not in distinct or sequence.first < distinct[key].first:
+            distinct[key] = sequence
     return list(distinct.values())
 
 
-def digest(several: Iterable[Reading]) -> str:
+def digest(several: Iterable[TeacherSequence]) -> str:
     """Compute a checksum of sequences, whatever their order."""
-    return hashlib.blake2b(b"".join(sorted({reading.key for reading in several})), digest_size=KEY_BYTES).hexdigest()
+    return hashlib.blake2b(b"".join(sorted({sequence.key for sequence in several})), digest_size=KEY_BYTES).hexdigest()
