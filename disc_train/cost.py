@@ -82,11 +82,9 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
     batch = send_to_device(max(batches, key=lambda batch: batch["packing"].padded_tokens), args.device)
     training, reads = student.training, batch["teacher_input_ids"] is not None
     student.train()
-    with FlopCounterMode(display=False) as of_teacher:
-        if reads:
-            predict_as_teacher(student, teacher, batch)
-    with torch.no_grad(), trainer.accelerator.autocast(), FlopCounterMode(display=False) as of_student:
-        predict_as_student(student, batch)
+    of_teacher = _operations(lambda: predict_as_teacher(student, teacher, batch)) if reads else 0
+    with torch.no_grad(), trainer.accelerator.autocast():
+        forward = _operations(lambda: predict_as_student(student, batch))
     with FlopCounterMode(display=False) as of_all:
         activations = _saved_bytes(student, partial(trainer.compute_loss, student, batch, num_items_in_batch=1))
     student.train(training)
@@ -95,8 +93,8 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     gradients = sum(local_part(parameter).nbytes for parameter in trained)
     states = STATES.get(OptimizerNames(args.optim).value)
-    forward = of_student.get_total_flops()
-    backward = forward * (2 if any(".lora_" not in name for name in _trained_names(student)) else 1)
+    names = [name for name, parameter in decoder_of(student).named_parameters() if parameter.requires_grad]
+    backward = forward * (2 if any(".lora_" not in name for name in names) else 1)
     if args.gradient_checkpointing:  # a layer's input is kept, and one layer at a time is run again
         config = student.config.get_text_config()
         layers, inputs = config.num_hidden_layers, batch["input_ids"].numel() * config.hidden_size
@@ -104,10 +102,10 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
         backward += forward
     rows, (vocabulary, width) = len(batch["student_index"]), output_head(student).weight.shape
     product = 2 * rows * vocabulary * width
-    loss = of_all.get_total_flops() - forward - of_teacher.get_total_flops()
+    loss = of_all.get_total_flops() - forward - of_teacher
     if reads and trainer.settings.kl_clip is not None:  # then its gradient is computed in the backward pass
         loss += (3 if head_is_frozen(student) else 4) * product
-    per_batch = {"teacher": of_teacher.get_total_flops(), "student": forward + backward, "loss": loss}
+    per_batch = {"teacher": of_teacher, "student": forward + backward, "loss": loss}
     tokens = {"teacher": batch["teacher_input_ids"].numel() if reads else 0, "student": batch["input_ids"].numel()}
     held_by_teacher, cached = held_bytes(teacher) if teacher is not None else 0, None
     if cache is not None:  # what hidden states from it are multiplied with is kept; summaries need none
@@ -139,8 +137,10 @@ def held_bytes(model: PreTrainedModel) -> int:
     return sum(local_part(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _trained_names(student: PreTrainedModel) -> list[str]:
-    return [name for name, parameter in decoder_of(student).named_parameters() if parameter.requires_grad]
+def _operations(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def _saved_bytes(model: PreTrainedModel, forward: Callable[[], Any]) -> int:

@@ -4,6 +4,7 @@ import datetime
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -23,22 +24,11 @@ PATIENCE = 3  # seconds, of the groups in which a rank does not come
 # Two shards of 500 entries; 6 rows of 24 numbers.
 HIDDEN, HEAD = torch.randn(6, 24), torch.randn(500, 24)
 SUMMARY = TeacherSummary(torch.randn(6, 24), torch.rand(6), torch.zeros(6))
+HEADS = {"student_weight": HEAD, "teacher_weight": HEAD}
 CALLS: dict[str, Callable[..., Any]] = {
-    "fused": lambda **changed: fused_suffix_kl(
-        **{
-            "student_hidden": HIDDEN,
-            "student_weight": HEAD,
-            "teacher_hidden": HIDDEN,
-            "teacher_weight": HEAD,
-            **changed,
-        }
-    ),
-    "summary": lambda **changed: teacher_summary(
-        **{"teacher_hidden": HIDDEN, "teacher_weight": HEAD, "student_weight": HEAD, **changed}
-    ),
-    "loss": lambda **changed: expected_embedding_kl(
-        **{"student_hidden": HIDDEN, "student_weight": HEAD, "summary": SUMMARY, **changed}
-    ),
+    "fused": partial(fused_suffix_kl, student_hidden=HIDDEN, teacher_hidden=HIDDEN, **HEADS),
+    "summary": partial(teacher_summary, teacher_hidden=HIDDEN, **HEADS),
+    "loss": partial(expected_embedding_kl, student_hidden=HIDDEN, student_weight=HEAD, summary=SUMMARY),
 }
 
 # What both ranks are given, or (the first, the second); and how the message of both begins.

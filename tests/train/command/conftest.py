@@ -1,10 +1,10 @@
 """The command, run in this process on a few documents or records."""
 
-import json
-
 import pytest
 
 from disc_train.cli import main
+from tests.train.commands import error_line
+from tests.train.files import write_jsonl
 
 
 @pytest.fixture
@@ -35,12 +35,9 @@ def fails(disc_train, capsys):
 
     def run(*flags, documents=None):
         status = disc_train(*flags, documents=documents)
-        captured = capsys.readouterr()
-        errors = [line for line in captured.err.splitlines() if "disc-train: error" in line]
+        line = error_line(capsys, status)
         assert status == 1
-        assert len(errors) == 1
-        assert "Traceback" not in captured.err
-        return errors[0]
+        return line
 
     return run
 
@@ -55,8 +52,6 @@ def records(tmp_path):
             {"teacher_context": "Say when. " * 20, "student_context": "Well: ", "target": text} for text in answers
         ]
         lines[-1] |= last
-        path = tmp_path / "records.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return path
+        return write_jsonl(tmp_path / "records.jsonl", *lines)
 
     return write
