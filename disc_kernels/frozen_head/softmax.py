@@ -1,4 +1,4 @@
-"""Normalise rows of logits in place, over one rank's vocabulary or a shard of many: what both frozen-head calls do."""
+"""Project rows and normalise their logits in place, over a whole vocabulary or a shard, for both frozen-head calls."""
 
 from __future__ import annotations
 

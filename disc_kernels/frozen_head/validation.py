@@ -1,4 +1,4 @@
-"""Check what the frozen-head calls are given, with the checks of `linear_kl/validation.py`; knows no backend."""
+"""Check the arguments of the frozen-head calls, by the checks of `linear_kl/validation.py`. Knows no backend."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def traced_suffix_kl(inputs: SuffixKLInputs) -> tuple[Tensor, SuffixKLStats]:
 
 
 def flatten(inputs: SuffixKLInputs) -> list[Any]:
-    """List what the schema lists, but for `wanted`."""
+    """List the arguments in the order of the operator's schema, without `wanted`."""
     values = []
     for name, kind in _FIELDS.items():
         value = getattr(inputs, name)
@@ -72,7 +72,7 @@ def flatten(inputs: SuffixKLInputs) -> list[Any]:
 
 
 def unflatten(values: tuple[Any, ...]) -> tuple[SuffixKLInputs, Wanted]:
-    """Return the arguments and the wanted gradients from what the schema lists."""
+    """Return the arguments and the wanted gradients from a list in the schema's order."""
     inputs, wanted = SuffixKLInputs(*values[:-1]), values[-1]
     transforms = LogitTransform(*inputs.student_transform), LogitTransform(*inputs.teacher_transform)  # type: ignore[misc]
     return replace(inputs, student_transform=transforms[0], teacher_transform=transforms[1]), Wanted(*wanted)
@@ -121,7 +121,7 @@ def _in_forward(inputs: SuffixKLInputs, wanted: Wanted) -> bool:
 def _outputs(
     inputs: SuffixKLInputs, loss: Tensor, stats: SuffixKLStats, sums: tuple[Tensor | None, ...] = (None,) * len(_SUMS)
 ) -> tuple[Tensor, ...]:
-    """List what the schema lists; empty tensors for what was not asked for."""
+    """List the results in the schema's order; empty tensors for what was not asked for."""
     asked = stats if inputs.return_stats else (None,) * len(stats)
     return loss, *(loss.new_empty(0) if x is None else x for x in (*asked, *sums))
 

@@ -1,4 +1,4 @@
-"""Hold what is compared with what: the arguments of a call as they were given, and the checked problem they pose."""
+"""Hold the arguments of a call as they were given, and the checked problem that they pose."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class Problem:
         return s.hidden, s.weight, s.bias, s.index, t.hidden, t.weight, t.bias, t.index, self.row_weight, t.ids
 
     def with_tensors(self, tensors: Sequence[Any]) -> Problem:
-        """Put in what `tensors()` gave, or None for all of them while autograd holds them."""
+        """Replace the tensors that `tensors()` returned; by None for all while autograd holds them."""
 
         names = ("hidden", "weight", "bias", "index")
         student = replace(self.student, **dict(zip(names, tensors[:4], strict=True)))

@@ -103,7 +103,7 @@ def check_head(
 
 
 def check_entries(vocab_size: int | None, *entries: int | None) -> int | None:
-    """Return how many entries are compared of heads that have so many: `vocab_size`, or as many as all have."""
+    """Return `vocab_size`, or for None the fewest `entries` that a head is known to have."""
     known = [each for each in entries if each is not None]
     if not known or vocab_size is None:
         return min(known) if known else vocab_size
@@ -201,7 +201,7 @@ def check_index_device(argument: str, index: Tensor, device: torch.device) -> No
 
 
 def check_same_rows(compared: tuple[str, int], chosen: tuple[str, int], indices: str) -> None:
-    """Raise where two arguments, each a name and a number of rows, are not as long as each other."""
+    """Raise unless two arguments, each given as (name, rows), have equally many rows."""
     if compared[1] != chosen[1]:
         raise ValueError(
             f"{chosen[0]}: expected {compared[1]} rows, one for each row of {compared[0]}, got {chosen[1]}; "

@@ -1,4 +1,4 @@
-"""Turn the bytes a call may use into rows a chunk, by the formula for peak memory that the tests hold.
+"""Turn the bytes that a call may use into rows per chunk, by the formula for peak memory that the tests hold.
 
 Peak above the inputs <= outputs + gradients (+ the weight's and bias's once at 4 bytes an entry while they accumulate)
 + `max_workspace_bytes`. The workspace holds, at once:
@@ -187,6 +187,6 @@ def _chunk_and_group_rows(rows: int, spare: int, chunk_row_bytes: int, group_row
 
 
 def _equal_parts(rows: int, most: int) -> int:
-    """Return how many rows each has of as few equal parts as can be with at most `most` rows."""
+    """Divide rows into the fewest equal parts of at most `most` rows; return the rows of a part."""
     parts = max(-(-rows // most), 1)
     return max(-(-rows // parts), 1)

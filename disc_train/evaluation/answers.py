@@ -36,7 +36,7 @@ def greedy_answers(
 
 
 def right_answer(tokenizer: PreTrainedTokenizerBase, probe: Probe) -> str:
-    """Return the text of a probe's answer, without what ends a turn."""
+    """Return the text of a probe's answer, without the special tokens that end a turn."""
     ids = tokenizer.encode(probe.choices[probe.answer], add_special_tokens=False)
     return tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
 

@@ -8,7 +8,7 @@ COLUMNS = 3
 
 
 def draw(runs: dict[str, list[Series]], path: Path) -> bool:
-    """Draw a panel a measure, in it a bar a group and run, with its standard error; False if there is no matplotlib."""
+    """Draw a panel for each measure, with a bar for each group and run; return False if there is no matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from disc_train.parallel.sharding import free_gathered_parameters
 
 
 class AskProbes(TrainerCallback):
-    """Ask probes closed book before the first step, every so many steps and after the last, and log what comes of it.
+    """Ask probes closed book before the first step, every so many steps and after the last; log the results.
 
     For each group of probes the logs get `eval_probes_GROUP_accuracy`, the share whose likeliest choice is the right
     one (of those with choices), and `eval_probes_GROUP_logprob`, the mean log-probability of a token of the right
@@ -86,7 +86,7 @@ class AskProbes(TrainerCallback):
         return f"{len(self.questions):,} ({groups}), asked before the first step{between} and after the last{left_out}"
 
     def describe_outcome(self) -> str:
-        """Say what has become of each number that was logged."""
+        """Say how each logged number changed from the first time that probes were asked to the last."""
         history = [entry for entry in self.trainer.state.log_history if any("eval_probes_" in name for name in entry)]
         names = [name for name in history[0] if name.startswith("eval_probes_")] if history else []
         return "; ".join(

@@ -45,7 +45,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Question:
-    """Hold a record of a file of probes, in the words of a model."""
+    """Hold a record of a file of probes, as prompts and choices in a model's own format."""
 
     id: str
     group: str

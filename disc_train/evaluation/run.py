@@ -92,7 +92,7 @@ def _ask(
     condition: str,
     arguments: EvalArguments,
 ) -> list[ProbeOutcome]:
-    """Ask all questions, or in context those that have one."""
+    """Ask all questions closed book, or in context those that have a context."""
     outcomes: list[ProbeOutcome] = []
     asked: list[tuple[ProbeOutcome, Probe]] = []
     for question in questions:

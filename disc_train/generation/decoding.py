@@ -67,7 +67,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 @torch.no_grad()
 def find_batching(model: PreTrainedModel) -> Literal["padded", "equal lengths", "alone"]:
-    """Try which batches leave a prompt with the logits that it has alone.
+    """Find out which kind of batch gives a prompt the same logits as reading it alone.
 
     Padding gets into the convolutions of RecurrentGemma and into the blocks of keys that DeepSeek-V4 compresses,
     whatever the mask says. RWKV of transformers mixes the texts of a batch (5.23: `extract_key_value` adds [B, 1, D]
@@ -137,7 +137,7 @@ def continue_batch(
 
 
 class _RefuseNaN(LogitsProcessor):
-    """Stop at logits that are NaN, of which some token would be the likeliest too."""
+    """Raise FloatingPointError at logits that are NaN, of which argmax would still pick one."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.isnan().any():

@@ -10,7 +10,7 @@ from disc_train.packing.branch_inputs import MIN_SHARED_TOKENS, count_common
 
 
 def group_contexts(contexts: Sequence[Ids]) -> list[int]:
-    """Number the group of each context: in order, neighbours that have half of the shorter one in common are in one."""
+    """Return the group of each context: sorted neighbours that have half of the shorter one in common share a group."""
     groups, group = [0] * len(contexts), 0
     order = sorted(range(len(contexts)), key=lambda i: contexts[i].tobytes())
     for before, i in pairwise(order):
@@ -50,7 +50,7 @@ def draw_together(drawn: Sequence[int], groups: Sequence[int], step: int) -> lis
 
 
 def sample_batches(dataset: ExampleDataset, batch_size: int, examples: int = 256) -> list[list[Example]]:
-    """Draw batches of about so many examples as a run does, at least one batch: the same at every call."""
+    """Draw batches of `examples` in all, at least one, as a run does; the same ones at every call."""
     count = min(len(dataset), batch_size * max(1, examples // batch_size))
     groups = group_contexts(dataset.contexts())
     if are_shared(groups):

@@ -9,7 +9,7 @@ RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WOR
 
 
 def processes_started() -> int:
-    """Return how many processes torchrun, or who starts them in its place, says that there are."""
+    """Return how many processes torchrun, or another launcher, says that it has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 

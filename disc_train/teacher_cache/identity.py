@@ -1,4 +1,4 @@
-"""Describe which model, texts and settings a cache belongs to, so that no other run takes its rows for its own."""
+"""Describe which model, texts and settings a cache belongs to, so that no run reads the rows of another."""
 
 import hashlib
 import json

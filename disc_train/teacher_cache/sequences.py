@@ -17,7 +17,7 @@ KEY_BYTES = 16
 
 
 class TeacherSequence(NamedTuple):
-    """Hold what a teacher reads at once, and the first token whose row, the prediction of the next one, is wanted.
+    """Hold a sequence that a teacher reads, and the first token whose row (its prediction of the next one) is wanted.
 
     The last token is only ever predicted, so there are `len(tokens) - 1 - first` rows.
     """

@@ -1,4 +1,4 @@
-"""Let ranks that share a vocabulary learn, before a call, that they mean the same call.
+"""Check, before ranks that share a vocabulary compute anything, that all of them make the same call.
 
 One small exchange of Python objects a call says what each rank was given, and what it found wrong with it. So ranks
 that disagree all raise the same error, where collectives that do not fit each other would wait forever. With a group

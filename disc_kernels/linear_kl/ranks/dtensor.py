@@ -38,7 +38,7 @@ def vocabulary_group(inputs: Any, vocab_group: Any) -> Any:
 
 
 def local_tensors(inputs: I, vocab_group: dist.ProcessGroup | None) -> I:
-    """Put plain tensors in the place of DTensors: of heads the shard of the `vocab_group`, or else the whole.
+    """Replace DTensors by plain tensors: heads by their shard of the `vocab_group`, or without one by the whole head.
 
     Gradients go back as DTensors of the same placements. Raises ValueError for heads that are not all divided over one
     group, and for another DTensor that is not replicated.

@@ -32,7 +32,7 @@ from disc_kernels.linear_kl.inputs import Problem, SuffixKLStats
 
 @contextmanager
 def with_all_ranks() -> Iterator[None]:
-    """Say what it means that a collective failed, which `torch.distributed` cannot know."""
+    """Explain a collective that failed, which `torch.distributed` cannot: a rank did not make the same call."""
     try:
         yield
     except RuntimeError as error:
@@ -176,7 +176,7 @@ def compare_shard_rows(
     row_scale: Tensor | None,  # [R]
     gradient: Tensor | None,  # [R, V]
 ) -> None:
-    """Compare rows over this rank's shard, with the normalisers of all: `compare_rows` of the whole, for a rank."""
+    """Do what `compare_rows` does over this rank's shard, with the normalisers of the whole vocabulary."""
     # A shard without an entry that is compared has nothing to launch.
     compare = partial(backend.compare_rows, student, teacher, inverse_index, problem, block_rows)
     here = problem.vocab_size > 0

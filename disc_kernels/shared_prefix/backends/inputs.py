@@ -1,4 +1,4 @@
-"""Prepare what Hugging Face models hand to our attention functions: one dtype, and nothing that a kernel lacks."""
+"""Prepare the arguments that Hugging Face models give our attention functions: one dtype, nothing a kernel lacks."""
 
 from typing import Any
 
