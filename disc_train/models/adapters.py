@@ -5,9 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -45,19 +48,25 @@ def add_lora(
 
     Raises:
         ImportError: without peft.
-        ValueError: a target that is none of the model's layers or experts, or that peft cannot adapt; DoRA of experts.
+        ValueError: a target that is none of the model's layers or experts, or that peft cannot adapt; DoRA of experts;
+            a peft that this transformers refuses.
     """
     try:
-        from peft import LoraConfig
+        import peft
     except ImportError:
         raise ImportError("--lora_rank needs peft: pip install 'disc-kernels[train]'") from None
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        raise ValueError(
+            f"--lora_rank: expected peft {MIN_PEFT_VERSION} or newer, which transformers {transformers.__version__}"
+            f" needs, got {peft.__version__}"
+        )
     layers, parameters = _choose_targets(model, targets)
     if dora and parameters:
         raise ValueError(
             "--lora_use_dora: expected linear layers, got experts, which peft cannot adapt so: leave it out, or name"
             " layers by --lora_target_modules"
         )
-    config = LoraConfig(
+    config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,

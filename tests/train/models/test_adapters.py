@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from disc_train.models import adapters
 from disc_train.models.adapters import add_lora, load_adapters
 from disc_train.models.live_teacher import teacher_or_base_model
 from disc_train.objectives.predictions import divergence, predict, predict_as_teacher
@@ -227,6 +228,12 @@ def test_adapters_of_another_kind_are_refused(make_student, tmp_path):
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"--lora_rank needs peft: pip install 'disc-kernels\[train\]'"):
+        add_lora(make_model(), rank=2, alpha=4, dropout=0.0)
+
+
+def test_a_peft_that_transformers_refuses(monkeypatch):
+    monkeypatch.setattr(adapters, "MIN_PEFT_VERSION", "999")
+    with pytest.raises(ValueError, match=r"--lora_rank: expected peft 999 or newer, which .* needs, got \d"):
         add_lora(make_model(), rank=2, alpha=4, dropout=0.0)
 
 
