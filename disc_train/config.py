@@ -22,6 +22,7 @@ METHODS_OF_FLAG: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("temperature", "ce_weight", "divergence", "beta"), AT_TEMPERATURE),
     **dict.fromkeys(("text_column", "max_document_tokens", "long_documents", "chunk_overlap_tokens"), DOCUMENT_METHODS),
     **dict.fromkeys(("teacher", "teacher_name_or_path", "teacher_cache", "kl_clip"), WITH_TEACHER),
+    **dict.fromkeys(("teacher_ema_decay", "teacher_sync_steps"), AT_TEMPERATURE),
     "kl_weight": ("ft_kl",),
     "teacher_system_prompt": ("cd",),
     "signal_examples": AT_TEMPERATURE,
@@ -93,11 +94,22 @@ class DiscArguments:
         " (prompt, privileged_context, completion) and ms-swift (messages, teacher_prompt).",
         "disc",
     )
-    teacher: Literal["auto", "copy", "adapter", "cache"] = flag(
+    teacher: Literal["auto", "copy", "adapter", "cache", "ema"] = flag(
         "copy: a frozen second model in memory. adapter: the model itself with its adapters switched off, for"
         " --lora_rank. auto: adapter where it can be, else copy. cache: what it says of every token, read from"
-        " --teacher_cache; what is missing there is computed before the training, or ahead by disc-cache.",
+        " --teacher_cache; what is missing there is computed before the training, or ahead by disc-cache. ema: disc"
+        " and cd: a copy that follows the student, by --teacher_ema_decay or --teacher_sync_steps.",
         "auto",
+    )
+    teacher_ema_decay: float = flag(
+        "--teacher ema: after every optimizer step the teacher's weights become this times themselves and the rest of"
+        " one times the student's.",
+        0.95,
+    )
+    teacher_sync_steps: int = flag(
+        "--teacher ema: the teacher becomes a copy of the student every so many optimizer steps, and is no average; 0:"
+        " an average.",
+        0,
     )
     teacher_cache: str | None = flag("--teacher cache: the folder of what the teacher says of these documents.")
     teacher_cache_dtype: Literal["bfloat16", "float32"] = flag("--teacher cache: how it is stored.", "bfloat16")
@@ -240,12 +252,29 @@ class DiscArguments:
             raise ValueError("--teacher cache needs --teacher_cache DIR, got it without")
         if self.teacher != "cache" and self.teacher_cache is not None:
             raise ValueError(f"--teacher_cache DIR needs --teacher cache, got it with --teacher {self.teacher}")
+        self._check_ema(given, replays_by_kl)
         if self.teacher == "adapter" and "lora_rank" not in given:
             raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
-        if self.teacher == "adapter" and "teacher_name_or_path" in given:
+        if self.teacher in ("adapter", "ema") and "teacher_name_or_path" in given:
             raise ValueError(
-                "--teacher adapter is the model itself; got another with --teacher_name_or_path: leave one of them out"
+                f"--teacher {self.teacher} is the model itself; got another with --teacher_name_or_path: leave one of"
+                " them out"
             )
+
+    def _check_ema(self, given: Sequence[str], replays_by_kl: bool) -> None:
+        """Raise ValueError for a teacher that follows the student where none can, or for numbers that are no use."""
+        numbers = [name for name in ("teacher_ema_decay", "teacher_sync_steps") if name in given]
+        if self.teacher != "ema":
+            for name in numbers:
+                raise ValueError(f"--{name} is for --teacher ema, got it with --teacher {self.teacher}")
+            return
+        if len(numbers) == 2:
+            raise ValueError("expected one of --teacher_ema_decay and --teacher_sync_steps, got both")
+        if self.method not in AT_TEMPERATURE or replays_by_kl:
+            what = "--replay_objective kl" if replays_by_kl else f"--method {self.method}"
+            raise ValueError(f"--teacher ema is for --method disc, cd; {what} needs the initial model: leave it out")
+        check_flag(self, "teacher_ema_decay", 0 <= self.teacher_ema_decay < 1, "a number from 0 to 1, less than 1")
+        check_flag(self, "teacher_sync_steps", self.teacher_sync_steps >= 0, "0 (an average) or more")
 
 
 @dataclass

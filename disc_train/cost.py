@@ -107,7 +107,7 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
         loss += (3 if head_is_frozen(student) else 4) * product
     per_batch = {"teacher": of_teacher, "student": forward + backward, "loss": loss}
     tokens = {"teacher": batch["teacher_input_ids"].numel() if reads else 0, "student": batch["input_ids"].numel()}
-    held_by_teacher, cached = held_bytes(teacher) if teacher is not None else 0, None
+    held_by_teacher, cached = held_bytes(teacher, but_of=student) if teacher is not None else 0, None
     if cache is not None:  # what hidden states from it are multiplied with is kept; summaries need none
         head = output_head(student if teacher is None else teacher).weight
         held_by_teacher, tokens["teacher"], per_batch["teacher"] = 0 if cache.summarises else head.nbytes, 0, 0
@@ -132,9 +132,11 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
     )
 
 
-def held_bytes(model: PreTrainedModel) -> int:
-    """Count the bytes of a model's parameters and buffers that this process holds."""
-    return sum(local_part(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+def held_bytes(model: PreTrainedModel, but_of: PreTrainedModel | None = None) -> int:
+    """Count the bytes of a model's parameters and buffers that this process holds, but for those of another's."""
+    others = {id(parameter) for parameter in but_of.parameters()} if but_of is not None else set()
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(local_part(tensor).nbytes for tensor in tensors if id(tensor) not in others)
 
 
 def _operations(function: Callable[[], Any]) -> int:

@@ -120,7 +120,7 @@ def run(disc: DiscArguments, loop: LoopArguments) -> None:
         )
     trainer.save_model()
     trainer.save_state()
-    after = signal_now()
+    after = None if trainer.follow else signal_now()  # to a teacher that has moved, another signal
     if main_process:
         print_section("What came of it", *_describe_outcome(disc, trainer, inputs.resumed_step, before, after))
 
@@ -193,6 +193,8 @@ def make_trainer(disc: DiscArguments, loop: LoopArguments, inputs: Inputs) -> Di
         divergence=disc.divergence,
         beta=disc.beta,
         kl_clip=disc.kl_clip,
+        teacher_ema_decay=None if disc.teacher != "ema" else 0.0 if disc.teacher_sync_steps else disc.teacher_ema_decay,
+        teacher_sync_steps=disc.teacher_sync_steps or 1,
         attention=disc.attention,
         processing_class=inputs.tokenizer,
         callbacks=[_LogLastStep(), *([EarlyStoppingCallback(patience)] if patience else [])],
@@ -284,6 +286,7 @@ def _describe_run(
         describe_packing(dataset, trainer.args.train_batch_size, collate),
         ("student", describe_model(student)),
         ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
+        *([("", trainer.follow.describe())] if trainer.follow else []),
         ("head", describe_head(student, teacher, compared or dataset.replays_by_kl, disc.divergence, disc.kl_clip)),
         ("attention", describe_attention(trainer.attention)),
         ("steps", describe_steps(trainer.args, dataset, inputs.checkpoint, inputs.resumed_step)),

@@ -13,7 +13,7 @@ from disc_train.data.sequence_start import bos_prefix
 from disc_train.data.training_data import TrainingData
 from disc_train.loop_config import LoopArguments
 from disc_train.models.causal_lm import check_vocabulary, use_attention
-from disc_train.models.live_teacher import load_teacher, teacher_dtype, teacher_or_base_model
+from disc_train.models.live_teacher import copy_to_follow, load_teacher, teacher_dtype, teacher_or_base_model
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.parallel.agreement import same_on_all_processes
 from disc_train.summary import count_steps
@@ -28,6 +28,8 @@ def load_teacher_for(
     """Load the teacher; None: the student without its adapters, which needs no second model in memory."""
     if _is_its_own_teacher(disc):
         return None
+    if disc.teacher == "ema":
+        return copy_to_follow(student)
     teacher = load_teacher(disc.teacher_name_or_path or disc.model_name_or_path, student, loop)
     check_vocabulary(teacher, largest_token)
     return teacher
@@ -93,7 +95,8 @@ def _is_its_own_teacher(disc: DiscArguments) -> bool:
     # Adapters that a run begins with are trained on: without them the student is not what it was. And a cache is of the
     # model as its files are, not as a student's weights are quantised.
     cache_of_files = disc.teacher == "cache" and (disc.load_in_4bit or disc.load_in_8bit)
-    return bool(disc.lora_rank) and disc.teacher != "copy" and disc.teacher_name_or_path is None and not cache_of_files
+    other = disc.teacher in ("copy", "ema") or disc.teacher_name_or_path is not None
+    return bool(disc.lora_rank) and not other and not cache_of_files
 
 
 def _fill(

@@ -23,7 +23,7 @@ from disc_train.data.dataset import ExampleDataset, ReplayDataset
 from disc_train.evaluation.in_training import AskProbes
 from disc_train.models.adapters import has_adapters
 from disc_train.models.attention import prepare_attention
-from disc_train.models.live_teacher import freeze
+from disc_train.models.live_teacher import FollowStudent, freeze
 from disc_train.models.parts import freeze_unread, uses_all_parameters
 from disc_train.objectives import methods
 from disc_train.objectives.held_out import held_out_sums
@@ -68,6 +68,9 @@ class DiscTrainer(CheckpointingTrainer):
         divergence: disc and cd: what is minimised, as `disc_kernels.fused_suffix_kl` names it.
         beta: of "jsd".
         kl_clip: disc, cd and ft_kl: the most nats that a token's divergence counts; None: there is no bound.
+        teacher_ema_decay: that `teacher`, a copy of the model (`disc_train.models.live_teacher.copy_to_follow`), is to
+            follow it: teacher = decay * teacher + (1 - decay) * model. None: the teacher stays as it is.
+        teacher_sync_steps: how many optimizer steps there are from one such update to the next.
         attention: "auto", or a backend as `disc_kernels.shared_prefix.attention_implementation` names it.
         options: more of `transformers.Trainer`'s: `eval_dataset`, examples of the same kind; the tokenizer, as
             `processing_class`, is saved with the model.
@@ -103,6 +106,8 @@ class DiscTrainer(CheckpointingTrainer):
         divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
         beta: float = 0.5,
         kl_clip: float | None = None,
+        teacher_ema_decay: float | None = None,
+        teacher_sync_steps: int = 1,
         attention: str = "auto",
         **options: Any,
     ) -> None:
@@ -143,6 +148,13 @@ class DiscTrainer(CheckpointingTrainer):
         elif teacher is not None:
             self.teacher = freeze(teacher)
             self._move_to_device(teacher, trained=False)
+        self.follow: FollowStudent | None = None
+        if teacher_ema_decay is not None:
+            if self.is_fsdp_enabled or not isinstance(teacher, PreTrainedModel):
+                got = "--fsdp, which divides it" if self.is_fsdp_enabled else type(teacher).__name__
+                raise ValueError(f"--teacher ema: expected a model that is whole in every process, got {got}")
+            self.follow = FollowStudent(teacher, model, teacher_ema_decay, teacher_sync_steps)
+            self.add_callback(self.follow)
         self.method = method
         self.settings = methods.Settings(temperature, ce_weight, kl_weight, divergence, beta, kl_clip)
         self.noun = train_dataset.noun
@@ -300,6 +312,18 @@ class DiscTrainer(CheckpointingTrainer):
             logs |= {"packing_efficiency": round(since.efficiency, 4), "packing_saving": round(since.saving, 4)}
             self._logged_packing = self.packing
         super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both, and the weights of a teacher that follows the student."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.follow and self.args.should_save:
+            self.follow.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load what `_save_optimizer_and_scheduler` saved."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.follow and checkpoint is not None:
+            self.follow.load(checkpoint)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, and stop after a checkpoint on SIGTERM or Ctrl-C."""

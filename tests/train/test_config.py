@@ -193,6 +193,31 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--method", "split_ft", "--ce_weight", "1"], "--ce_weight is for --method disc, cd; got it with"),
         (["--method", "split_ft", "--teacher_template", "{{ prefix }}"], "--teacher_template is for --method disc;"),
         (["--method", "talr", "--teacher", "copy"], "--teacher is for --method disc, cd, ft_kl; got"),
+        (["--teacher_ema_decay", "0.9"], "--teacher_ema_decay is for --teacher ema, got it with --teacher auto"),
+        (["--teacher", "copy", "--teacher_sync_steps", "9"], "--teacher_sync_steps is for --teacher ema, got it with"),
+        (["--teacher", "ema", "--teacher_ema_decay", "1"], "--teacher_ema_decay: expected a number from 0 to 1, less"),
+        (
+            ["--teacher", "ema", "--teacher_sync_steps", "-1"],
+            r"--teacher_sync_steps: expected 0 \(an average\) or more",
+        ),
+        (
+            ["--teacher", "ema", "--teacher_sync_steps", "9", "--teacher_ema_decay", "0.9"],
+            "expected one of --teacher_ema_decay and --teacher_sync_steps, got both",
+        ),
+        (
+            ["--teacher", "ema", "--teacher_cache", "d"],
+            "--teacher_cache DIR needs --teacher cache, got it with --teacher ema",
+        ),
+        (
+            ["--teacher", "cache", "--teacher_cache", "d", "--teacher_ema_decay", "0.9"],
+            "--teacher_ema_decay is for --teacher ema, got it with --teacher cache",
+        ),
+        (["--teacher", "ema", "--teacher_name_or_path", "t"], "--teacher ema is the model itself; got another with"),
+        (["--teacher", "ema", "--method", "ft_kl"], "--teacher ema is for --method disc, cd; --method ft_kl needs the"),
+        (
+            ["--teacher", "ema", "--replay_file", "r", "--replay_objective", "kl"],
+            "--teacher ema is for --method disc, cd; --replay_objective kl needs the initial model",
+        ),
         (["--kl_weight", "0.2"], "--kl_weight is for --method ft_kl; got it with --method disc"),
         (["--method", "ft_kl", "--kl_weight", "-1"], "--kl_weight: expected 0 or a positive, finite number, got -1.0"),
         (["--kl_clip", "0"], "--kl_clip: expected a positive, finite number, got 0.0"),

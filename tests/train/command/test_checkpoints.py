@@ -4,7 +4,9 @@ import json
 import shutil
 
 import torch
+from safetensors.torch import load_file
 
+from disc_train.models.live_teacher import FollowStudent
 from tests.train.files import write_jsonl
 from tests.train.runs import weights
 
@@ -32,6 +34,23 @@ def test_true_in_yaml_resumes_from_the_last_checkpoint_that_is_complete(disc_tra
     assert len(since) == 1 and f"loss          {since[0]:.4f}, " in out and "of the one logged step\n" in out
     changed = "changed       since then, from here on: --num_train_epochs 3.0 (was 2.0), --num_splits 2 (was 5)\n"
     assert changed in out
+
+
+def test_checkpoints_hold_the_average(disc_train, fails, tmp_path, capsys):
+    flags = ("--teacher", "ema", "--teacher_ema_decay", 0.5, "--save_steps", 1)
+    assert disc_train(*flags, "--output_dir", tmp_path / "whole") == 0
+    out = capsys.readouterr().out
+    assert "becomes 0.5 of itself and 0.5 of the student after every step\n" in out
+    assert "took up" not in out  # by what has moved meanwhile
+    (tmp_path / "out").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "out" / "checkpoint-1")
+    assert disc_train(*flags, "--resume_from_checkpoint", "true") == 0
+    assert torch.equal(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    last, resumed = (load_file(tmp_path / name / "checkpoint-4" / FollowStudent.FILE) for name in ("whole", "out"))
+    assert all(torch.equal(last[name], resumed[name]) for name in last)
+    (tmp_path / "out" / "checkpoint-2" / FollowStudent.FILE).unlink()
+    message = fails(*flags, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
+    assert "--teacher ema: expected teacher.safetensors in" in message
 
 
 def test_settings_that_a_checkpoint_cannot_go_on_with(disc_train, fails, tmp_path, sentences):

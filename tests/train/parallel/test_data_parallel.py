@@ -52,6 +52,13 @@ def test_a_weight_that_depends_on_the_whole_step(train):
     assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
 
 
+def test_a_teacher_that_follows_the_student_is_the_same_everywhere(train):
+    flags = ("--teacher", "ema", "--teacher_ema_decay", 0.5)
+    whole = train("whole", *_flags(4), *flags)
+    parts = train("parts", *_flags(2), *flags, world=2)
+    assert torch.allclose(weights(parts), weights(whole), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["disc", "talr"])
 def test_a_last_step_with_fewer_documents_than_there_are_places(method, train):
     """8 documents, 6 a step: in the last one of an epoch, a process has none of the two; nor, of three, another."""
