@@ -244,7 +244,9 @@ class CheckpointingTrainer(Trainer):
             except OverflowError as error:  # what was trained is not lost for that
                 warnings.warn(f"{error}: saved in the dtype that it was trained in", stacklevel=2)
                 dtype = self.save_dtype = None
-        super()._save(folder, state_dict)
+        with warnings.catch_warnings():  # peft looks for a config where an adapter's base is an adapter, which has none
+            warnings.filterwarnings("ignore", "Unable to fetch remote file|Could not find a config file")
+            super()._save(folder, state_dict)
         if self.args.should_save and not self._saving:
             copy_processor(self.student, folder)
             if dtype is not None:

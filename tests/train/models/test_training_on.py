@@ -162,7 +162,7 @@ def command(write_documents, sentences, tokenizer, tmp_path):
 
 
 def test_a_run_goes_on_with_an_adapter_and_its_teacher_is_what_it_began_with(
-    command, save_adapter, tokenizer, tmp_path, capsys
+    command, save_adapter, tokenizer, tmp_path, capsys, recwarn
 ):
     base, folder, before = save_adapter()
     tokenizer.save_pretrained(base)
@@ -179,6 +179,7 @@ def test_a_run_goes_on_with_an_adapter_and_its_teacher_is_what_it_began_with(
 
     # Merged below new adapters, and as another model's teacher, it is the same function: the same first loss.
     assert command("merged", folder, "--lora_rank", 2, "--lora_dropout", 0, "--teacher", "adapter") == 0
+    assert not [warning for warning in recwarn if "config file" in str(warning.message)]
     out = capsys.readouterr().out
     assert "the student without its adapters" in out
     code = re.search(r"in Python +(.*)\n", out)[1]
