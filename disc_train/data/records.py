@@ -126,6 +126,7 @@ def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     previous_limit = csv.field_size_limit(len(text) + 1)
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        _check_columns(path, reader.fieldnames or (), fields)
         for number, record in enumerate(reader, start=1):
             expected = f"the header's {len(reader.fieldnames or ())}"
             if None in record:  # where DictReader puts what is beyond the header
@@ -146,14 +147,18 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise ImportError(f"{path}: reading Parquet needs pyarrow: pip install 'disc-kernels[train]'") from None
     columns: dict[str, list[Any]] = {}
+    field = ""  # that is being read
     try:
         with pq.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names, fields)
             for field in _require_fields(str(path), file.schema_arrow.names, fields):
                 columns[field] = file.read(columns=[field]).column(field).to_pylist()
-    except pa.ArrowException as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: column {field!r} is not UTF-8: {error}") from None
+        what = f"column {field!r}" if field else "a column's name"
+        raise ValueError(f"{path}: {what} is not UTF-8: {error}") from None
+    # OSError: what Arrow says of some damaged files, in several lines; OverflowError: times that Python does not have.
+    except (pa.ArrowException, OSError, OverflowError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file: {' '.join(str(error).split())}") from None
     for number, values in enumerate(zip(*columns.values(), strict=True), start=1):
         yield f"{path}:{number}", dict(zip(columns, values, strict=True))
 
@@ -194,6 +199,13 @@ def _require_fields(name: str, present: Collection[str], fields: Fields) -> list
         raise ValueError(f"{name}: no {fields.field} {missing!r}; there is: {there}{forms}")
     wanted = (*fields.required, *fields.optional, *chain(*fields.forms))
     return [field for field in wanted if field in present]
+
+
+def _check_columns(path: Path, columns: Sequence[str], fields: Fields) -> None:
+    """Raise ValueError where a field that is read is there twice."""
+    for field in (*fields.required, *fields.optional, *chain(*fields.forms)):
+        if columns.count(field) > 1:
+            raise ValueError(f"{path}: expected one column {field!r}, got {columns.count(field)}")
 
 
 def _suggest(present: Collection[str], fields: Fields) -> str:

@@ -83,5 +83,5 @@ def head_checksum(head: OutputHead) -> str:
     for tensor in (head.weight, head.bias):
         if tensor is not None:
             checksum.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-            checksum.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            checksum.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()

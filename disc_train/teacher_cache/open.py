@@ -1,6 +1,6 @@
 """Open a run's teacher cache: check that it is the run's, fill what is missing, and hold what training needs of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,16 +164,9 @@ class TeacherCache:
 
     def teacher(self) -> CachedTeacher:
         """Return what training needs of the teacher, all of which is cached; raise ValueError for a damaged head."""
-        description, folder = self._description, Path(self.settings.folder)
+        description = self._description
         assert description is not None and not self.missing
-        head = None
-        if not self.summarises:
-            with explain_damage(folder / HEAD):
-                tensors = load_file(folder / HEAD)
-                transform = LogitTransform(description["scale"], description["softcap"])
-                head = OutputHead(tensors["weight"], tensors.get("bias"), transform, description["vocab_size"])
-                if head_checksum(head) != description["head"]:
-                    raise ValueError("it does not have the checksum that it was written with")
+        head = None if self.summarises else read_head(Path(self.settings.folder, HEAD), description)
         return CachedTeacher(
             store=self._store,
             head=head,
@@ -181,6 +174,17 @@ class TeacherCache:
             vocab_size=description["vocab_size"],
             note=self.describe(),
         )
+
+
+def read_head(path: Path, description: Mapping[str, Any]) -> OutputHead:
+    """Read the teacher's head, with what the cache's description says of it; raise ValueError for a damaged file."""
+    with explain_damage(path):
+        tensors = load_file(path)
+        transform = LogitTransform(description["scale"], description["softcap"])
+        head = OutputHead(tensors["weight"], tensors.get("bias"), transform, description["vocab_size"])
+        if head_checksum(head) != description["head"]:
+            raise ValueError("it does not have the checksum that it was written with")
+    return head
 
 
 def _name(dtype: torch.dtype) -> str:

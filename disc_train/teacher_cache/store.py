@@ -269,7 +269,9 @@ def explain_damage(path: Path, remedy: str = "delete it, and what it held") -> I
     """Turn an error in reading a file into one that names the file and says what to do."""
     try:
         yield
-    except (SafetensorError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise OSError(f"--teacher_cache: {path} cannot be read: {error}") from error
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(
             f"--teacher_cache: {path} cannot be read, the file is damaged: {error}; {remedy} is computed again"
         ) from error
@@ -278,7 +280,8 @@ def explain_damage(path: Path, remedy: str = "delete it, and what it held") -> I
 def _checksum(tensors: Rows) -> int:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().view(torch.uint8).numpy().data, value)
+        flat = tensors[name].reshape(-1)  # a damaged one may have no dimensions, whose bytes torch does not show
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, value)
     return value
 
 

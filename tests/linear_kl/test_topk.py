@@ -192,9 +192,9 @@ class Said:
 
 @pytest.mark.parametrize("said", [Said, lambda logprob: {"logprob": logprob, "rank": 1}], ids=["objects", "JSON"])
 def test_what_vllm_says_as_two_tensors(said):
-    """The function in docs/teacher.md: the K most likely, and the token that was there if it is not among them."""
-    text = (Path(__file__).parents[2] / "docs" / "teacher.md").read_text()
-    (code,) = re.findall(r"```python\n(import math\n.*?)```", text, re.DOTALL)
+    """The function in docs/quickstarts.md: the K most likely, and the token that was there if it is not among them."""
+    text = (Path(__file__).parents[2] / "docs" / "quickstarts.md").read_text()
+    (code,) = re.findall(r"```python\n(import json\nimport math\n.*?)```", text, re.DOTALL)
     exec(code, names := {})
     case = build(rows=3, k=4)
     ids, logprobs = case.tensors["topk_ids"], case.tensors["topk_logprobs"]
