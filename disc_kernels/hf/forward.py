@@ -76,8 +76,11 @@ def run_as_forward(
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """Return the causal language model inside DDP, FSDP or DeepSpeed's engine; other wrappers pass attributes on."""
-    while not hasattr(model, "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
+    """Return the causal language model inside DDP, FSDP or DeepSpeed's engine; other wrappers pass attributes on.
+
+    DeepSpeed's engine passes most on as well, but has a config of its own.
+    """
+    while not hasattr(type(model), "get_output_embeddings") and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
     return model
 
