@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 # By which value of their config models divide what their head is given.
@@ -41,10 +42,29 @@ def last_hidden_states(model: nn.Module, **inputs: Any) -> Tensor:
         run_as_forward(head, hand_through, *args, wrapper=forward, **kwargs)
         if not read:
             raise ValueError(not_called(causal_lm))
+        if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
+            return _JoinToGraph.apply(read[-1], *(x for x in head.parameters() if x.requires_grad))
         return read[-1]
 
     # What is returned must be the output of all that wraps the model, whose hooks prepare the backward pass.
     return run_as_forward(causal_lm, without_head, wrapper=model, **inputs)
+
+
+class _JoinToGraph(torch.autograd.Function):
+    """Return hidden states from which the graph also leads to the head's parameters, without a gradient to them.
+
+    DDP with `find_unused_parameters`, transformers.Trainer's default, would take the head for unused and fail when the
+    loss, computed outside the model, gives it a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = len(parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.parameters
 
 
 def run_as_forward(

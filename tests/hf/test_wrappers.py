@@ -106,9 +106,10 @@ def test_adapters_of_another_kind_are_refused():
     assert last_hidden_states(activated, input_ids=IDS).shape == (*IDS.shape, 32)
 
 
-def test_ddp(one_process):
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_ddp(one_process, find_unused_parameters):
     teacher = make()
-    student = DistributedDataParallel(perturbed(teacher).train())
+    student = DistributedDataParallel(perturbed(teacher).train(), find_unused_parameters=find_unused_parameters)
     check_output_head(student, IDS)
     assert_same_loss(student, teacher)
 
