@@ -5,6 +5,9 @@ import copy
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast
 
 from disc_kernels.integrations.trl import FusedDistillation, FusedGKD, FusedSDFT
@@ -128,6 +131,43 @@ def test_distillation_trains_as_before(distillation):
         trainer.train()
         logs.append(trainer.state.log_history)
     assert_same_logs(logs, "loss", "entropy", "grad_norm")
+
+
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_distillation_inside_what_wraps_the_student(distillation, lonely_group, kind):
+    """TRL runs the loss as the forward of the wrapper; gradients are those of the student alone."""
+    student, teacher = two_models("llama")
+    trainer = distillation(with_ours(FusedDistillation, trl.DistillationTrainer), student, teacher)
+    expected = gradients(student, trainer.compute_loss(student, completions()))
+    if kind == "DDP":
+        wrapped = DistributedDataParallel(student, find_unused_parameters=True)
+    else:
+        wrapped = student
+        for module in (*student.model.layers, student):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    got = gradients(student, trainer.compute_loss(wrapped, completions()))
+    for name, gradient in got.items():
+        whole = gradient.full_tensor() if kind == "FSDP2" else gradient
+        torch.testing.assert_close(whole, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_no_head_is_run(distillation, gkd, sdft, monkeypatch):
+    """Training makes no logits of all tokens."""
+
+    def fail(*_):
+        raise AssertionError("the head was run")
+
+    student, teacher = two_models("llama")
+    for model in (student, teacher):
+        monkeypatch.setattr(model.get_output_embeddings(), "forward", fail)
+    batch = completions()
+    batch |= {"teacher_input_ids": batch["completion_ids"].repeat(1, 2), "teacher_attention_mask": torch.ones(2, 8)}
+    labelled = {"input_ids": batch["teacher_input_ids"], "labels": batch["teacher_input_ids"]}
+    distillation(with_ours(FusedDistillation, trl.DistillationTrainer), student, teacher).compute_loss(student, batch)
+    trainer = gkd(with_ours(FusedGKD, GKDTrainer), student, teacher)
+    trainer.compute_loss(student, labelled | {"attention_mask": torch.ones(2, 8)})
+    for mode in MODES:
+        sdft(with_ours(FusedSDFT, SDFTTrainer), student, **mode).compute_loss(student, batch)
 
 
 def test_distillation_in_16_bits(distillation):
