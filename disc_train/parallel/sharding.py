@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from disc_train.models.adapters import has_adapters
+from disc_train.models.pretrained import quantised_by
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) -> None:
@@ -23,8 +24,13 @@ def shard(model: PreTrainedModel, accelerator: Accelerator, *, trained: bool) ->
 
     In mixed precision what is trained is kept in float32 and gathered in 16 bits; gradients are summed in float32. What
     is not trained keeps its dtype. The head, which accelerate groups with the last norm, stays whole until its backward
-    pass. Raises ValueError for the older FSDP.
+    pass. Raises ValueError for the older FSDP, and for quantised weights.
     """
+    if method := quantised_by(model):  # PyTorch divides neither torchao's weights nor those of bitsandbytes
+        raise ValueError(
+            f"--fsdp: expected weights that can be divided over the processes, got some that are quantised ({method}):"
+            " leave it out, and each process holds the whole quantised model"
+        )
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_version: expected 2, got {plugin.fsdp_version}")

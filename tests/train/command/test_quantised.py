@@ -5,11 +5,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from disc_train.models.causal_lm import load_model
+from disc_train.parallel.sharding import shard
 from tests.train.world import make_model
 
 BITSANDBYTES = pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs bitsandbytes")
@@ -75,6 +78,13 @@ def test_quantised_weights_themselves_cannot_be_trained(fails, model_folder):
     _name_the_quantiser(model_folder)
     message = "--model_name_or_path: expected weights that can be trained, got some that are quantised (rounded)"
     assert message in fails()
+
+
+def test_quantised_weights_are_not_divided(model_folder):
+    _name_the_quantiser(model_folder)
+    model = load_model(model_folder, torch.float32)
+    with pytest.raises(ValueError, match=r"--fsdp: expected weights that can be divided .* quantised \(rounded\)"):
+        shard(model, Accelerator(cpu=True), trained=True)
 
 
 @pytest.mark.parametrize(
