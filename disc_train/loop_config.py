@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -167,7 +167,7 @@ class LoopArguments(TrainingArguments):
     def _check_scheduler(self) -> None:
         """Raise ValueError for arguments that the schedule of the learning rate does not have."""
         optimizer = torch.optim.SGD([torch.zeros(1)], self.learning_rate)
-        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        kind, options = self.lr_scheduler_type, cast(dict[str, Any] | None, self.lr_scheduler_kwargs)  # no JSON by now
         try:
             if options:
                 get_scheduler(kind, optimizer, 0, 1, scheduler_specific_kwargs=options)
