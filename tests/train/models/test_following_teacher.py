@@ -86,6 +86,12 @@ def test_adapters_are_followed_and_the_rest_is_shared(make_trainer, make_dataset
     assert changed == len(trainer.follow.teacher)
 
 
+def test_divided_models_are_not_followed(make_trainer, monkeypatch):
+    monkeypatch.setattr(DiscTrainer, "_move_to_device", lambda self, *_, **__: setattr(self, "is_fsdp_enabled", True))
+    with pytest.raises(ValueError, match="--teacher ema: expected a model that is whole in every process, got --fsdp"):
+        make_trainer(make_model(), 0.5)
+
+
 def test_what_cannot_be_followed(make_trainer, make_dataset, tmp_path):
     with pytest.raises(ValueError, match=r"--teacher_ema_decay: expected weights of 32 bits, got torch.bfloat16, in"):
         make_trainer(make_model().bfloat16(), 0.5)
