@@ -4,6 +4,7 @@ Exit code 0 if it did what was asked, 1 if the run failed, 2 if the call was wro
 was terminated. Of several processes that end with the same error, one reports it.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,8 @@ def _generate(argv: Sequence[str]) -> Callable[[], None]:
 
 
 def _run(command: str, read: Callable[[Sequence[str]], Callable[[], None]], argv: Sequence[str] | None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
     try:
         return _read_and_work(command, read, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

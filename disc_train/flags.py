@@ -48,6 +48,7 @@ def check_folder(flag: str, folder: Path) -> None:
 OTHER_NAMES = {
     "attn_implementation": "attention",
     "batch_size": "per_device_train_batch_size",
+    "bf16": "dtype",
     "dataset": "dataset_name",
     "dataset_text_field": "text_column",
     "dtype": "student_dtype",
@@ -62,6 +63,7 @@ OTHER_NAMES = {
     "model": "model_name_or_path",
     "model_id": "model_name_or_path",
     "num_epochs": "num_train_epochs",
+    "num_return_sequences": "num_generations",
     "output": "output_dir",
     "r": "lora_rank",
     "target_modules": "lora_target_modules",

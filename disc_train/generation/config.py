@@ -73,8 +73,9 @@ class GenerateArguments(InferenceArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("model_name_or_path", "output_file"):
-            check_flag(self, name, getattr(self, name) is not None, "a value")
+        for name, wanted in (("model_name_or_path", "the model that generates"), ("output_file", "the file to write")):
+            if getattr(self, name) is None:
+                raise ValueError(f"--{name}: expected {wanted}, got none")
         for name in ("num_generations", "max_new_tokens"):
             check_flag(self, name, getattr(self, name) >= 1, "at least 1")
         check_flag(self, "temperature", 0 < self.temperature < float("inf"), "a positive, finite number")

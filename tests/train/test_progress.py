@@ -1,8 +1,11 @@
 """Progress is shown of what takes longer than two seconds: by a bar on a terminal, by plain lines elsewhere."""
 
+import sys
+
 import pytest
 
 from disc_train import progress
+from disc_train.cli import main
 from disc_train.progress import show_progress
 
 BATCHES = [[1, 2, 3], [4, 5], [6]]
@@ -47,3 +50,10 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert list(show_progress(BATCHES, 6, "texts read")) == BATCHES
     assert "texts read" in capsys.readouterr().err
+
+
+def test_a_log_file_has_each_line_when_it_is_printed(tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        assert main(["--version"]) == 0
+        assert "disc-train " in (tmp_path / "log").read_text()
