@@ -40,17 +40,19 @@ def smallest(call, *arguments):
     return int(re.search(r"at least (\d+)", str(refused.value)).group(1))
 
 
-def run(problem, impl, autocast=None, summary=None, **options):
+def run(problem, impl, autocast=None, summary=None, device="cpu", **options):
     """Summary, forward and backward, as the outcome that `assert_accurate` takes."""
-    hidden = problem.tensors["student_hidden"].detach().requires_grad_()
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
-        summary = summary or summary_of(problem, impl)
-        loss, stats = loss_from_summary(problem, summary, impl, hidden, return_stats=True, **options)
-    upstream = torch.as_tensor(problem.upstream, dtype=loss.dtype).expand_as(loss)
+    moved = problem.on(device)
+    hidden = moved.tensors["student_hidden"].detach().requires_grad_()
+    with torch.autocast(device, autocast, enabled=autocast is not None):
+        summary = summary or summary_of(moved, impl)
+        loss, stats = loss_from_summary(moved, summary, impl, hidden, return_stats=True, **options)
+    upstream = torch.as_tensor(problem.upstream, dtype=loss.dtype, device=device).expand_as(loss)
     (gradient,) = torch.autograd.grad(loss, [hidden], upstream)
     assert stats.agreement.isnan().all()
-    known = {name: value for name, value in stats._asdict().items() if name != "agreement"}
-    return replace(plain(problem), loss=loss.detach(), gradients={"student_hidden": gradient}, stats=known)
+    known = {name: value.cpu() for name, value in stats._asdict().items() if name != "agreement"}
+    gradients = {"student_hidden": gradient.cpu()}
+    return replace(plain(problem), loss=loss.detach().cpu(), gradients=gradients, stats=known)
 
 
 def everything(dtype=torch.float32, **options):

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from disc_kernels import LogitTransform, expected_embedding_kl, fused_suffix_kl, fused_topk_kl, teacher_summary
+from disc_kernels import fused_suffix_kl, fused_topk_kl
+from tests.frozen_head import calls
 from tests.gpu import DEVICE, needs_cuda
 from tests.linear_kl import topk_cases
-from tests.linear_kl.oracle import assert_accurate, build, build_everything, plain, run, smallest_workspace
+from tests.linear_kl.oracle import assert_accurate, build, build_everything, run, smallest_workspace
 from tests.linear_kl.ranks import test_vocab_group, world
 
 pytestmark = pytest.mark.gpu
@@ -69,21 +70,8 @@ def test_one_head(gpu_impl, divergence, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_expected_embedding(gpu_impl, dtype, reduction):
-    problem = build_everything(dtype, reduction=reduction, student_transform=LogitTransform(scale=1.5))
-    problem = replace(problem, asks=("student_hidden",))
-    moved = problem.on(DEVICE)
-    t, o = moved.leaves(), moved.options
-    same = {"temperature": 2.0, "vocab_size": 995, "student_bias": t["student_bias"], "impl": gpu_impl}
-    teacher = {"teacher_bias": t["teacher_bias"], "teacher_transform": o["teacher_transform"]}
-    summary = teacher_summary(t["teacher_hidden"], t["teacher_weight"], t["student_weight"], **teacher, **same)
-    rows = {"student_index": o["student_index"], "summary_index": o["teacher_index"], "row_weight": o["row_weight"]}
-    loss = expected_embedding_kl(
-        t["student_hidden"], t["student_weight"], summary, reduction=reduction, student_scale=1.5, **rows, **same
-    )
-    upstream = torch.as_tensor(problem.upstream, device=DEVICE).expand_as(loss)
-    (gradient,) = torch.autograd.grad(loss, [t["student_hidden"]], upstream)
-    got = replace(plain(problem), loss=loss.detach().cpu(), gradients={"student_hidden": gradient.cpu()}, stats={})
-    assert_accurate(got, problem)
+    problem = calls.everything(dtype, reduction=reduction)
+    assert_accurate(calls.run(problem, gpu_impl, device=DEVICE), problem)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
