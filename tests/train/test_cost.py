@@ -5,14 +5,13 @@ import copy
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainingArguments
 
 from benchmarks.memory import peak_bytes
 from disc_train.cost import measure_cost
 from disc_train.models.adapters import add_lora
 from disc_train.models.frozen_head import freeze_head
 from disc_train.trainer import DiscTrainer
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 SHAPE = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 
@@ -21,8 +20,7 @@ SHAPE = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_h
 def make_trainer(make_dataset, tmp_path):
     def make(change=lambda model: model, **arguments):
         student, teacher = change(make_model(**SHAPE)), make_model(**SHAPE)
-        defaults = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-        args = TrainingArguments(tmp_path, per_device_train_batch_size=7, max_steps=2, **defaults | arguments)
+        args = run_arguments(tmp_path, per_device_train_batch_size=7, max_steps=2, **arguments)
         return DiscTrainer(student, teacher, args, make_dataset(num_splits=3))
 
     return make

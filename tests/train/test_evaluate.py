@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback
 
 from disc_train.cli import main
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 from tests.train.files import write_jsonl
 from tests.train.runs import weights
-from tests.train.world import SENTENCES, make_model, perturbed
+from tests.train.world import SENTENCES, make_model, perturbed, run_arguments
 
 
 @pytest.fixture
@@ -19,8 +19,7 @@ def make_trainer(make_dataset, tmp_path):
     """make_trainer(**arguments): trains on seven documents, and evaluates three of them."""
 
     def make(callbacks=None, **arguments):
-        defaults = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 4}
-        args = TrainingArguments(tmp_path / "out", **defaults | arguments)
+        args = run_arguments(tmp_path / "out", per_device_train_batch_size=4, **arguments)
         model = perturbed(make_model(attention_dropout=0.5))
         options = {"eval_dataset": make_dataset(3, num_splits=2), "callbacks": callbacks}
         return DiscTrainer(model, make_model(), args, make_dataset(), ce_weight=0.5, **options)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from disc_train.resume import changed_settings, save_settings
 from disc_train.trainer import DiscTrainer
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 
 @pytest.fixture
@@ -14,17 +13,9 @@ def train(make_dataset, tmp_path):
     """train(resume, **arguments): the trained model, after 2 epochs of 4 steps on 7 documents; saves every 3 steps."""
 
     def run(resume=None, **arguments):
-        args = TrainingArguments(
-            tmp_path / "out",
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            per_device_train_batch_size=2,
-            num_train_epochs=2,
-            learning_rate=1e-2,
-            save_steps=3,
-            **arguments,
-        )
+        steps = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-2}
+        saves = {"save_strategy": "steps", "save_steps": 3}
+        args = run_arguments(tmp_path / "out", **steps, **saves | arguments)
         trainer = DiscTrainer(make_model(), make_model(), args, make_dataset(num_splits=3))
         trainer.train(resume_from_checkpoint=None if resume is None else str(tmp_path / "out" / f"checkpoint-{resume}"))
         assert trainer.state.global_step == 8

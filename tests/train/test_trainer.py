@@ -16,7 +16,6 @@ from transformers import (
     LlamaForSequenceClassification,
     RecurrentGemmaConfig,
     TrainerCallback,
-    TrainingArguments,
     xLSTMConfig,
 )
 
@@ -28,7 +27,7 @@ from disc_train.models.causal_lm import hidden_states, use_attention
 from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 
 @pytest.fixture
@@ -36,21 +35,11 @@ def make_trainer(make_dataset, tmp_path):
     """make_trainer(model=, teacher=, dataset=, callbacks=, **arguments): a copy and seven documents by default."""
 
     def make(model=None, teacher="a copy", dataset=None, callbacks=None, **arguments):
-        defaults = {
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "max_grad_norm": 0.0,
-            "logging_steps": 1,
-            "num_train_epochs": 1,
-        }
+        steps = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "logging_steps": 1, "num_train_epochs": 1}
         return DiscTrainer(
             model or make_model(),
             make_model() if teacher == "a copy" else teacher,
-            TrainingArguments(tmp_path / "out", **defaults | arguments),
+            run_arguments(tmp_path / "out", **steps | arguments),
             dataset or make_dataset(),
             callbacks=callbacks,
         )

@@ -14,6 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainingArguments,
 )
 
 SENTENCES = [
@@ -62,6 +63,12 @@ def make_model(architecture="llama", **options):
     model = ARCHITECTURES[architecture](options)
     model.set_attn_implementation("eager")
     return model
+
+
+def run_arguments(folder, **options):
+    """Make the arguments of a run on the CPU that logs nowhere and saves nothing, unless the options say so."""
+    options = {"save_strategy": "no"} | options
+    return TrainingArguments(folder, use_cpu=True, report_to="none", disable_tqdm=True, **options)
 
 
 def perturbed(model, scale=0.05):

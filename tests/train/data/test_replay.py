@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import log_softmax
-from transformers import TrainingArguments
 
 from disc_train.data.dataset import ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.splits import TokenizedDocument
@@ -15,7 +14,7 @@ from disc_train.objectives.methods import OBJECTIVES, Settings, batch_loss
 from disc_train.objectives.predictions import predict
 from disc_train.packing.collator import collator, pack
 from disc_train.trainer import DiscTrainer
-from tests.train.world import make_model, perturbed
+from tests.train.world import make_model, perturbed, run_arguments
 
 
 @pytest.fixture
@@ -109,16 +108,8 @@ def test_a_batch_of_replayed_examples_alone(old):
 
 
 def test_micro_batches_of_replayed_examples_alone_have_no_part_in_tau(old, tmp_path):
-    args = TrainingArguments(
-        tmp_path,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        save_strategy="no",
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-        num_train_epochs=1,
-    )
+    steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    args = run_arguments(tmp_path, **steps)
     one = whole_documents([TokenizedDocument("one", np.arange(9, dtype=np.int32), (0,))])
     trainer = DiscTrainer(make_model(), make_model(), args, ReplayDataset(one, old, 0.8, 0, by_kl=True), method="talr")
     trainer.train()
@@ -133,16 +124,8 @@ def test_the_teacher_reads_the_replayed_documents_alone(old):
 
 
 def _train(folder, model, dataset, teacher=None, resume=None):
-    args = TrainingArguments(
-        folder,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        per_device_train_batch_size=2,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        save_steps=3,
-    )
+    steps = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-2}
+    args = run_arguments(folder, save_strategy="steps", save_steps=3, **steps)
     trainer = DiscTrainer(model, teacher, args, dataset, method="ft")
     trainer.train(resume_from_checkpoint=resume and str(folder / f"checkpoint-{resume}"))
     return trainer

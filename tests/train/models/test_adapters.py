@@ -17,7 +17,7 @@ from disc_train.packing.collator import pack
 from disc_train.summary import describe_model
 from disc_train.trainer import DiscTrainer
 from tests.shared_prefix.models import GROUPED
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 TOKENS = torch.arange(20)[None]
 
@@ -39,9 +39,8 @@ def make_trainer(make_student, make_dataset, tmp_path):
     """make_trainer(student=, teacher=, **arguments): disc on seven documents, four steps an epoch."""
 
     def make(student=None, teacher=None, **arguments):
-        defaults = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-        defaults |= {"per_device_train_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
-        args = TrainingArguments(tmp_path / "out", **defaults | arguments)
+        defaults = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
+        args = run_arguments(tmp_path / "out", **defaults | arguments)
         return DiscTrainer(student or make_student(), teacher, args, make_dataset(num_splits=3))
 
     return make

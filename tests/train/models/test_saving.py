@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from disc_train.config import DiscArguments
 from disc_train.models.adapters import add_lora
@@ -14,7 +14,7 @@ from disc_train.models.saving import convert
 from disc_train.run import find_save_dtype
 from disc_train.trainer import DiscTrainer
 from tests.shared_prefix.models import GROUPED
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 
 @pytest.fixture
@@ -22,8 +22,7 @@ def train(make_dataset, tmp_path):
     """train(student, save_dtype=, save_strategy=): a trainer after two steps, which has saved its model."""
 
     def run(student, save_dtype=None, save_strategy="no", dataset=None):
-        args = TrainingArguments(tmp_path / "out", use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2)
-        args.save_strategy, args.save_steps = save_strategy, 1
+        args = run_arguments(tmp_path / "out", max_steps=2, save_strategy=save_strategy, save_steps=1)
         trainer = DiscTrainer(student, None, args, dataset or make_dataset(), method="ft")
         trainer.save_dtype = save_dtype
         trainer.train()

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import RandomSampler
-from transformers import TrainingArguments
 
 from disc_train.data.dataset import ExampleDataset, ReplayDataset
 from disc_train.data.example import NO_IDS, Branch, Context, Example
@@ -17,7 +16,7 @@ from disc_train.packing.collator import pack
 from disc_train.packing.drawing import draw_together, group_contexts, sample_batches
 from disc_train.parallel.even_steps import PaddedDataset, PaddedSampler
 from disc_train.trainer import DiscTrainer
-from tests.train.world import make_model
+from tests.train.world import make_model, run_arguments
 
 
 def _records(contexts, each, context_tokens=36, target_tokens=26, seed=0):
@@ -110,14 +109,8 @@ def make_trainer(tmp_path):
     """make_trainer(records, **arguments): a trainer of these records by context distillation, with steps of 4."""
 
     def make(records, **arguments):
-        args = TrainingArguments(
-            tmp_path / "out",
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            learning_rate=1e-2,
-            **{"per_device_train_batch_size": 4, "save_strategy": "no", "num_train_epochs": 1} | arguments,
-        )
+        arguments = {"per_device_train_batch_size": 4, "num_train_epochs": 1} | arguments
+        args = run_arguments(tmp_path / "out", learning_rate=1e-2, **arguments)
         dataset = records if isinstance(records, ExampleDataset) else ExampleDataset(records)
         return DiscTrainer(make_model(), make_model(), args, dataset, method="cd")
 
