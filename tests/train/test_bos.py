@@ -3,8 +3,6 @@
 import copy
 
 import pytest
-import torch
-from torch.nn.functional import log_softmax
 from transformers import TrainingArguments
 
 from disc_train.config import parse_arguments
@@ -16,7 +14,8 @@ from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
 from tests.train.bos_tokenizer import with_bos
 from tests.train.files import write_jsonl
-from tests.train.test_parity import TEMPERATURE, TOLERANCE, gradient_error
+from tests.train.loop import gradient_error, loop_loss
+from tests.train.test_parity import TEMPERATURE, TOLERANCE
 from tests.train.world import SENTENCES, make_model, perturbed
 
 TEXT = " ".join(SENTENCES)
@@ -35,22 +34,6 @@ def folder(tmp_path, starting):
     return tmp_path / "model"
 
 
-def loop_loss(student, teacher, bos, samples):
-    """The mean over documents of the mean over splits; each sequence starts with BOS, so each suffix token counts."""
-    documents = []
-    for ids, splits in samples:
-        losses = []
-        for start, stop in splits:
-            n = stop - start
-            with torch.no_grad():
-                teacher_logits = teacher(torch.tensor([[bos, *ids[:stop]]])).logits[0, -n - 1 : -1]
-            student_logits = student(torch.tensor([[bos, *ids[start:stop]]])).logits[0, :-1]
-            p, q = (log_softmax(logits / TEMPERATURE, dim=-1) for logits in (teacher_logits, student_logits))
-            losses.append(TEMPERATURE**2 * (p.exp() * (p - q)).sum() / n)
-        documents.append(torch.stack(losses).mean())
-    return torch.stack(documents).mean()
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_oss"])
 def test_loss_and_every_gradient_equal_a_loop_that_starts_with_bos(architecture, make_dataset, starting, tmp_path):
     teacher = make_model(architecture, vocab_size=304)
@@ -58,8 +41,11 @@ def test_loss_and_every_gradient_equal_a_loop_that_starts_with_bos(architecture,
     expected = copy.deepcopy(student)
     start = bos_prefix(starting)
     dataset = make_dataset(num_splits=3, templates=read_templates(None, None, starting, start))
-    samples = [(document.input_ids.tolist(), dataset.splits(i)) for i, document in enumerate(dataset.documents)]
-    loss = loop_loss(expected, teacher, start[0], samples)
+    examples = [
+        [([*start, *ids[:first]], start, ids[first:stop]) for first, stop in dataset.splits(number)]
+        for number, ids in enumerate(document.input_ids.tolist() for document in dataset.documents)
+    ]
+    loss = loop_loss(expected, teacher, examples, TEMPERATURE) / len(examples)
     loss.backward()
     batch = pack([dataset[i] for i in range(len(dataset))])
     args = TrainingArguments(str(tmp_path), use_cpu=True)

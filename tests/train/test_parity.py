@@ -6,13 +6,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from disc_train.cli import main
 from disc_train.objectives import predictions
 from disc_train.packing.collator import pack
 from disc_train.trainer import DiscTrainer
+from tests.train.loop import gradient_error, loop_loss
 from tests.train.world import make_model, perturbed
 
 TEMPERATURE = 2.0
@@ -20,37 +20,16 @@ TEMPERATURE = 2.0
 TOLERANCE = 5e-6
 
 
-def split_loss(student, teacher, prefix, suffix):
-    """The loss of one split point, from lists of token ids."""
-    n = len(suffix)
-    with torch.no_grad():
-        teacher_logits = teacher(torch.tensor([prefix + suffix])).logits[0, -n:-1]
-    student_logits = student(torch.tensor([suffix])).logits[0, :-1]
-    p, q = (log_softmax(logits / TEMPERATURE, dim=-1) for logits in (teacher_logits, student_logits))
-    return TEMPERATURE**2 * (p.exp() * (p - q)).sum() / (n - 1)
-
-
-def loop_loss(student, teacher, samples):
+def mean_loss(student, teacher, samples):
     """Mean over documents of the mean over split points; samples are (token ids, [(start, stop), ...])."""
-    documents = []
-    for ids, splits in samples:
-        losses = [split_loss(student, teacher, ids[:start], ids[start:stop]) for start, stop in splits]
-        documents.append(torch.stack(losses).mean())
-    return torch.stack(documents).mean()
+    examples = [[(ids[:start], [], ids[start:stop]) for start, stop in splits] for ids, splits in samples]
+    return loop_loss(student, teacher, examples, TEMPERATURE) / len(samples)
 
 
 def packed_step(student, teacher, dataset, batch, folder):
     """Loss and gradients (in `student`) of one step, by the trainer."""
     trainer = DiscTrainer(student, teacher, TrainingArguments(folder, use_cpu=True), dataset, temperature=TEMPERATURE)
     return trainer.training_step(student, batch, num_items_in_batch=batch["num_examples"])
-
-
-def gradient_error(student, expected):
-    """The largest relative error of a parameter's gradient; 1 for a gradient of zeros."""
-    return max(
-        float((got.grad - want.grad).norm() / want.grad.norm())
-        for got, want in zip(student.parameters(), expected.parameters(), strict=True)
-    )
 
 
 @pytest.fixture
@@ -63,7 +42,7 @@ def step(make_dataset, tmp_path):
         expected = copy.deepcopy(student)
         dataset = make_dataset(num_splits=3)
         samples = [(document.input_ids.tolist(), dataset.splits(i)) for i, document in enumerate(dataset.documents)]
-        loss = loop_loss(expected, teacher, samples)
+        loss = mean_loss(expected, teacher, samples)
         loss.backward()
         batch = pack([dataset[i] for i in range(len(dataset))])
         mutate(batch)
@@ -157,7 +136,7 @@ def test_the_command_line_takes_the_loops_step(architecture, tmp_path, tokenizer
         pieces = [tokenizer.encode(sentence, add_special_tokens=False) for sentence in text]
         ends = list(itertools.accumulate(map(len, pieces)))
         samples.append((list(itertools.chain(*pieces)), list(itertools.pairwise(ends))))
-    loop_loss(model, make_model(architecture), samples).backward()
+    mean_loss(model, make_model(architecture), samples).backward()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for (name, parameter), got in zip(model.named_parameters(), saved.parameters(), strict=True):
         step_taken, expected = got - parameter, -learning_rate * parameter.grad

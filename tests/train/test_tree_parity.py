@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from disc_train.data.contexts import load_records
@@ -17,6 +16,7 @@ from disc_train.models.causal_lm import use_attention
 from disc_train.objectives.methods import Settings, batch_loss
 from disc_train.packing.collator import collator, pack
 from disc_train.packing.rows import RowRule
+from tests.train.loop import gradient_error, loop_loss
 from tests.train.world import make_model, perturbed
 
 TEMPERATURE = 2.0
@@ -32,23 +32,6 @@ RULES = {
 @pytest.fixture
 def encode(tokenizer):
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
-
-
-def loop_loss(student, teacher, examples):
-    """Sum over examples of the mean over branches; a branch is (teacher's context, student's context, target)."""
-    losses = []
-    for branches in examples:
-        for teacher_context, student_context, target in branches:
-            first = 0 if teacher_context and student_context else 1
-            with torch.no_grad():
-                teacher_logits = teacher(torch.tensor([[*teacher_context, *target]])).logits[0]
-            student_logits = student(torch.tensor([[*student_context, *target]])).logits[0]
-            rows = len(target) - first
-            p, q = (
-                log_softmax(logits[-rows - 1 : -1] / TEMPERATURE, dim=-1) for logits in (teacher_logits, student_logits)
-            )
-            losses.append((p.exp() * (p - q)).sum() / rows / len(branches))
-    return TEMPERATURE**2 * torch.stack(losses).sum()
 
 
 DOCUMENT_CASES = {
@@ -148,18 +131,16 @@ def compare():
         student = perturbed(teacher)
         loop_student = copy.deepcopy(student)
         loop_student.set_attn_implementation("eager")
-        loss = loop_loss(loop_student, copy.deepcopy(teacher), expected)
+        loss = loop_loss(loop_student, copy.deepcopy(teacher), expected, TEMPERATURE)
         loss.backward()
 
         for prepared in (student, teacher):
             use_attention(prepared, "auto")
         got = batch_loss("cd", student, teacher, make_batch(student, teacher), Settings(TEMPERATURE))
         got.backward()
-        gradients = [
-            float((parameter.grad - wanted.grad).norm() / wanted.grad.norm())
-            for parameter, wanted in zip(student.parameters(), loop_student.parameters(), strict=True)
-        ]
-        return SimpleNamespace(loss=float(abs(got.detach() / loss.detach() - 1)), gradient=max(gradients))
+        return SimpleNamespace(
+            loss=float(abs(got.detach() / loss.detach() - 1)), gradient=gradient_error(student, loop_student)
+        )
 
     return run
 

@@ -25,7 +25,7 @@ from disc_train.objectives.predictions import ModelPredictions, Predictions, Sum
 from disc_train.packing.collator import collator, pack
 from disc_train.packing.rows import RowRule
 from disc_train.trainer import DiscTrainer
-from tests.train.test_parity import gradient_error
+from tests.train.loop import gradient_error
 from tests.train.world import make_model, perturbed
 
 # Measured: at most 7e-7; row_weight and, inside the models, norms are float32.

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import log_softmax
 
 from disc_train.data.dataset import ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.example import Branch, Context, Example
@@ -15,6 +14,7 @@ from disc_train.objectives.predictions import divergence, predict
 from disc_train.packing.collator import collator
 from disc_train.summary import describe_head
 from disc_train.teacher_cache.cached_teacher import read_by
+from tests.train.loop import gradient_error, loop_loss
 
 # Measured: at most 1.5e-6 and 2.5e-3, a few of the dtype's roundings: all else is float64, and a gradient is smaller
 # than the expected embeddings or hidden states, rounded, that it is a difference of.
@@ -22,25 +22,14 @@ FLOAT32 = 64 * 2**-24
 BFLOAT16 = 4 * 2**-9
 
 
-def plain_loss(teacher, student, examples, temperature):
-    """The sum of the examples' T^2 KL, in float64: a pass of each model for every target, full softmaxes."""
-    losses = []
-    for example in examples:
-        targets = []
-        for branch in example.branches:
-            sides = []
-            for model, trunk, context in (
-                (teacher, example.teacher_trunk, branch.teacher),
-                (student, example.student_trunk, branch.student),
-            ):
-                ids = np.concatenate([trunk[: context.attach], context.lead, branch.target])
-                with torch.set_grad_enabled(model is student):
-                    logits = model(torch.tensor(ids).long()[None]).logits[0, -branch.rows - 1 : -1]
-                sides.append(log_softmax(logits / temperature, dim=-1))
-            p, q = sides
-            targets.append((p.exp() * (p - q)).sum(-1).mean())
-        losses.append(torch.stack(targets).mean())
-    return temperature**2 * torch.stack(losses).sum()
+def read_alone(example):
+    """The targets of an example as `loop_loss` takes them."""
+    teacher, student = example.teacher_trunk.tolist(), example.student_trunk.tolist()
+
+    def before(trunk, context):
+        return [*trunk[: context.attach], *context.lead.tolist()]
+
+    return [(before(teacher, b.teacher), before(student, b.student), b.target.tolist()) for b in example.branches]
 
 
 def errors(made, method="disc", temperature=2.0, dataset=None, compare_all=True):
@@ -49,19 +38,15 @@ def errors(made, method="disc", temperature=2.0, dataset=None, compare_all=True)
     examples = [dataset[number] for number in range(len(dataset))]
     expected = copy.deepcopy(made.student)
     expected.set_attn_implementation("eager")
-    plain = plain_loss(made.teacher, expected, [e for e in examples if compare_all or e.replayed], temperature)
+    compared = [read_alone(example) for example in examples if compare_all or example.replayed]
+    plain = loop_loss(expected, made.teacher, compared, temperature)
     plain.backward()
     batch = collator(made.student, read_by(teacher, made.student), compare_all)(examples)
     assert batch["teacher_input_ids"] is None
     made.student.zero_grad()
     loss = batch_loss(method, made.student, teacher, batch, Settings(temperature, kl_weight=1.0))
     loss.backward()
-    gradients = [
-        float((p.grad - q.grad).norm() / q.grad.norm())
-        for p, q in zip(made.student.parameters(), expected.parameters(), strict=True)
-        if p.requires_grad
-    ]
-    return abs(float(loss.detach() / plain.detach()) - 1), max(gradients)
+    return abs(float(loss.detach() / plain.detach()) - 1), gradient_error(made.student, expected)
 
 
 @pytest.mark.parametrize(
