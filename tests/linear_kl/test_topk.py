@@ -130,6 +130,14 @@ def test_a_teacher_that_names_all_its_mass(impl, divergence, total):
     assert_accurate(case.fused(impl), case)
 
 
+def test_equal_logits_however_large(impl, tail):
+    """A uniform student: beside 1e16 the logarithm of how many entries there are is less than a rounding."""
+    hidden, weight = torch.full((2, 1), 1e16), torch.ones(40, 1)
+    ids, logprobs = torch.tensor([[3, 9], [0, 5]]), torch.full((2, 2), -math.log(40))
+    loss = fused_topk_kl(hidden, weight, ids, logprobs, tail=tail, impl=impl)
+    assert loss.abs() < 1e-6
+
+
 def test_an_impossible_entry(impl, tail):
     """One that the teacher expects and the student's bias takes out."""
     case = build(rows=2, vocab=30, tail=tail, reduction="none")

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from disc_kernels import fused_topk_kl
 
@@ -101,6 +103,12 @@ def test_bad_input(changed, error, message):
     fused_topk_kl(**good())
     with pytest.raises(error, match=re.escape(message)):
         fused_topk_kl(**good(**changed))
+
+
+def test_a_divided_dtensor_is_named_as_the_caller_knows_it(lonely_group):
+    logprobs = distribute_tensor(LOG, init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(ValueError, match=r"topk_logprobs: expected a plain tensor, or a DTensor .*got \[Shard"):
+        fused_topk_kl(**good(topk_logprobs=logprobs))
 
 
 def test_checks_know_no_implementation(impl):

@@ -53,7 +53,8 @@ def local_tensors(inputs: I, vocab_group: dist.ProcessGroup | None) -> I:
             if divided and x is not None:
                 _check_divided(name, x, dist.get_process_group_ranks(vocab_group))
         elif name in dtensors:
-            _check_replicated(name, x)
+            topk = name == "teacher_hidden" and getattr(inputs, "topk_ids", None) is not None
+            _check_replicated("topk_logprobs" if topk else name, x)
     local = {name: _local_head(name, x) if name in HEADS else _local_replica(x) for name, x in dtensors.items()}
     return replace(inputs, **local)
 

@@ -3,7 +3,8 @@
 Each rank holds a shard of both heads and all hidden states. Numbers (4 bytes, 8 for float64) that it hands to
 collectives for M rows, a chunk at a time if nothing else is said:
 
-    fused_topk_kl           K + 1 gathered, 8 bytes each: the student's logits of the top k, logsumexp of the others
+    fused_topk_kl           K + 2 gathered, 8 bytes each: the student's logits of the top k, maximum and log-sum of
+                            the others
     fused_suffix_kl         4 M gathered, each model's maximum and sum over the shard; M added up, the mean score, for
                             the gradient of reverse KL and JSD only; once M (3 M with statistics) of divergences and
                             entropies added up
@@ -90,18 +91,20 @@ class VocabGroup:
 
         Args:
             named: `[R, K]` float64, -inf where another rank has the entry.
-            tail: `[R]` float64, the logsumexp of the shard's other entries; None where it does not count.
+            tail: `[R, 2]` float64, of the shard's other entries the largest logit and the log of the sum above it;
+                None where they do not count.
 
         Returns:
             `named` and `tail` of the whole vocabulary, and `[R]`, the shard's share of the tail.
         """
-        part = named if tail is None else torch.cat([named, tail.unsqueeze(1)], 1)
+        part = named if tail is None else torch.cat([named, tail], 1)
         gathered = self._start_gathering(part)()
         named = gathered[..., : named.shape[1]].amax(0)
         if tail is None:
             return named, None, named.new_ones(())
-        whole = gathered[..., -1].logsumexp(0)
-        return named, whole, (tail - whole).exp_().masked_fill_(tail == -torch.inf, 0.0)
+        maximum, log_sum = gathered[..., -2:].unbind(-1)  # [ranks, R] each
+        top, total, log_share = merge_normalisers(maximum, log_sum.exp(), 0)
+        return named, torch.stack([top, total.log()], 1), log_share[self.group.rank()].exp()
 
     def _start_gathering(self, part: Tensor) -> Callable[[], Tensor]:
         """Start to gather; return what waits and gives every rank's `part`, [ranks, *part.shape]."""

@@ -95,7 +95,9 @@ def _normalise_tail(
     block_rows: int,
     weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take the named entries out; return the logsumexp of the others, [R], -inf where there is none.
+    """Take the named entries out; return of the others the largest logit and the log of the sum above it, [R, 2].
+
+    Both are -inf where there is none, and apart, since the sum of two numbers may not tell that there is a second one.
 
     With `weights` the student's logits become multiples of exp(u - logsumexp). Then also returned are what these are to
     be divided by, [R], 0 where there is none, and the gradient of a softcap, [R, V].
@@ -103,7 +105,7 @@ def _normalise_tail(
     model, slope = problem.student, None
     numbers = student.new_zeros(5, len(student))
     if problem.vocab_size == 0:
-        return numbers[0].double() - torch.inf, numbers[4], None
+        return numbers[:2].T.double() - torch.inf, numbers[4], None
     scale, softcap = model.transform.scale, model.transform.softcap
     if softcap is not None:  # the row functions do not keep its gradient, nor takes its -inf an entry out
         if model.bias is not None:
@@ -116,8 +118,7 @@ def _normalise_tail(
     student.scatter_add_(1, ids, taken_out.to(student.dtype))
     rows = student, model, problem.temperature, block_rows, numbers
     backend.normalise_rows(*rows, student if weights else None, entropy=False)
-    maximum, log_sum, _, _, total = numbers
-    return maximum.double() + log_sum, total, slope
+    return numbers[:2].T.double(), numbers[4], slope
 
 
 def _outcomes(
@@ -130,9 +131,13 @@ def _outcomes(
         outcomes = (x.log_softmax(-1).masked_fill_(~listed, -torch.inf) for x in (named, logits))
     else:
         # Where a student has no rest either, rounding alone should not say that the teacher has one.
-        smallest = torch.full_like(tail, smallest_tail).masked_fill(tail == -torch.inf, 0.0)
+        maximum, log_sum = tail.unbind(1)
+        smallest = torch.full_like(maximum, smallest_tail).masked_fill(maximum == -torch.inf, 0.0)
         rest = torch.maximum(1 - logits.exp().sum(-1), smallest)
         rest = torch.where(listed.sum(-1) == entries, 0.0, rest).log()
+        largest = torch.maximum(maximum, named.amax(-1))
+        largest.masked_fill_(largest == -torch.inf, 0.0)  # -inf - -inf would be NaN
+        named, tail = named.sub_(largest.unsqueeze(1)), maximum - largest + log_sum
         pairs = (named, tail), (logits, rest)
         outcomes = (torch.cat([x, y.unsqueeze(1)], 1).log_softmax(-1) for x, y in pairs)
     log_q, log_p = outcomes
