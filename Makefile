@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/ready
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench families gpu gpu-rehearsal lint docs
+.PHONY: setup demo test test-oldest test-oldest-transformers test-newest reproduction bench families gpu gpu-rehearsal lint docs dist
 
 setup: $(READY)
 
@@ -81,6 +81,13 @@ gpu-rehearsal: .venv-rehearsal/ready
 # is a docstring of parameters that are not there.
 docs: $(READY)
 	$(RUN) -m mkdocs build --strict
+
+# Wheel and source distribution, into build/dist, and whether they are whole.
+dist: $(READY)
+	rm -rf build/dist build/installed
+	$(RUN) -m build --outdir build/dist
+	$(RUN) -m pip install --quiet --no-deps --target build/installed build/dist/*.whl
+	$(RUN) tests/check_wheel.py build/dist build/installed
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,4 +1,4 @@
-"""Run the tests marked gpu, then the benchmarks, within a budget of seconds; rehearse both on a CPU.
+"""Run the tests marked gpu, a few under compute-sanitizer, then the benchmarks, within a budget; or rehearse on a CPU.
 
     python -m benchmarks.gpu                # `make gpu`
     python -m benchmarks.gpu --rehearsal    # `make gpu-rehearsal`, at tiny sizes with Triton's interpreter
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,13 +24,21 @@ import torch
 ROOT = Path(__file__).parent.parent
 SECONDS = 540  # enough for the tests, most of whose time is compilation, and the most important cases
 TESTS_SHARE = 0.6  # of the budget, at most: tests that hang must leave time to measure
+MEMCHECK_SHARE = 0.1  # of the budget, at most, for a few of the kernels' tests under compute-sanitizer
+MEMCHECKED = "test_vocabulary or test_top_k"  # vocabularies that end within a tile, and gathered entries
 LAST_CASE = 40  # seconds that are kept for the case that is being measured when time is up, and for the tables
 
 
-def run(name: str, seconds: float | None, arguments: Sequence[str | Path], environment: dict[str, str]) -> bool:
-    """Run pytest for at most so many seconds, and return whether all passed."""
+def run(
+    name: str,
+    seconds: float | None,
+    arguments: Sequence[str | Path],
+    environment: dict[str, str],
+    under: Sequence[str] = (),
+) -> bool:
+    """Run pytest, under another program if one is given, for at most so many seconds; return whether all passed."""
     start = time.monotonic()
-    command = [sys.executable, "-m", "pytest", *map(str, arguments)]
+    command = [*under, sys.executable, "-m", "pytest", *map(str, arguments)]
     try:
         done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -41,6 +50,18 @@ def run(name: str, seconds: float | None, arguments: Sequence[str | Path], envir
 
 def tests() -> list[Path]:
     return sorted(ROOT.glob("tests/*/test_gpu.py"))
+
+
+def memcheck(seconds: float) -> bool:
+    """Look for reads and writes out of bounds in a few of the kernels' tests, where there is compute-sanitizer."""
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        print("memcheck: not run, compute-sanitizer is not there", flush=True)
+        return True
+    checked = ["-m", "gpu", "-k", MEMCHECKED, ROOT / "tests/linear_kl/test_gpu.py"]
+    # Out of bounds of one tensor would otherwise be within the block that torch's allocator keeps.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return run("memcheck", seconds, checked, environment, [sanitizer, "--tool", "memcheck", "--error-exitcode", "1"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     left = None
     if not asked.rehearsal:
+        passed &= memcheck(MEMCHECK_SHARE * asked.seconds)
         left = asked.seconds - (time.monotonic() - start)
         options += ["--seconds", str(max(left - LAST_CASE, 0))]
     measured = run("benchmarks", left, ["benchmarks", "--results", results, *options], environment)

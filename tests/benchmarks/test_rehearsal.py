@@ -132,3 +132,19 @@ def test_without_a_gpu_nothing_is_skipped_in_silence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="gpu-rehearsal"):
         gpu.main([])
+
+
+def test_a_few_kernels_run_under_compute_sanitizer_where_it_is_there(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.memcheck(60)
+    assert capfd.readouterr().out == "memcheck: not run, compute-sanitizer is not there\n"
+    tool = tmp_path / "compute-sanitizer"
+    for code in (0, 1):
+        tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@"\nexit {code}\n')
+        tool.chmod(0o755)
+        assert gpu.memcheck(60) == (code == 0)
+        said = capfd.readouterr().out
+        assert said.startswith(f"1 --tool memcheck --error-exitcode 1 {sys.executable} -m pytest -m gpu -k ")
+        assert said.count("memcheck: FAILED") == code
+    tests = (ROOT / "tests/linear_kl/test_gpu.py").read_text(encoding="utf-8")
+    assert all(f"def {name}(" in tests for name in gpu.MEMCHECKED.split(" or "))
