@@ -55,11 +55,11 @@ def compare_topk_rows(
         named, tail, share = group.merge_outcomes(named, tail)
     log_q, log_p = _outcomes(named, tail, logprobs, listed, entries, SMALLEST_TAIL[problem.divergence])
     log_ratio = (log_q - log_p).masked_fill_(log_q == log_p, 0.0)  # both may be -inf
-    stats.divergence[:], score = divergence_and_score(log_q, log_p, log_ratio, problem)
+    q = log_q.exp_()
+    stats.divergence[:], score = divergence_and_score(q, log_p.exp_(), log_ratio, problem)
     if gradient is None or problem.vocab_size == 0:
         return
     if problem.divergence != "forward_kl":
-        q = log_q.exp_()
         score.sub_((q * score).sum(-1, keepdim=True)).mul_(q)
     if row_scale is not None:
         score.mul_(row_scale.unsqueeze(1))

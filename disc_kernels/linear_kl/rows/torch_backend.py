@@ -3,9 +3,10 @@
 Both files compute the same formulas. With log-probabilities lq (student) and lp (teacher) at temperature T, and m the
 mixture for "jsd", every divergence is a sum of terms a (la - lb) + (b - a). The added b - a sums to zero over the
 vocabulary, and makes rounding errors in the normalisers count squared: rows that are equal up to rounding give about
-1e-13, not 1e-7 (generalised KL divergence; Csiszar 1975). And b - a is computed as max(a, b) expm1(-|lb - la|) with the
-sign of lb - la, in Triton as (a + b) tanh((lb - la) / 2), which cancel nothing; for forward KL it is the gradient as
-well. For the others the gradient is made of a score h, of which the mean under the student is subtracted:
+1e-13, not 1e-7 (generalised KL divergence; Csiszar 1975). Where a row's distributions are close, b - a is computed as
+max(a, b) expm1(-|lb - la|) with the sign of lb - la, in Triton as (a + b) tanh((lb - la) / 2), which cancel nothing;
+for forward KL it is the gradient as well. For the others the gradient is made of a score h, of which the mean under the
+student is subtracted:
 
     divergence      value                                   d value / d (student logit / T)
     forward_kl      KL(p || q)                              q - p
@@ -24,6 +25,8 @@ vocabulary sums over its shard and the ranks add up, in three calls of `compare_
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -33,6 +36,11 @@ from disc_kernels.linear_kl.inputs import Problem, Projection, SuffixKLStats
 # fill it.
 BLOCK_ENTRIES = {"cpu": 2**17, "cuda": 2**24}
 BLOCK_TEMPORARIES = 10
+
+# A row that diverges by less, in nats, counts as close (see above). Subtracting rounded probabilities puts about 3e-8
+# nats into a row, which from here on is what rounding the divergence itself does; to cancel nothing takes 1.6 times as
+# long (docs/performance.md).
+CLOSE = 0.1
 
 # The largest softmax weight of a row: a power of two, so exact, and near the top of float16's range.
 LARGEST_WEIGHT = 2.0**15
@@ -68,6 +76,7 @@ def compare_rows(
         softcap_gradient = difference = None
         if problem.one_head:
             difference = student[rows] * (problem.student.transform.scale / problem.temperature)
+            u_t = u_t - u_t.amax(-1, keepdim=True)  # so that the sum rounds least where probabilities are largest
             u_s = u_t + difference
         else:
             u_s, softcap_gradient = scaled_logits(student[rows], problem.student, problem.temperature)
@@ -75,25 +84,29 @@ def compare_rows(
             _fill_normalisers(shard_normalisers[rows], u_s, u_t, statistics)
             continue
         if normalisers is None:
-            # With one head too: its log-probabilities sum to 1, as lp + log_ratio would not for models far apart.
-            lq, lp = torch.log_softmax(u_s, dim=-1), torch.log_softmax(u_t, dim=-1)
+            if stats is not None and statistics:
+                stats.agreement[rows] = (u_s.argmax(-1) == u_t.argmax(-1)).to(u_s.dtype)
+            max_s, max_t = u_s.amax(-1, keepdim=True), u_t.amax(-1, keepdim=True)
+            log_sum_s = log_sum_t = None
         else:
             max_s, log_sum_s, max_t, log_sum_t = normalisers[rows].T.unsqueeze(2)
-            lq, lp = (u_s - max_s).sub_(log_sum_s), (u_t - max_t).sub_(log_sum_t)
-        log_ratio = lq - lp if difference is None else difference.sub_(_log_sum_ratio(lp, difference))
-        if difference is None and _may_be_masked(problem):
-            log_ratio.masked_fill_(lq == lp, 0.0)  # both may be -inf
-        if stats is not None and statistics:
-            if normalisers is None:
-                stats.agreement[rows] = (u_s.argmax(-1) == u_t.argmax(-1)).to(lq.dtype)
-            stats.student_entropy[rows] = _entropy(lq)
-            stats.teacher_entropy[rows] = _entropy(lp)
+        q, p = u_s - max_s, u_t - max_t
         del z_t, u_s, u_t
-        divergence, score = divergence_and_score(lq, lp, log_ratio, problem)
+        log_ratio = q - p if difference is None else difference
+        log_sum_s, log_sum_t = _exponentiate(q, log_sum_s), _exponentiate(p, log_sum_t)
+        if difference is None:
+            log_ratio.sub_(log_sum_s - log_sum_t)
+            if _may_be_masked(problem):
+                log_ratio.masked_fill_((q == 0) & (p == 0), 0.0)  # both logits may be -inf
+        else:
+            log_ratio.sub_(_log_sum_ratio(p, difference, (max_s - max_t) + (log_sum_s - log_sum_t)))
+        if stats is not None and statistics:
+            stats.student_entropy[rows] = torch.special.entr(q).sum(-1)
+            stats.teacher_entropy[rows] = torch.special.entr(p).sum(-1)
+        divergence, score = divergence_and_score(q, p, log_ratio, problem)
         if stats is not None:
             stats.divergence[rows] = divergence
         if problem.divergence != "forward_kl" and (gradient is not None or mean_score is not None):
-            q = lq.exp_()
             mean = mean_score[rows] if stats is None and mean_score is not None else (q * score).sum(-1)
             if gradient is not None:
                 score.sub_(mean.unsqueeze(1)).mul_(q)
@@ -112,7 +125,8 @@ def multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
     `x` may be overwritten, and may be what is returned.
     """
-    return x.mul_(factor).to(dtype)
+    known_to_be_one = not factor.is_cuda and factor == 1  # a GPU would have to be waited for
+    return (x if known_to_be_one else x.mul_(factor)).to(dtype)
 
 
 def _fill_normalisers(out: Tensor, u_s: Tensor, u_t: Tensor, statistics: bool) -> None:
@@ -183,11 +197,25 @@ def scaled_logits(z: Tensor, projection: Projection, temperature: float) -> tupl
     return t * (softcap / temperature), t.square_().neg_().add_(1)
 
 
-def _log_sum_ratio(lp: Tensor, difference: Tensor) -> Tensor:
-    """Return log(sum exp u_s / sum exp u_t), [R, 1], from the teacher's log-probabilities and u_s - u_t."""
-    small = (lp.exp() * torch.expm1(difference)).sum(-1, keepdim=True)
+def _exponentiate(u: Tensor, log_sum: Tensor | None) -> Tensor:
+    """Turn rows of logits / T less their maximum into probabilities, in place; return the log of the sum, [R, 1].
+
+    `log_sum` is that of the whole vocabulary, of which `u` is a shard; None: `u` is the whole.
+    """
+    u.exp_()
+    total = u.sum(-1, keepdim=True) if log_sum is None else log_sum.exp()
+    u.div_(total)
+    return total.log_() if log_sum is None else log_sum
+
+
+def _log_sum_ratio(p: Tensor, difference: Tensor, subtracted: Tensor) -> Tensor:
+    """Return log(sum exp u_s / sum exp u_t), [R, 1], from p and u_s - u_t, or as it was `subtracted`.
+
+    Where the sums are close it comes from what lies between them, which cancels nothing.
+    """
+    small = torch.expm1(difference).mul_(p).sum(-1, keepdim=True)
     # Far from 0 it may have overflowed, and log1p would no longer gain anything.
-    return torch.where(small.abs() < 0.5, torch.log1p(small), torch.logsumexp(lp + difference, -1, keepdim=True))
+    return torch.where(small.abs() < 0.5, torch.log1p(small), subtracted)
 
 
 def _may_be_masked(problem: Problem) -> bool:
@@ -195,41 +223,41 @@ def _may_be_masked(problem: Problem) -> bool:
     return problem.student.bias is not None or problem.teacher.bias is not None or problem.teacher.is_given
 
 
-def divergence_and_score(lq: Tensor, lp: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Return divergences [R], or the shard's share of them, and scores [R, V]; overwrite `log_ratio`, lq - lp.
+def divergence_and_score(q: Tensor, p: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return divergences [R], or the shard's share of them, and scores [R, V]; overwrite `log_ratio`, log(q / p).
 
     The score is the gradient itself for forward KL.
     """
     masked = _may_be_masked(problem)
+    kl = partial(_generalised_kl, masked=masked, one_head=problem.one_head)
     if problem.divergence == "forward_kl":
-        return _generalised_kl(lp, lq, log_ratio, masked)
+        return kl(p, q, log_ratio)
     if problem.divergence == "reverse_kl":
-        value, _ = _generalised_kl(lq, lp, -log_ratio, masked)
+        value, _ = kl(q, p, -log_ratio)
         h = log_ratio
     else:
         beta = problem.beta
-        # lm - max(lp, lq): what is exponentiated is never positive, and nothing cancels where p and q are close.
+        # log(m / max(p, q)): what is exponentiated is never positive, and nothing cancels where p and q are close.
         smaller = torch.full_like(log_ratio, 1 - beta).masked_fill_(log_ratio > 0, beta)  # weight of the smaller one
         common = smaller.mul_(torch.expm1(log_ratio.abs().neg_())).log1p_()
-        lm = torch.maximum(lp, lq) + common
-        value = beta * _generalised_kl(lp, lm, common + log_ratio.clamp(min=0), masked)[0]
-        h = common.neg_().add_(log_ratio.clamp_(max=0))  # lq - lm
-        value += (1 - beta) * _generalised_kl(lq, lm, -h, masked)[0]
+        m = torch.lerp(q, p, beta)
+        value = beta * kl(p, m, common + log_ratio.clamp(min=0))[0]
+        h = common.neg_().add_(log_ratio.clamp_(max=0))  # log(q / m)
+        value += (1 - beta) * kl(q, m, -h)[0]
         h.mul_(1 - beta)
     if masked:
-        h.masked_fill_(lq == -torch.inf, 0.0)
+        h.masked_fill_(q == 0, 0.0)
     return value, h
 
 
-def _generalised_kl(la: Tensor, lb: Tensor, log_ratio: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Return sum a (la - lb) + (b - a), [R], and b - a, [R, V]; overwrite `log_ratio`, which is lb - la."""
-    difference = torch.maximum(la, lb).exp_().mul_(torch.expm1(log_ratio.abs().neg_())).copysign_(log_ratio)
-    a = la.exp()
+def _generalised_kl(a: Tensor, b: Tensor, log_ratio: Tensor, masked: bool, one_head: bool) -> tuple[Tensor, Tensor]:
+    """Return sum a log(a / b) + (b - a), [R], and b - a, [R, V]; `log_ratio` is log(b / a)."""
+    weighted = a * log_ratio
     if masked:
-        log_ratio.masked_fill_(a == 0, 0.0)  # 0 log 0 = 0
-    value = torch.addcmul(difference, a, log_ratio, value=-1).sum(-1)
-    return value.clamp_min_(0), difference
-
-
-def _entropy(lp: Tensor) -> Tensor:
-    return -(lp.exp() * lp.clamp_min(torch.finfo(lp.dtype).min)).sum(-1)
+        weighted.masked_fill_(a == 0, 0.0)  # 0 log 0 = 0
+    # With one head `log_ratio` is more accurate than probabilities are. On a GPU the host would have to wait.
+    if one_head or a.is_cuda or bool((weighted.sum(-1) > -CLOSE).any()):
+        difference = torch.maximum(a, b).mul_(torch.expm1(log_ratio.abs().neg_())).copysign_(log_ratio)
+    else:
+        difference = b - a
+    return torch.sub(difference, weighted, out=weighted).sum(-1).clamp_min_(0), difference
