@@ -45,7 +45,7 @@ _FIELDS = {field.name: str(field.type) for field in fields(SuffixKLInputs)}
 _TENSORS = sum(kind.startswith("Tensor") for kind in _FIELDS.values())  # the first of the fields
 _INPUTS = ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in _FIELDS.items())
 _RESULTS = ("loss", *SuffixKLStats._fields)
-_SUMS = ("hidden_sum", "weight_sum", "bias_sum", "mantissa", "power")
+_SUMS = ("hidden_sum", "weight_sum", "bias_sum", "power", "head_factor")
 _OUTPUTS = ", ".join(f"Tensor {name}" for name in (*_RESULTS, *_SUMS))
 _SCHEMA = f"({_INPUTS}, bool[{len(Wanted._fields)}] wanted) -> ({_OUTPUTS})"
 
@@ -88,7 +88,7 @@ def operator(*values: Any) -> tuple[Tensor, ...]:
     result, sums = forward_with_gradients(problem, plan, wanted)
     hidden = inputs.student_hidden
     hidden_sum = None if sums.hidden is None else sums.hidden.view(hidden.shape).to(hidden.dtype)
-    return _outputs(inputs, *result, (hidden_sum, sums.weight, sums.bias, sums.mantissa, sums.power))
+    return _outputs(inputs, *result, (hidden_sum, sums.weight, sums.bias, sums.power, sums.head_factor))
 
 
 @operator.register_fake
@@ -149,11 +149,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         inputs, upstream = replace(inputs, reduction="sum", row_weight=upstream.detach()), upstream.new_ones(())
     if any(x and not y for x, y in zip(asked, known, strict=True)):
         sums = operator(*flatten(replace(inputs, return_stats=False)), asked)[len(_RESULTS) :]
-    hidden_sum, weight_sum, bias_sum, mantissa, power = sums
-    factor = power * upstream
-    hidden = _multiply(hidden_sum, factor, inputs.student_hidden) if asked.hidden else None
-    weight = _multiply(weight_sum, factor * mantissa, inputs.student_weight) if asked.weight else None
-    bias = _multiply(bias_sum, factor * mantissa, inputs.student_bias) if asked.bias else None
+    hidden_sum, weight_sum, bias_sum, power, head_factor = sums
+    hidden = _multiply(hidden_sum, power * upstream, inputs.student_hidden) if asked.hidden else None
+    weight = _multiply(weight_sum, head_factor * upstream, inputs.student_weight) if asked.weight else None
+    bias = _multiply(bias_sum, head_factor * upstream, inputs.student_bias) if asked.bias else None
     return hidden, weight, bias, *nothing
 
 

@@ -28,9 +28,9 @@ class GradientSums:
     The scale is the largest row weight (`largest_weight`, 0-dim) times the factor that `rows/torch_backend.py` leaves
     out. It is split into mantissa and power of two. The mantissa is applied to the hidden gradient while it is
     float32, the power, exact in any dtype, in the backward: a 16-bit gradient is rounded once, and a float16 one does
-    not underflow before the upstream gradient (a loss scaler's) has been multiplied in. The weight's gradient, which is
-    far larger and summed in 4 bytes, is not multiplied where its products take operands of 4 bytes too: the hidden
-    states are, before them.
+    not underflow before the upstream gradient (a loss scaler's) has been multiplied in. The head's gradients, which are
+    far larger and summed in 4 bytes, are not multiplied by the scale where products take operands of 4 bytes too: the
+    hidden states are, before them. `head_factor` is what is still missing.
     """
 
     def __init__(self, problem: Problem, plan: Plan, wanted: Wanted, largest_weight: Tensor):
@@ -38,7 +38,9 @@ class GradientSums:
         scale = largest_weight * (student.transform.scale / problem.temperature)
         self.mantissa, _ = torch.frexp(scale)
         self.power = torch.where(scale == 0, 1, scale / self.mantissa)  # exact
-        self.hidden_scale = scale if student.product_dtype == wide else None
+        self.row_scale, self.head_factor = None, scale
+        if student.product_dtype == wide:
+            self.row_scale, self.head_factor = scale, torch.ones_like(scale)
         self.pending_sum = PendingSum(plan.group)
         weight, hidden, bias = student.weight, student.hidden, student.bias
         # Nothing here keeps the inputs alive until the backward.
@@ -71,11 +73,12 @@ class GradientSums:
             self.pending_sum.start(rows, then=partial(self._take_hidden_rows, self.hidden, rows, start, index))
         if self.weight is not None:
             hidden = to_product_dtype(take_rows(student, start, stop), student)
-            if self.hidden_scale is not None:
-                hidden = hidden * self.hidden_scale
+            if self.row_scale is not None:
+                hidden = hidden * self.row_scale
             multiply_into(self.weight[: student.vocab_size], gradient.T, hidden, accumulate=start > 0)
         if self.bias is not None:
-            self.bias[: student.vocab_size] += gradient.sum(0, dtype=self.bias.dtype)
+            total = gradient.sum(0, dtype=self.bias.dtype)
+            self.bias[: student.vocab_size] += total if self.row_scale is None else total.mul_(self.row_scale)
 
     def finish_groups(self) -> None:
         """Complete all sums, after the last group."""
@@ -103,10 +106,9 @@ class GradientSums:
             for rows in self.hidden.split(self.chunk_rows):
                 rows.copy_(rows.to(factor.dtype).mul_(factor))
             hidden = self.hidden.view(self.hidden_shape).to(self.hidden_dtype)
-        factor = factor * self.mantissa
+        factor = self.head_factor * upstream
         if self.weight is not None:
-            missing = factor if self.hidden_scale is None else upstream
-            weight = self.multiplied(self.weight, missing, self.weight_dtype)
+            weight = self.multiplied(self.weight, factor, self.weight_dtype)
         if self.bias is not None:
             bias = self.bias.mul_(factor).to(self.bias_dtype)
         return hidden, weight, bias
