@@ -20,7 +20,7 @@ from tests.robustness.damage import damages
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny" / "model"
 TEXTS = ['The first, with a "quote".', "Zwei Zeilen:\nmehr.", "नमस्ते 😀", "", "x" * 300]
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def whole(suffix: str, folder: Path) -> bytes:
@@ -149,7 +149,7 @@ def test_records_of_any_type(tokenizer, tmp_path):
     path = tmp_path / "records.jsonl"
     names = [*FIELDS.required, *FIELDS.optional, *(name for form in FIELDS.forms for name in form)]
 
-    @settings(QUICK, max_examples=100)
+    @QUICK
     @given(record=st.dictionaries(st.sampled_from(names), ANYTHING, min_size=2), system=st.sampled_from([None, "s"]))
     def is_read_or_named(record, system):
         path.write_text(json.dumps(record))
@@ -169,7 +169,7 @@ def test_probes_of_any_type(tokenizer, tmp_path):
     fields = {"question": ANYTHING, "prompt": ANYTHING, "choices": choices, "answer": answer, "context": ANYTHING}
     fields |= {"document": ANYTHING, "group": ANYTHING, "id": ANYTHING}
 
-    @settings(QUICK, max_examples=100)
+    @QUICK
     @given(record=st.fixed_dictionaries({}, optional=fields))
     @example(record={"prompt": "a", "choices": ["b", "c"], "answer": "b"})
     def is_read_or_named(record):
