@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 
 from disc_train.config import DiscArguments, parse_arguments
+from disc_train.evaluation.probes import list_groups
 from disc_train.flags import flag_names, read_config
 from disc_train.loop_config import LoopArguments
 from disc_train.parallel.launch import processes_started
@@ -65,7 +66,7 @@ def parse_sweep(argv: Sequence[str]) -> Callable[[], None] | None:
         for values, each, arguments in zip(combinations, flags, parsed, strict=True)
     ]
     settings = {"config": {key: value for key, value in config.items() if key not in lists}, "flags": given}
-    return partial(run_sweep, runs, Path(str(loop.output_dir)), settings)
+    return partial(run_sweep, runs, Path(str(loop.output_dir)), settings, list_groups(disc.probes_file or ()))
 
 
 def _folders(
@@ -88,8 +89,11 @@ def _kind_of_cache(disc: DiscArguments) -> str:
     return f"temperature={disc.temperature:g}{'_lora' * bool(disc.lora_rank)}" if frozen else "hidden_states"
 
 
-def run_sweep(runs: Sequence[Planned], folder: Path, settings: dict[str, Any]) -> None:
+def run_sweep(runs: Sequence[Planned], folder: Path, settings: dict[str, Any], groups: Sequence[str]) -> None:
     """Take what is left of the runs, and write sweep.json, sweep.md and sweep.png into the folder after each.
+
+    Args:
+        groups: of the probes, what is to be learned first.
 
     Raises:
         ValueError: the folder holds another sweep; or a run has failed, and the others were taken.
@@ -103,7 +107,7 @@ def run_sweep(runs: Sequence[Planned], folder: Path, settings: dict[str, Any]) -
         if "failed" in rows.get(planned.name, {"failed": None}):
             log = folder / f"{planned.name}.log"
             code = _run_process(planned.argv, log)
-            rows[planned.name] = {"values": planned.values, **_outcome(code, log, folder / planned.name)}
+            rows[planned.name] = {"values": planned.values, **_outcome(code, log, folder / planned.name, groups)}
             _write(file, json.dumps({"settings": settings, "runs": rows}, indent=2))
             picture = draw(rows, file.with_suffix(".png"))
             _write(file.with_suffix(".md"), _table(rows, picture))
@@ -153,8 +157,8 @@ def _run_process(argv: Sequence[str], log: Path) -> int:
             signal.signal(signal.SIGTERM, before)
 
 
-def _outcome(code: int, log: Path, folder: Path) -> dict[str, Any]:
-    """Read what came of a run: what it logged first and last of each number."""
+def _outcome(code: int, log: Path, folder: Path, groups: Sequence[str]) -> dict[str, Any]:
+    """Read what came of a run: what it logged first and last of each number, groups of probes in their order."""
     if code != 0:
         lines = log.read_text(encoding="utf-8").splitlines()
         errors = [line for line in lines if "error:" in line] or lines
@@ -165,6 +169,8 @@ def _outcome(code: int, log: Path, folder: Path) -> dict[str, Any]:
         for name in dict.fromkeys(name for entry in history for name in entry)
         if name in ("loss", "eval_loss", "eval_cross_entropy", "eval_kl") or name.startswith(PROBES)
     ]
+    asked = [f"{PROBES}{group}_{measure}" for group in groups for measure in ("accuracy", "logprob")]
+    names = [name for name in asked if name in names] + [name for name in names if name not in asked]
     logged = {name: [entry[name] for entry in history if name in entry] for name in names}
     return {
         "first": {name: values[0] for name, values in logged.items()},

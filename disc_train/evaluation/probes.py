@@ -126,6 +126,12 @@ def read_questions(
     return questions
 
 
+def list_groups(paths: Sequence[str]) -> list[str]:
+    """List the groups of the probes of some files, in the order in which they come."""
+    names = ((name, record) for path in paths for name, record in read_records(path, None, FIELDS))
+    return list(dict.fromkeys(_group(name, record) for name, record in names))
+
+
 def read_documents(path: str) -> dict[str, str]:
     """Read the texts of a file of documents by their `id`.
 
@@ -151,11 +157,15 @@ def _question(
     context = _context(name, record, documents)
     return Question(
         id=_label(name, record, "id", f"{stem}:{line}"),
-        group=_label(name, record, "group", stem),
+        group=_group(name, record),
         text=prompt if isinstance(prompt, str) else prompt[-1]["content"],
         closed_book=_probe(name, tokenizer, prompt, choices, answer, ""),
         in_context=_probe(name, tokenizer, prompt, choices, answer, f"{context}\n\n") if context else None,
     )
+
+
+def _group(name: str, record: dict[str, Any]) -> str:
+    return _label(name, record, "group", Path(name.rpartition(":")[0]).stem)
 
 
 def _probe(

@@ -47,7 +47,7 @@ def test_a_sweep_over_one_cache(config, in_this_process, tmp_path, capsys):
     choices = [" Merin", " Aral"]
     probes = [
         write_jsonl(tmp_path / f"{name}.jsonl", {"question": "Where?", "choices": choices, "answer": 0})
-        for name in ("new", "old")
+        for name in ("new", "known")  # what is to be learned comes first, whatever the letters
     ]
     lists = {"learning_rate": ["1e-2", 1e-12], "temperature": [1.0, 2.0]}
     cache = {"teacher": "cache", "teacher_cache": str(tmp_path / "cache"), "freeze_head": True}
@@ -68,7 +68,7 @@ def test_a_sweep_over_one_cache(config, in_this_process, tmp_path, capsys):
     assert abs(uptake) < 1e-6 and abs(retention) < 1e-6
     assert sweep.trade_off({"first": {}, "last": {}}) is None
     table = (folder / "sweep.md").read_text().splitlines()
-    assert table[2].startswith("| learning_rate | temperature | new accuracy | new logprob | old accuracy |")
+    assert table[2].startswith("| learning_rate | temperature | new accuracy | new logprob | known accuracy |")
     assert table[4].startswith("| 1e-2 | 1.0 | ") and table[4].endswith(" | finished |")
     assert (folder / "sweep.png").is_file()
 
