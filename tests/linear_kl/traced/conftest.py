@@ -3,9 +3,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _nothing_compiled_before(monkeypatch):
+def _nothing_compiled_before(monkeypatch, tmp_path):
     """Leave alone what is cached on disk too: another version of the operator may have had another backward."""
-    monkeypatch.setattr(torch.compiler.config, "force_disable_caches", True)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.compiler.reset()
 
 
