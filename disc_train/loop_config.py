@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, get_scheduler
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -85,6 +85,10 @@ class LoopArguments(TrainingArguments):
             *(self, "train_sampling_strategy", self.train_sampling_strategy in ("random", "sequential")),
             "random or sequential (documents of any lengths are packed with hardly any padding)",
         )
+        # These two flags take texts or a switch, and a YAML file's true and false arrive as words.
+        self.fsdp = cast(Any, {"true": True, "false": None}.get(str(self.fsdp).lower(), self.fsdp))
+        if str(self.resume_from_checkpoint).lower() == "false":
+            self.resume_from_checkpoint = None
         self._check_numbers()
         self._check_uses()
         self._check_json()
@@ -165,15 +169,15 @@ class LoopArguments(TrainingArguments):
                     raise ValueError(f"--{name}: expected fields of AcceleratorConfig, got: {error}") from error
 
     def _check_scheduler(self) -> None:
-        """Raise ValueError for arguments that the schedule of the learning rate does not have."""
+        """Raise ValueError for arguments that the schedule of the learning rate does not have, or lacks."""
         optimizer = torch.optim.SGD([torch.zeros(1)], self.learning_rate)
         kind, options = self.lr_scheduler_type, cast(dict[str, Any] | None, self.lr_scheduler_kwargs)  # no JSON by now
         try:
-            if options:
-                get_scheduler(kind, optimizer, 0, 1, scheduler_specific_kwargs=options)
-        except TypeError as error:
+            get_scheduler(kind, optimizer, 0, 1, scheduler_specific_kwargs=options)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            name = SchedulerType(kind).value
             raise ValueError(
-                f"--lr_scheduler_kwargs: expected arguments of the {kind} schedule, got: {error}"
+                f"--lr_scheduler_kwargs: expected arguments of the {name} schedule, got: {error}"
             ) from error
 
     def _check_evaluation(self) -> None:

@@ -66,6 +66,16 @@ def test_yaml_values_are_read_as_flags_are(write_yaml):
     assert loop.save_strategy == "no"
 
 
+def test_yaml_switches_of_flags_that_are_texts(write_yaml):
+    """`fsdp` and `resume_from_checkpoint` also take texts, so that true and false arrive as words."""
+    _, loop = parse_arguments([write_yaml("fsdp: true\nfsdp_config: {version: 2}\nresume_from_checkpoint: true\n")])
+    assert (loop.fsdp, loop.fsdp_config["version"], loop.resume_from_checkpoint) == (True, 2, "true")
+    _, loop = parse_arguments([write_yaml("fsdp: false\nresume_from_checkpoint: false\n")])
+    assert not loop.fsdp and loop.resume_from_checkpoint is None
+    with pytest.raises(ValueError, match="--fsdp_config needs --fsdp, got it without"):
+        parse_arguments([write_yaml("fsdp: false\nfsdp_config: {version: 2}\n")])
+
+
 def test_flags_win_over_the_file(write_yaml):
     disc, loop = parse_arguments(
         [write_yaml("num_splits: 2\nseed: 7\n"), "--num_splits", "3", "--learning-rate", "1e-4"]
@@ -150,7 +160,16 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--optim_args", "eps=1"], "--optim_args is not for --optim adamw_torch"),
         (["--optim_target_modules", "attn"], "--optim_target_modules is for --optim galore and apollo, got it with"),
         (["--dataloader_persistent_workers", "--dataloader_num_workers=0"], "--dataloader_persistent_workers needs"),
-        (["--lr_scheduler_kwargs", '{"a": 1}'], "--lr_scheduler_kwargs: expected arguments of .* 'a'"),
+        (["--lr_scheduler_kwargs", '{"a": 1}'], "--lr_scheduler_kwargs: expected arguments of the linear .* 'a'"),
+        (
+            ["--lr_scheduler_type", "warmup_stable_decay"],
+            "--lr_scheduler_kwargs: expected arguments of the warmup_stable_decay schedule, .* 'num_decay_steps'",
+        ),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "--lr_scheduler_kwargs: expected arguments of .* min_lr_rate"),
+        (
+            ["--learning_rate", "0", "--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1}'],
+            "--lr_scheduler_kwargs: expected arguments of .* division by zero",
+        ),
         (["--hub_model_id", "a/b"], "--hub_model_id needs --push_to_hub, got it without"),
         (
             [*EVALUATION, "--save_strategy", "best"],
