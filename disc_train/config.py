@@ -235,6 +235,7 @@ class DiscArguments:
         """Raise ValueError for a flag that was given and would change nothing."""
         given = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
         replays_by_kl = "replay_file" in given and self.replay_objective == "kl"
+        self._check_ema(given, replays_by_kl)
         for name in given:
             methods, needed = METHODS_OF_FLAG.get(name, (self.method,)), FLAG_NEEDED_BY.get(name)
             if self.method not in methods and not (replays_by_kl and name in FLAGS_OF_REPLAY_BY_KL):
@@ -252,7 +253,6 @@ class DiscArguments:
             raise ValueError("--teacher cache needs --teacher_cache DIR, got it without")
         if self.teacher != "cache" and self.teacher_cache is not None:
             raise ValueError(f"--teacher_cache DIR needs --teacher cache, got it with --teacher {self.teacher}")
-        self._check_ema(given, replays_by_kl)
         if self.teacher == "adapter" and "lora_rank" not in given:
             raise ValueError("--teacher adapter is the model without its adapters, so it needs --lora_rank")
         if self.teacher in ("adapter", "ema") and "teacher_name_or_path" in given:
@@ -270,9 +270,12 @@ class DiscArguments:
             return
         if len(numbers) == 2:
             raise ValueError("expected one of --teacher_ema_decay and --teacher_sync_steps, got both")
-        if self.method not in AT_TEMPERATURE or replays_by_kl:
-            what = "--replay_objective kl" if replays_by_kl else f"--method {self.method}"
-            raise ValueError(f"--teacher ema is for --method disc, cd; {what} needs the initial model: leave it out")
+        if self.method not in AT_TEMPERATURE:
+            raise ValueError(
+                f"--teacher ema is for --method disc, cd; got it with --method {self.method}: leave it out"
+            )
+        if replays_by_kl:
+            raise ValueError("--teacher ema: --replay_objective kl needs the initial model; leave one of them out")
         check_flag(self, "teacher_ema_decay", 0 <= self.teacher_ema_decay < 1, "a number from 0 to 1, less than 1")
         check_flag(self, "teacher_sync_steps", self.teacher_sync_steps >= 0, "0 (an average) or more")
 

@@ -170,4 +170,4 @@ def _nearest(name: str, known: set[str]) -> str:
     plain = name.lstrip("-").split("=")[0].replace("-", "_")
     other = OTHER_NAMES.get(plain)
     matches = [other] if other in known else difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    return f"; did you mean {'--' if name.startswith('--') else ''}{matches[0]}?" if matches else ""

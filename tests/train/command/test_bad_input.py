@@ -104,6 +104,7 @@ def test_a_hub_that_is_out_of_reach(fails, monkeypatch):
 def test_wrong_usage_is_code_2(disc_train, capsys):
     assert disc_train("--tempature", 1) == 2
     assert (
-        capsys.readouterr().err.strip() == "disc-train: error: unknown argument --tempature; did you mean temperature?"
+        capsys.readouterr().err.strip()
+        == "disc-train: error: unknown argument --tempature; did you mean --temperature?"
     )
     assert disc_train("--method", "sft") == 2

@@ -85,7 +85,7 @@ def test_an_empty_evaluation(fails, tmp_path, facts):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--probes", "x"), "unknown argument --probes; did you mean probes_file?"),
+        (("--probes", "x"), "unknown argument --probes; did you mean --probes_file?"),
         (("--compare", "a", "b"), "--compare: expected finished runs alone"),
         (("--texts_file", "x", "--batch_size", "0"), "--batch_size: expected at least 1, got 0"),
         (("--tasks", "x", "--reference_name_or_path", "m"), "expected --texts_file with it"),
