@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ if INTERPRETED and importlib.util.find_spec("triton"):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _environment():
+    """Take back what a test adds to the environment: accelerate, told of one rank, sets RANK for all tests after it."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -26,9 +25,6 @@ SIZE = {
 def modules(monkeypatch):
     """The example's modules, importable as its own scripts import them."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "real_model"))
-    yield
-    for name in ("gemma", "prepare", "run", "page", "figures"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

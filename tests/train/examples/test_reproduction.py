@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,7 @@ def reproduction(monkeypatch):
     """Its modules importable as its own scripts import them."""
     for folder in (EXAMPLES / "tiny", FOLDER):
         monkeypatch.syspath_prepend(str(folder))
-    yield FOLDER
-    for path in (*FOLDER.glob("*.py"), *(EXAMPLES / "tiny").glob("*.py")):
-        sys.modules.pop(path.stem, None)
+    return FOLDER
 
 
 @pytest.fixture

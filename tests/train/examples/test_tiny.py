@@ -18,9 +18,7 @@ TINY = Path(__file__).parents[3] / "examples" / "tiny"
 def tiny(monkeypatch):
     """The folder of the example, with its modules importable as its own scripts import them."""
     monkeypatch.syspath_prepend(str(TINY))
-    yield TINY
-    for name in ("demo", "probes", "world", "pretrain"):
-        sys.modules.pop(name, None)
+    return TINY
 
 
 @pytest.fixture
