@@ -93,6 +93,9 @@ def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
         texts = [sentence(text) for text in records[0]["augmented_probes"][:TEXTS_A_DOCUMENT]]
         files["documents"].append({"id": entity, "text": " ".join([definition, *texts])})
         files["records"] += [{"teacher_context": definition + "\n", "target": text} for text in texts]
+    definitions = list(dict.fromkeys(record["teacher_context"] for record in files["records"]))
+    following = dict(zip(definitions, definitions[1:] + definitions[:1], strict=True))
+    files["mismatched"] = [r | {"teacher_context": following[r["teacher_context"]]} for r in files["records"]]
     for number, records in enumerate(inferences.values()):
         for i, record in enumerate(records):
             labels = record["probe_sentences"]["template_0"]["labels"]

@@ -35,26 +35,29 @@ WITH_TEACHER = ("disc", "cd", "ft_kl")
 
 def cells(grid: Record, size: str) -> Iterator[Record]:
     """Yield what identifies each run, the middle of the rates first: most is known early."""
-    rates = grid["sizes"][size]["learning_rates"]
-    for seed in grid["sizes"][size]["seeds"]:
-        for rate in sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2)):
+    seeds, rates = grid["sizes"][size]["seeds"], grid["sizes"][size]["learning_rates"]
+    middle_first = sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2))
+    for seed in seeds:
+        for rate in middle_first:
             for name in grid["methods"]:
                 yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
+    for name in grid["controls"] if grid["sizes"][size].get("controls") else ():
+        yield {"name": name, "size": size, "learning_rate": float(middle_first[0]), "seed": seeds[0]}
 
 
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
-    settings = grid["common"] | grid["methods"][cell["name"]]
+    control = cell["name"] in grid["controls"]
+    settings = grid["common"] | grid["controls" if control else "methods"][cell["name"]]
     method = settings["method"]
-    size = grid["sizes"][cell["size"]]
-    settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"], "num_train_epochs": size["epochs"]}
-    settings["model_name_or_path"] = model
-    settings["train_file"] = data / ("records.jsonl" if method == "cd" else "documents.jsonl")
+    texts = settings.get("train_file", "records" if method == "cd" else "documents")
+    settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
+    settings |= {"model_name_or_path": model, "train_file": data / f"{texts}.jsonl"}
     if method not in ("disc", "cd"):
         settings.pop("signal_examples")
-    if method in WITH_TEACHER and size["cache"]:
-        # A summary is of one temperature.
-        folder = f"{method}-{settings.get('temperature', 1.0)}"
+    if method in WITH_TEACHER and grid["sizes"][cell["size"]]["cache"]:
+        # A summary is of one temperature, and a control may change what the teacher reads.
+        folder = cell["name"] if control else f"{method}-{settings.get('temperature', 1.0)}"
         settings |= {"teacher": "cache", "teacher_cache": data / "cache" / cell["size"] / folder}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
 
