@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parent))
@@ -17,6 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from run import INITIAL, read
 
 Record = dict[str, Any]
+TOLERANCE = 0.2  # nats a token of KL on other text, up to which the area under the frontier is taken
+RESAMPLES = 2000
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
 UPTAKE = ("Entity Inferences", "ECBD")
 # Name -> what its values are multiplied by where they are shown.
@@ -60,17 +63,60 @@ def difference(found: Items, base: Items) -> tuple[float, float]:
     return change, math.sqrt(squares * len(pairs) / max(len(pairs) - 1, 1)) / whole
 
 
+def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
+    """Return the area under the frontier of one method's runs: of all entities first, then of entities drawn anew.
+
+    Uptake is by how many nats a token the right label of Entity Inferences became likelier, what is lost is the KL on
+    Python's documentation. The frontier goes in straight lines from the initial model (0, 0) through the runs by KL,
+    and never falls; its mean over a KL of 0 to TOLERANCE is the area. Beyond the last run it is flat.
+    """
+    runs = sorted(runs, key=lambda row: mean(items(row, "Python's documentation, KL")))
+    lost = [0.0, *(mean(items(row, "Python's documentation, KL")) for row in runs)]
+    base = items(initial, "Entity Inferences, NLL")
+    after = [items(row, "Entity Inferences, NLL") for row in runs]
+    gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after])
+    weights = np.array([weight for _, weight in base.values()])
+    draws = np.random.default_rng(0).multinomial(len(base), np.full(len(base), 1 / len(base)), RESAMPLES)
+    draws = np.vstack([np.ones(len(base)), draws])
+    uptake = np.column_stack([np.zeros(len(draws)), draws @ gained.T / (draws @ weights)[:, None]])
+    best = np.maximum.accumulate(uptake, axis=1)
+    # The corners of the frontier are its runs, so the trapezoids between them are exact.
+    places = np.unique([0.0, *(each for each in lost if each < TOLERANCE), TOLERANCE])
+    return np.array([np.trapezoid(np.interp(places, lost, each), places) for each in best]) / TOLERANCE
+
+
+def frontiers(initial: Record, runs: Sequence[Record]) -> str:
+    """Write the area of each method of several rates, the mean over its seeds, and its paired difference to DiSC's."""
+    found = {}
+    for name in dict.fromkeys(row["name"] for row in runs):
+        of_name = [row for row in runs if row["name"] == name]
+        if len(rates := dict.fromkeys(f"{row['learning_rate']:g}" for row in of_name)) > 1:
+            seeds = dict.fromkeys(row["seed"] for row in of_name)
+            each = [areas(initial, [row for row in of_name if row["seed"] == seed]) for seed in seeds]
+            found[name] = np.mean(each, axis=0), ", ".join(sorted(rates, key=float)), len(seeds)
+    lines = []
+    for name, (values, rates, seeds) in sorted(found.items(), key=lambda pair: -pair[1][0][0]):
+        less = values - found["DiSC"][0] if "DiSC" in found and name != "DiSC" else None
+        difference_to = "" if less is None else with_error(less[0], less[1:].std())
+        area = f"{values[0]:.3f} ± {values[1:].std():.3f}"
+        lines.append([name, area, difference_to, rates, str(seeds)])
+    return table(["method", "area", "less DiSC's", "rates", "seeds"], lines)
+
+
 def shown(value: float, scale: float, sign: str = "") -> str:
     return f"{scale * value:{sign}.1f}" if scale > 1 else f"{value:{sign}.3f}"
 
 
 def compared(row: Record, base: Record, measure: str) -> str:
-    """Return the paired difference, in bold where it is larger than two standard errors."""
+    """Return the paired difference of two runs, or nothing where they share no items."""
     found, other = items(row, measure), items(base, measure)
     if not found.keys() & other.keys():
         return ""
-    change, error = difference(found, other)
-    scale = MEASURES[measure]
+    return with_error(*difference(found, other), MEASURES[measure])
+
+
+def with_error(change: float, error: float, scale: float = 1.0) -> str:
+    """Return a difference and its standard error, in bold where it is larger than two of them."""
     text = f"{shown(change, scale, '+')} ± {shown(error, scale)}"
     return f"**{text}**" if abs(change) > 2 * error else text
 
@@ -107,7 +153,13 @@ def section(rows: Sequence[Record], size: str) -> str:
     for row in runs:
         values = [shown(mean(items(row, measure)), MEASURES[measure]) for measure in measures]
         lines.append([title(row), *values, f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
-    parts = [f"## {size}", table(["", *measures, "s, training + measuring"], lines)]
+    parts = [f"## {size}"]
+    if len({row["learning_rate"] for row in runs}) > 1:
+        parts += [
+            f"Area under the frontier of Entity Inferences' NLL against KL, up to {TOLERANCE} nats a token of KL:",
+            frontiers(initial, runs),
+        ]
+    parts.append(table(["", *measures, "s, training + measuring"], lines))
     parts += [
         "From the initial model, paired:",
         table(

@@ -14,7 +14,6 @@ SIZE = {
     "ecbd": 2,
     "texts": 2,
     "items": 2,
-    "epochs": 1,
     "cache": True,
     "learning_rates": [1e-4],
     "seeds": [0],
@@ -149,3 +148,21 @@ def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
     assert "| DiSC, 0.0001 | +0.0 ± 0.0 | -0.200 ± 0.100 | +0.000 ± 0.000 |" in text
     assert "Broke down: TALR, 0.0001." in text and text.endswith("## Why\n\nBecause.\n")
     assert (tmp_path / "quick.png").stat().st_size > 1000
+
+
+def test_the_area_is_the_mean_of_the_frontier_and_never_falls(modules):
+    """By hand: KL 0.1 and 0.4, uptake 1 and 2; at 0.2 it is 4/3, so (0.5 * 0.1 + 7/6 * 0.1) / 0.2; then a run worse."""
+    from page import areas, frontiers
+
+    def row(name, kl, nll, rate=1e-5):
+        probes = {"Entity Inferences": {"0 0": [nll, 0], "1 0": [nll, 1]}}
+        return {"name": name, "learning_rate": rate, "seed": 0, "probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
+
+    initial = row("initial model", 0.0, 3.0)
+    runs = [row("DiSC", 0.4, 1.0, 2e-5), row("DiSC", 0.1, 2.0)]
+    assert areas(initial, runs) == pytest.approx([(0.05 + 7 / 60) / 0.2] * 2001)
+    worse = [row("finetuning", 0.1, 2.0), row("finetuning", 0.15, 2.5, 2e-5)]
+    assert areas(initial, worse)[0] == pytest.approx((0.05 + 0.1) / 0.2)
+    text = frontiers(initial, [*runs, *worse, row("a control of one rate", 0.1, 0.0)])
+    assert "| DiSC | 0.833 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text
+    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** |" in text and "control" not in text
