@@ -21,6 +21,8 @@ class Cell:
     lora_rank: int = 0  # 0: every weight is trained
     texts: str = "documents"  # or "own": what the initial model itself wrote about each document
     said: int = 3  # how often a document says each of its facts, every time in other words
+    wrong: bool = False  # one of these statements, drawn at random for every fact, gives it another value
+    joined: int = 1  # how many documents, of an entity each, are made one
     prefix: str = "own"  # or "other": the teacher reads the beginning of another document
     bos: bool = False  # both models read the end-of-text token before anything else
     split_strategy: str = "sentence_boundary"
@@ -28,11 +30,21 @@ class Cell:
     temperature: float = 2.0
     kl_weight: float = 0.1
     ce_weight: float = 0.0
+    top_k: int = 0  # the KL over the teacher's likeliest tokens alone, as top_k.py has it; 0: over all
+    tail: str = "cut"
+    kl_clip: float | None = None
+    teacher_ema_decay: float | None = None  # None: the teacher stays as it is
+    teacher_sync_steps: int = 1
+    freeze_head: bool = False
+    replay: float = 0.0  # share of examples that are documents about old entities, held to the teacher's by KL
+    interpolate: float = 1.0  # afterwards the weights are initial + interpolate * (trained - initial)
     updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher
 
     def __post_init__(self) -> None:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
             raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
+        if self.top_k and (self.method != "disc" or self.ce_weight or self.kl_clip):
+            raise ValueError(f"top_k is for DiSC as it is, got {self}")
 
     def __str__(self) -> str:
         """The settings that are not the default."""

@@ -67,7 +67,7 @@ def areas(row: Row, results: Results, form: str = "asked") -> dict[int, float]:
     result = {}
     for seed in dict.fromkeys(cell.seed for cell in row.cells):
         cells = [cell for cell in row.cells if cell.seed == seed]
-        initial = results[Initial(seed, cells[0].documents, cells[0].said)]
+        initial = results[Initial.of(cells[0])]
         points = [(run["points lost"], run[form]) for run in finished(cells, results)]
         result[seed] = area_under_frontier(points, 100 * initial["closed_book"][form]["accuracy"])
     return result

@@ -1,5 +1,6 @@
 """What is measured of a model: uptake, what it kept, and how far it moved."""
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -14,8 +15,14 @@ SKILLS = ("add", "repeat", "reverse", "count", "capitals")
 GROUPS = ("old facts", *SKILLS, "reading")
 
 
-def uptake(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: dict[str, list[Probe]]) -> Record:
-    """By form: how often the fact is the likeliest of its 8 choices, and its mean negative log-likelihood a token."""
+def uptake(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: dict[str, list[Probe]], wrong: Sequence[int] = ()
+) -> Record:
+    """By form: how often the fact is the likeliest of its 8 choices, and its mean negative log-likelihood a token.
+
+    Args:
+        wrong: the choice that each probe's document gives as well; how often that is the likeliest is "wrong".
+    """
     result: Record = {}
     for form in FORMS:
         scores = choice_scores(model, tokenizer, probes[form])
@@ -24,6 +31,8 @@ def uptake(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: d
             "accuracy": fmean(max(s) == score for s, score in zip(scores, own, strict=True)),
             "nll": -fmean(own),
         }
+        if wrong:
+            result[form]["wrong"] = fmean(max(s) == s[choice] for s, choice in zip(scores, wrong, strict=True))
     return result
 
 

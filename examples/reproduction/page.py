@@ -84,7 +84,7 @@ def _bracketing(grid: Grid, results: Results) -> str:
 
 def _initial_table(grid: Grid, results: Results) -> str:
     cells = [cell for row in grid.methods for cell in row.cells]
-    tasks = dict.fromkeys(Initial(cell.seed, cell.documents, cell.said) for cell in cells)
+    tasks = dict.fromkeys(Initial.of(cell) for cell in cells)
     initial = [results[task] for task in tasks]
     lines = [
         [name, *(_spread([100 * each[key][form]["accuracy"] for each in initial]) for form in FORMS)]

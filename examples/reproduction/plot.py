@@ -49,7 +49,7 @@ def _curve(axes: Axes, row: Row, results: Results, color: str, marker: str, devi
 
 
 def _initial(axes: Axes, grid: Grid, results: Results) -> None:
-    tasks = {Initial(cell.seed, cell.documents, cell.said) for row in grid.methods for cell in row.cells}
+    tasks = {Initial.of(cell) for row in grid.methods for cell in row.cells}
     initial = [results[task] for task in sorted(tasks)]
     kept = fmean(shares_kept(each["kept"])["kept"] for each in initial)
     closed, ceiling = (

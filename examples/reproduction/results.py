@@ -14,6 +14,13 @@ class Initial(NamedTuple):
     seed: int
     documents: int
     said: int
+    wrong: bool = False
+    joined: int = 1
+
+    @classmethod
+    def of(cls, cell: Cell) -> "Initial":
+        """The initial model on the documents of a run."""
+        return cls(*(getattr(cell, name) for name in cls._fields))
 
 
 class Results:

@@ -1,14 +1,16 @@
 """What a run trains on: its documents, or what the initial model wrote about them, as the method's examples."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import world
 from cells import Cell
 from transformers import PreTrainedTokenizerBase
 
 from disc_train.data.chat import encode
-from disc_train.data.dataset import DocumentDataset, ExampleDataset, whole_documents
+from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
 from disc_train.data.documents import Document
 from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.data.splits import tokenize_document
@@ -40,7 +42,20 @@ def training_set(
         num_splits=cell.num_splits,
         seed=cell.seed,
     )
-    return OtherPrefixes(dataset) if cell.prefix == "other" else dataset
+    if cell.prefix == "other":
+        return OtherPrefixes(dataset)
+    if cell.replay:
+        return ReplayDataset(dataset, _old_documents(tokenizer), cell.replay, cell.seed, by_kl=True)
+    return dataset
+
+
+def _old_documents(tokenizer: PreTrainedTokenizerBase) -> ExampleDataset:
+    """A document about every entity that the initial model knows by heart, as pretraining had them."""
+    rng = random.Random("replay")
+    documents = [
+        Document(entity.name, world.document_text(entity, rng, repeats=3)) for entity in world.known_entities()[0]
+    ]
+    return whole_documents([tokenize_document(document, tokenizer, "document", None) for document in documents])
 
 
 def _continuations(document: Document, sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -3,12 +3,14 @@
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import top_k
 import torch
 from cells import Cell
-from corpus import Corpus, new_corpus, one_a_document
+from corpus import Corpus, join, new_corpus, one_a_document, one_of_each
 from measures import Record, Retention, uptake
 from own_words import own_sentences, share_true
 from pretrain import pretraining_names
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from disc_train.data.example import Example
 from disc_train.evaluation import kl_to_reference
 from disc_train.models.adapters import add_lora
+from disc_train.models.frozen_head import freeze_head
 from disc_train.objectives.methods import WITH_TEACHER
 from disc_train.packing.collator import PackedBatch
 from disc_train.trainer import DiscTrainer
@@ -38,11 +41,11 @@ class Laboratory:
         self.met |= {entity.name for entity in unread.entities}
         self.retention = Retention(self.model, self.tokenizer, unread)
 
-    def corpora(self, seed: int, documents: int, said: int) -> list[Corpus]:
+    def corpora(self, seed: int, documents: int, said: int, wrong: bool = False) -> list[Corpus]:
         """The documents of a first update, and those of a second."""
-        first = new_corpus(f"{seed}", documents, said, self.met)
+        first = new_corpus(f"{seed}", documents, said, self.met, wrong)
         names = {entity.name for entity in first.entities}
-        return [first, new_corpus(f"{seed}, second", documents, said, self.met | names)]
+        return [first, new_corpus(f"{seed}, second", documents, said, self.met | names, wrong)]
 
     @lru_cache(maxsize=2)  # noqa: B019  a process has one laboratory
     def own_words(self, seed: int, documents: int, said: int) -> list[list[str]]:
@@ -54,34 +57,29 @@ class Laboratory:
             for document, entity in zip(corpus.documents, corpus.entities, strict=True)
         ]
 
-    def initial(self, seed: int, documents: int, said: int) -> Record:
+    def initial(self, seed: int, documents: int, said: int, wrong: bool, joined: int) -> Record:
         """The initial model on a seed's probes, without their documents and with them, as a teacher reads them."""
-        corpus = self.corpora(seed, documents, said)[0]
-        in_context = {form: one_a_document(corpus, form) for form in corpus.probes}
+        corpus = self.corpora(seed, documents, said, wrong)[0]
+        in_context = {form: one_a_document(corpus, form, joined) for form in corpus.probes}
         own = zip(self.own_words(seed, documents, said), corpus.entities, strict=True)
         return {
-            "closed_book": uptake(self.model, self.tokenizer, corpus.probes),
-            "in_context": uptake(self.model, self.tokenizer, in_context),
+            "closed_book": uptake(self.model, self.tokenizer, corpus.probes, corpus.wrong),
+            "in_context": uptake(self.model, self.tokenizer, in_context, one_of_each(corpus, corpus.wrong)),
             "kept": self.retention.measure(self.model),
             "own_sentences_true": share_true([(sentence, entity) for text, entity in own for sentence in text]),
         }
 
     def run(self, cell: Cell) -> Record:
         """Train and measure. A training that breaks down, with a loss that is not finite, is a result as well."""
-        corpora = self.corpora(cell.seed, cell.documents, cell.said)[: cell.updates]
-        student = copy.deepcopy(self.model)
-        compute: dict[str, float] = {}
+        corpora = self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]
         try:
-            for corpus in corpora:
-                teacher = copy.deepcopy(student)
-                for name, value in self._train(student, teacher, corpus, cell).items():
-                    compute[name] = compute.get(name, 0) + value
+            trained, compute = self._trained(replace(cell, interpolate=1.0))
         except FloatingPointError as error:
             return {"failed": str(error)}
-        student.eval()
+        student = interpolated(self.model, trained, cell.interpolate)
         texts = [document.text for document in corpora[-1].documents]
         result = {
-            "uptake": uptake(student, self.tokenizer, corpora[-1].probes),
+            "uptake": uptake(student, self.tokenizer, corpora[-1].probes, corpora[-1].wrong),
             "kept": self.retention.measure(student),
             "kl": {
                 "new documents": kl_to_reference(student, self.model, self.tokenizer, texts),
@@ -93,6 +91,17 @@ class Laboratory:
             result["uptake of the first"] = uptake(student, self.tokenizer, corpora[0].probes)
         return result
 
+    @lru_cache(maxsize=16)  # noqa: B019  one training, several interpolations
+    def _trained(self, cell: Cell) -> tuple[PreTrainedModel, dict[str, float]]:
+        """The student after all its updates, and what they cost."""
+        student = copy.deepcopy(self.model)
+        compute: dict[str, float] = {}
+        for corpus in self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]:
+            teacher = copy.deepcopy(student)
+            for name, value in self._train(student, teacher, corpus, cell).items():
+                compute[name] = compute.get(name, 0) + value
+        return student.eval(), compute
+
     def _train(
         self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell
     ) -> dict[str, float]:
@@ -103,21 +112,38 @@ class Laboratory:
         torch.manual_seed(cell.seed)
         if cell.lora_rank:
             add_lora(student, cell.lora_rank, 2 * cell.lora_rank, LORA_DROPOUT)
+        if cell.freeze_head:
+            freeze_head(student)
         trainer = DiscTrainer(
             student,
             teacher if cell.method in WITH_TEACHER and not cell.lora_rank else None,
             _arguments(cell, on_cpu=student.device.type == "cpu"),
-            training_set(cell, self.tokenizer, corpus.documents, own),
+            training_set(cell, self.tokenizer, join(corpus.documents, cell.joined), own),
             method=cell.method,
             temperature=cell.temperature,
             ce_weight=cell.ce_weight,
             kl_weight=cell.kl_weight,
+            kl_clip=cell.kl_clip,
+            teacher_ema_decay=cell.teacher_ema_decay,
+            teacher_sync_steps=cell.teacher_sync_steps,
         )
         trainer.remove_callback(PrinterCallback)
         tokens = _count_tokens(trainer)
         start = time.perf_counter()
-        trainer.train()
+        with top_k.distilling(cell.top_k, cell.tail):
+            trainer.train()
         return {"steps": trainer.state.global_step, **tokens, "seconds": round(time.perf_counter() - start, 2)}
+
+
+@torch.no_grad()
+def interpolated(initial: PreTrainedModel, trained: PreTrainedModel, share: float) -> PreTrainedModel:
+    """A model whose weights are initial + share * (trained - initial), as WiSE-FT has it (arXiv 2109.01903)."""
+    if share == 1:
+        return trained
+    model = copy.deepcopy(initial)
+    for weight, moved in zip(model.parameters(), trained.parameters(), strict=True):
+        weight.lerp_(moved, share)
+    return model
 
 
 def _arguments(cell: Cell, on_cpu: bool) -> TrainingArguments:

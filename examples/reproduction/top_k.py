@@ -1,0 +1,56 @@
+"""The KL over the teacher's K likeliest tokens in the place of all: as a loss of the runs, and how wrong its gradient is.
+
+    python examples/reproduction/top_k.py      # the gradients; writes results/top_k/gradients.md
+
+The runs are those of top_k.yaml.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from disc_kernels import fused_topk_kl
+from disc_kernels.hf.head import logits_of
+from disc_train.objectives import methods
+from disc_train.objectives.methods import Settings, distill
+from disc_train.objectives.predictions import Predictions
+
+
+def distill_top_k(k: int, tail: str, predictions: Predictions, settings: Settings) -> Tensor:
+    """T^2 KL(teacher || student) where of the teacher only the K likeliest tokens are known.
+
+    Args:
+        tail: what becomes of the rest. "bucket": one more outcome, for both models (TRL's `add_tail`). "renormalise":
+            left out of both. "cut": left out of the teacher alone, whose K probabilities are made to sum to 1, as in
+            Tinker's top-k cross-entropy; at K = 1 that is cross-entropy on the teacher's likeliest token.
+    """
+    student, teacher = predictions.student, predictions.teacher
+    with torch.no_grad():
+        logits = logits_of(teacher.head, teacher.hidden.flatten(0, -2)[teacher.index])
+        logprobs, ids = (logits / settings.temperature).log_softmax(-1).topk(k)
+    loss = fused_topk_kl(
+        student.hidden,
+        student.head,
+        ids,
+        logprobs.log_softmax(-1) if tail == "cut" else logprobs,
+        tail="renormalise" if tail == "renormalise" else "bucket",
+        student_index=torch.from_numpy(student.index),
+        row_weight=predictions.weight,
+        temperature=settings.temperature,
+        reduction="sum",
+    )
+    return settings.temperature**2 * loss
+
+
+@contextmanager
+def distilling(k: int, tail: str) -> Iterator[None]:
+    """Train `disc` by the KL over the teacher's K likeliest tokens meanwhile; 0: over all, as ever."""
+    if k:
+        methods.OBJECTIVES["disc"] = partial(distill_top_k, k, tail)
+    try:
+        yield
+    finally:
+        methods.OBJECTIVES["disc"] = distill
