@@ -106,7 +106,7 @@ def one_a_document(corpus: Corpus, form: str, joined: int = 1) -> list[Probe]:
 
 
 def one_of_each(corpus: Corpus, values: Sequence[T]) -> list[T]:
-    """Of values that belong to the facts, one for every entity: of its first fact, of the next one's second, and so on."""
+    """Of one value a fact, one an entity: of the first entity its first, of the second its second, and so on."""
     count = corpus.facts_a_document
     return [values[start + start // count % count] for start in range(0, len(values), count)]
 

@@ -1,6 +1,7 @@
 """Figures of results: one run's, flat and by name; the frontier between what was learned and what was lost."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +29,7 @@ def figures(run: dict[str, Any]) -> dict[str, float]:
         result[f"points of {category}"] = 100 * fmean(losses)
     result["points lost"] = fmean(result[f"points of {category}"] for category in CATEGORIES)
     result |= {f"KL {text}": value for text, value in run["kl"].items()} | run["compute"]
+    result |= {f"{form}, false": 100 * uptake[form]["wrong"] for form in FORMS if "wrong" in uptake[form]}
     if "uptake of the first" in run:
         result["asked, first documents"] = 100 * run["uptake of the first"]["asked"]["accuracy"]
     return result
@@ -70,6 +72,23 @@ def areas(row: Row, results: Results, form: str = "asked") -> dict[int, float]:
         initial = results[Initial.of(cells[0])]
         points = [(run["points lost"], run[form]) for run in finished(cells, results)]
         result[seed] = area_under_frontier(points, 100 * initial["closed_book"][form]["accuracy"])
+    return result
+
+
+def kl_at(row: Row, results: Results, level: float) -> list[float]:
+    """The KL on other text where a method's new facts, asked, first reach `level` percent: one of every seed that does.
+
+    The runs of a seed in order of rate, after the initial model, are joined by straight lines.
+    """
+    result = []
+    for seed in dict.fromkeys(cell.seed for cell in row.cells):
+        cells = sorted((cell for cell in row.cells if cell.seed == seed), key=lambda cell: cell.learning_rate)
+        initial = results[Initial.of(cells[0])]["closed_book"]["asked"]["accuracy"]
+        points = [(100 * initial, 0.0)] + [(run["asked"], run["KL other text"]) for run in finished(cells, results)]
+        for (uptake, kl), (next_uptake, next_kl) in pairwise(points):
+            if next_uptake >= level:
+                result.append(kl + (level - uptake) / (next_uptake - uptake) * (next_kl - kl))
+                break
     return result
 
 

@@ -16,7 +16,10 @@ GROUPS = ("old facts", *SKILLS, "reading")
 
 
 def uptake(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: dict[str, list[Probe]], wrong: Sequence[int] = ()
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: dict[str, list[Probe]],
+    wrong: Sequence[int] = (),
 ) -> Record:
     """By form: how often the fact is the likeliest of its 8 choices, and its mean negative log-likelihood a token.
 

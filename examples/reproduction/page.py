@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 
 from cells import Cell, Control, Grid, Row
 from corpus import FORMS
-from figures import ALLOWED, CATEGORIES, TOLERANCE, areas, at_rate, best_rate, bracketed, finished, rates
+from figures import ALLOWED, CATEGORIES, TOLERANCE, areas, at_rate, best_rate, bracketed, finished, kl_at, rates
 from measures import GROUPS, SKILLS
 from results import Initial, Results
 
@@ -17,6 +17,13 @@ FRONTIER = (
     f" to {TOLERANCE:.0f}; points lost are the mean of old facts, skills and reading. Rate: the learning rate with the"
     f" most new facts, asked, of those that lose at most {ALLOWED:.0f} points in each of the three; the columns after"
     " it are at that rate."
+)
+
+LEVELS = (40, 60)
+PAIRED = (
+    "The method's area less the column's, paired by seed: mean ± standard error, in bold where the mean is more than"
+    " twice that. KL: from the initial model to the updated one, on other text, where that share of new facts is first"
+    " right when asked (between rates along a straight line); in brackets, of how many seeds, where not all reach it."
 )
 
 
@@ -46,12 +53,15 @@ def page(grid: Grid, results: Results, discussion: str = "") -> str:
         "## Each method's frontier",
         _frontier_table(grid, results),
         f"{FRONTIER} {_bracketing(grid, results)}",
+        "## Paired differences, and KL at equal uptake",
+        _paired_table(grid, results),
+        PAIRED,
         "## At that learning rate",
         _table_at_best(grid, results, [f"NLL {form}" for form in FORMS] + list(KL) + list(COST)),
         "Of the items, counted one by one, lost in each group and gained in all:",
         _table_at_best(grid, results, [*(f"{group} lost" for group in GROUPS), "gained"]),
         "## Every learning rate",
-        _table(
+        table(
             ["method", "rate", *FORMS, *CATEGORIES, *SKILLS, *KL],
             [line for row in grid.methods for line in _by_rate(row, results, [*FORMS, *CATEGORIES, *SKILLS, *KL])],
         ),
@@ -71,7 +81,7 @@ def compared(grid: Grid, results: Results, others: Results) -> str:
     lines = []
     for row in grid.methods:
         ours, theirs = (list(areas(row, each).values()) for each in (results, others))
-        lines.append(f"{row.name:22}{_spread(ours):>14}   {_spread(theirs)}")
+        lines.append(f"{row.name:22}{spread(ours):>14}   {spread(theirs)}")
     return "\n".join([f"{'area':22}{'here':>14}   {others.path}", *lines])
 
 
@@ -87,13 +97,13 @@ def _initial_table(grid: Grid, results: Results) -> str:
     tasks = dict.fromkeys(Initial.of(cell) for cell in cells)
     initial = [results[task] for task in tasks]
     lines = [
-        [name, *(_spread([100 * each[key][form]["accuracy"] for each in initial]) for form in FORMS)]
+        [name, *(spread([100 * each[key][form]["accuracy"] for each in initial]) for form in FORMS)]
         for name, key in (("new facts, closed book", "closed_book"), ("new facts, document in context", "in_context"))
     ]
     kept = ", ".join(f"{group} {100 * initial[0]['kept'][group]['accuracy']:.1f}" for group in GROUPS)
-    true = _spread([100 * each["own_sentences_true"] for each in initial])
+    true = spread([100 * each["own_sentences_true"] for each in initial])
     return (
-        _table(["", *FORMS], lines)
+        table(["", *FORMS], lines)
         + f"\n\nAnswered exactly: {kept}. Of what it writes about the documents itself (for rephrase and CD-base),"
         f" {true} % are true statements of their facts."
     )
@@ -105,17 +115,40 @@ def _frontier_table(grid: Grid, results: Results) -> str:
     lines = []
     for row in grid.methods:
         area = areas(row, results)
-        less = "" if row is grid.methods[0] else _spread([area[seed] - base[seed] for seed in area], "+.1f")
+        less = "" if row is grid.methods[0] else spread([area[seed] - base[seed] for seed in area], "+.1f")
         reworded = list(areas(row, results, "reworded").values())
-        line = [row.name, _spread(list(area.values())), less, _spread(reworded), *_at_best(row, results, columns)]
+        line = [row.name, spread(list(area.values())), less, spread(reworded), *_at_best(row, results, columns)]
         lines.append(line)
     header = ["method", "area", f"less {grid.methods[0].name}'s", "area, reworded", "rate"]
-    return _table([*header, *columns], lines)
+    return table([*header, *columns], lines)
+
+
+def _paired_table(grid: Grid, results: Results) -> str:
+    of_row = {row.name: areas(row, results) for row in grid.methods}
+    lines = []
+    for row in grid.methods:
+        area, line = of_row[row.name], [row.name]
+        for name, other in of_row.items():
+            line.append("" if name == row.name else _difference([area[seed] - other[seed] for seed in area]))
+        for level in LEVELS:
+            values = kl_at(row, results, level)
+            line.append(spread(values, ".3f") + (f" ({len(values)})" if 0 < len(values) < len(area) else ""))
+        lines.append(line)
+    return table(["method", *(f"less {name}" for name in of_row), *(f"KL at {level} %" for level in LEVELS)], lines)
+
+
+def _difference(values: Sequence[float]) -> str:
+    """Mean and standard error, in bold where the protocol calls it a difference."""
+    if len(values) < 2:
+        return format(values[0], "+.1f")
+    mean, error = fmean(values), stdev(values) / len(values) ** 0.5
+    text = f"{mean:+.1f} ± {error:.1f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
 
 
 def _table_at_best(grid: Grid, results: Results, columns: Sequence[str]) -> str:
     lines = [[row.name, *_at_best(row, results, columns)] for row in grid.methods]
-    return _table(["method", "rate", *columns], lines)
+    return table(["method", "rate", *columns], lines)
 
 
 def _at_best(row: Row, results: Results, columns: Sequence[str]) -> list[str]:
@@ -135,7 +168,7 @@ def _line(cells: Sequence[Cell], results: Results, columns: Sequence[str]) -> li
         return [f"{cells[0].learning_rate:g}", "broke down", *[""] * (len(columns) - 1)]
     broken = f" ({len(cells) - len(runs)} broke down)" if len(runs) < len(cells) else ""
     values = [[run[column] for run in runs if column in run] for column in columns]
-    formatted = [_spread(value, _format(column)) for value, column in zip(values, columns, strict=True)]
+    formatted = [spread(value, _format(column)) for value, column in zip(values, columns, strict=True)]
     return [f"{cells[0].learning_rate:g}{broken}", *formatted]
 
 
@@ -143,8 +176,10 @@ def _control(control: Control, results: Results) -> str:
     columns = [*FORMS, *CATEGORIES, *KL]
     if any(cell.updates == 2 for row in control.rows for cell in row.cells):
         columns.insert(len(FORMS), "asked, first documents")
+    if any(cell.wrong for row in control.rows for cell in row.cells):
+        columns[len(FORMS) : len(FORMS)] = [f"{form}, false" for form in FORMS]
     lines = [line for row in (control.base, *control.rows) for line in _by_rate(row, results, columns)]
-    return f"### {control.name}\n\n" + _table(["", "rate", *columns], lines)
+    return f"### {control.name}\n\n" + table(["", "rate", *columns], lines)
 
 
 def _format(column: str) -> str:
@@ -153,13 +188,13 @@ def _format(column: str) -> str:
     return ",.0f" if column in ("steps", "student tokens", "teacher tokens") else ".1f"
 
 
-def _spread(values: Sequence[float], form: str = ".1f") -> str:
+def spread(values: Sequence[float], form: str = ".1f") -> str:
     if not values:
         return ""
     deviation = format(stdev(values), form.removeprefix("+")) if len(values) > 1 else ""
     return format(fmean(values), form) + (f" ± {deviation}" if deviation else "")
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rule = ["---", *["--:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))

@@ -1,9 +1,4 @@
-"""The KL over the teacher's K likeliest tokens in the place of all: as a loss of the runs, and how wrong its gradient is.
-
-    python examples/reproduction/top_k.py      # the gradients; writes results/top_k/gradients.md
-
-The runs are those of top_k.yaml.
-"""
+"""The KL over the teacher's K likeliest tokens in the place of all, as a loss of the runs of top_k.yaml."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +12,8 @@ from disc_kernels.hf.head import logits_of
 from disc_train.objectives import methods
 from disc_train.objectives.methods import Settings, distill
 from disc_train.objectives.predictions import Predictions
+
+TAILS = ("bucket", "renormalise", "cut")
 
 
 def distill_top_k(k: int, tail: str, predictions: Predictions, settings: Settings) -> Tensor:

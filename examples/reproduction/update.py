@@ -106,6 +106,14 @@ class Laboratory:
         self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell
     ) -> dict[str, float]:
         """Train the student in place; returns what it cost."""
+        trainer = self.trainer(student, teacher, corpus, cell)
+        tokens = _count_tokens(trainer)
+        start = time.perf_counter()
+        with top_k.distilling(cell.top_k, cell.tail):
+            trainer.train()
+        return {"steps": trainer.state.global_step, **tokens, "seconds": round(time.perf_counter() - start, 2)}
+
+    def trainer(self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell) -> DiscTrainer:
         own: list[list[str]] = []
         if cell.method == "cd" or cell.texts == "own":
             own = self.own_words(cell.seed, cell.documents, cell.said)
@@ -128,11 +136,7 @@ class Laboratory:
             teacher_sync_steps=cell.teacher_sync_steps,
         )
         trainer.remove_callback(PrinterCallback)
-        tokens = _count_tokens(trainer)
-        start = time.perf_counter()
-        with top_k.distilling(cell.top_k, cell.tail):
-            trainer.train()
-        return {"steps": trainer.state.global_step, **tokens, "seconds": round(time.perf_counter() - start, 2)}
+        return trainer
 
 
 @torch.no_grad()

@@ -124,6 +124,59 @@ def test_probes_say_what_their_form_promises(reproduction):
             assert probe.choices[probe.answer].removesuffix("<|endoftext|>").strip() in entity.facts.values()
 
 
+def test_documents_that_contradict_themselves(reproduction):
+    from corpus import join, new_corpus, one_of_each
+
+    true, wrong = (new_corpus("7", 6, 3, set(), wrong) for wrong in (False, True))
+    assert true.entities == wrong.entities and true.probes == wrong.probes and not true.wrong
+    count = wrong.facts_a_document
+    for number, (document, entity) in enumerate(zip(wrong.documents, wrong.entities, strict=True)):
+        for fact, value in enumerate(entity.facts.values(), start=number * count):
+            false = wrong.probes["asked"][fact].choices[wrong.wrong[fact]].removesuffix("<|endoftext|>").strip()
+            assert false != value
+            assert [len(re.findall(rf"\b{each}\b", document.text)) for each in (value, false)] == [2, 1]
+    assert one_of_each(wrong, range(24)) == [0, 5, 10, 15, 16, 21]
+    assert [each.text for each in join(true.documents, 4)] == [
+        " ".join(each.text for each in true.documents[:4]),
+        " ".join(each.text for each in true.documents[4:]),
+    ]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "cut"])
+def test_the_top_k_of_a_whole_vocabulary_is_disc(reproduction, small_grid, tail):
+    """With K the whole vocabulary every tail is DiSC, with K = 1 none is; afterwards DiSC is as it was."""
+    import torch
+    from cells import Cell
+    from corpus import new_corpus
+    from gradients import batches, gradient
+    from top_k import distilling
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from update import Laboratory
+
+    laboratory = Laboratory.__new__(Laboratory)
+    laboratory.tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "model")
+    student, teacher = (AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "model") for _ in range(2))
+    trainer = laboratory.trainer(student, teacher, new_corpus("7", 2, 2, set()), Cell(7, 1e-4, 2, 1, 2))
+    batch = next(batches(trainer, 2))
+    full, every, one = (gradient(trainer, batch, k, tail) for k in (0, student.config.vocab_size, 1))
+    torch.testing.assert_close(every, full, rtol=1e-3, atol=1e-5)
+    assert (one - full).norm() > 0.1 * full.norm()
+    with distilling(1, tail):
+        pass
+    assert torch.equal(gradient(trainer, batch, 0, tail), full)
+
+
+def test_part_of_an_update(reproduction):
+    import torch
+    from update import interpolated
+
+    initial, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    before = initial.weight.clone()
+    half = interpolated(initial, trained, 0.5)
+    torch.testing.assert_close(half.weight, (initial.weight + trained.weight) / 2)
+    assert torch.equal(initial.weight, before) and interpolated(initial, trained, 1.0) is trained
+
+
 def test_new_names_were_never_met(reproduction):
     """The names in pretraining's text are known without training: those of a few items of it are among them."""
     from corpus import new_corpus
@@ -167,6 +220,19 @@ def test_the_area_under_a_frontier(reproduction):
     points = [(5.0, 60.0), (2.0, 40.0), (4.0, 30.0), (30.0, 100.0)]
     assert area_under_frontier(points, start=12.0) == pytest.approx((2 * 12 + 3 * 40 + 5 * 60) / 10)
     assert area_under_frontier([(-2.0, 50.0)], start=12.0) == 50.0  # what gains old items loses nothing
+
+
+def test_the_kl_where_an_uptake_is_first_reached(reproduction, made_up, tmp_path):
+    from cells import Cell, Row
+    from figures import kl_at
+    from results import Initial, Results
+
+    results, row = Results(tmp_path / "runs.jsonl"), Row("DiSC", tuple(Cell(0, rate, 4, 2, 2) for rate in (2e-3, 1e-3)))
+    results.add(Initial(0, 4, 3), _initial(made_up(0.1, 0)))
+    for cell, uptake, kl in zip(row.cells, (0.5, 0.3), (0.9, 0.1), strict=True):
+        results.add(cell, made_up(uptake, 0) | {"kl": {"new documents": 0.0, "other text": kl}})
+    # 10 % at 0, 30 % at 0.1, 50 % at 0.9
+    assert [kl_at(row, results, level) for level in (20, 40, 60)] == [[pytest.approx(0.05)], [pytest.approx(0.5)], []]
 
 
 def test_results_go_on_after_an_interruption(reproduction, tmp_path, made_up):
