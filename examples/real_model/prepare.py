@@ -151,16 +151,20 @@ def tasks(sdist: Path, items: int) -> list[Record]:
     return made
 
 
-def python_texts(count: int) -> list[Record]:
-    """Return the beginnings of topics of Python's documentation, evenly spaced by name."""
+def python_texts(count: int) -> dict[str, list[Record]]:
+    """Return the beginnings of topics of Python's documentation, evenly spaced by name, and of others for replay."""
     names = sorted(name for name, text in topics.items() if len(text) > TEXT_CHARACTERS)
-    return [{"id": name, "text": topics[name][:TEXT_CHARACTERS]} for name in names[:: len(names) // count][:count]]
+    step = len(names) // count
+    return {
+        file: [{"id": name, "text": topics[name][:TEXT_CHARACTERS]} for name in names[first::step][:count]]
+        for first, file in enumerate(("python", "replay"))
+    }
 
 
 def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
-    """Write documents, records, uptake, ceiling, kept, tasks and python (.jsonl) into a folder."""
+    """Write documents, records, probes, tasks and texts (.jsonl) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = knowledge(data, size) | {"python": python_texts(size["texts"])}
+    files = knowledge(data, size) | python_texts(size["texts"])
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
     for name, records in files.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +23,10 @@ from typing import Any
 import torch
 import transformers
 import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "reproduction"))
+
+import top_k
 
 from disc_train import cli
 from disc_train.config import parse_arguments
@@ -41,25 +46,32 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
         for rate in middle_first:
             for name in grid["methods"]:
                 yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
-    for name in grid["controls"] if grid["sizes"][size].get("controls") else ():
-        yield {"name": name, "size": size, "learning_rate": float(middle_first[0]), "seed": seeds[0]}
+    for name, control in grid["controls"].items() if grid["sizes"][size].get("controls") else ():
+        rate = control.get("learning_rate", middle_first[0])
+        yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
 
 
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
-    control = cell["name"] in grid["controls"]
-    settings = grid["common"] | grid["controls" if control else "methods"][cell["name"]]
+    settings = grid["common"] | settings_of(grid, cell["name"])
+    settings.pop("top_k", None)  # not a flag: `make` sees to it
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
     settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
     settings |= {"model_name_or_path": model, "train_file": data / f"{texts}.jsonl"}
+    if "replay_file" in settings:
+        settings["replay_file"] = data / f"{settings['replay_file']}.jsonl"
     if method not in ("disc", "cd"):
         settings.pop("signal_examples")
-    if method in WITH_TEACHER and grid["sizes"][cell["size"]]["cache"]:
-        # A summary is of one temperature, and a control may change what the teacher reads.
-        folder = cell["name"] if control else f"{method}-{settings.get('temperature', 1.0)}"
+    # A control is one run of one epoch: a cache that no other run reads costs more than its teacher.
+    if method in WITH_TEACHER and cell["name"] in grid["methods"] and grid["sizes"][cell["size"]]["cache"]:
+        folder = f"{method}-{settings.get('temperature', 1.0)}"  # a summary is of one temperature
         settings |= {"teacher": "cache", "teacher_cache": data / "cache" / cell["size"] / folder}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
+
+
+def settings_of(grid: Record, name: str) -> Record:
+    return (grid["methods"] | grid["controls"])[name]
 
 
 def call(command: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
@@ -125,7 +137,8 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     try:
-        train(*parse_arguments([*flags, f"--output_dir={folder}"]))
+        with top_k.distilling(settings_of(grid, cell["name"]).get("top_k", 0), "cut"):
+            train(*parse_arguments([*flags, f"--output_dir={folder}"]))
     except FloatingPointError:
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
     trained = time.monotonic()

@@ -93,11 +93,13 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
     prepare(data, out, SIZE, data / "bigbench.tar.gz")
     grid = yaml.safe_load(run.GRID.read_text())
     names = ["DiSC", "split finetuning", "CD-base"]
-    grid |= {"sizes": {"quick": SIZE}, "methods": {name: grid["methods"][name] for name in names}}
+    grid |= {"sizes": {"quick": SIZE | {"controls": True}}, "methods": {name: grid["methods"][name] for name in names}}
+    grid["controls"] = {"DiSC, top 1": grid["controls"]["DiSC, top 1"]}
     run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC"])
     run.run(grid, out, model, results, "quick", jobs=1)
     rows = read(results)
-    assert [row["name"] for row in rows] == ["initial model", *names]
+    assert [row["name"] for row in rows] == ["initial model", *names, "DiSC, top 1"]
+    assert rows[1]["texts"] != rows[-1]["texts"], "the loss of the likeliest token alone is another"
     assert not any(row.get("failed") for row in rows)
     for row in rows[1:]:
         assert row["probes"].keys() - {"crass_ai", "implicatures"} == {"Entity Inferences", "ECBD", "specificity"}
