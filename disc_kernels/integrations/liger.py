@@ -53,8 +53,8 @@ class LigerFusedLinearJSD(nn.Module):
 class LigerFusedLinearKLDivLoss(nn.Module):
     """Compute KL(target || student) as `liger_kernel.transformers.LigerFusedLinearKLDivLoss` does.
 
-    `target` is given, so `[M, V]` is not avoided: its logarithm is a copy of the rows that count, in float32. Each row
-    of `target` is taken to sum to 1.
+    `target` is given, so `[M, V]` is not avoided: its logarithm is a copy of the rows that count, in float32. A row
+    need not sum to 1: as with Liger it counts `sum(target * (log(target) - log(student)))`, so one of zeros counts 0.
     """
 
     def __init__(
@@ -81,11 +81,15 @@ class LigerFusedLinearKLDivLoss(nn.Module):
         if shift_labels is not None:
             rows = (shift_labels != self.ignore_index).nonzero().squeeze(1)
             target = target[rows]
+        wide = torch.promote_types(target.dtype, torch.float32)
+        mass = target.sum(-1, dtype=wide)
         # The teacher's logits are divided by the temperature as well, and these probabilities are at it already.
-        logits = target.to(torch.promote_types(target.dtype, torch.float32)).log().mul_(self.temperature)
-        options: dict[str, Any] = {"temperature": self.temperature, "reduction": self.reduction}
+        logits = target.to(wide).log().mul_(self.temperature).masked_fill_(mass.unsqueeze(1) == 0, 0.0)
+        # sum_v q_v (log q_v - log p_v) = mass (KL(q / mass || p) + log mass)
+        options: dict[str, Any] = {"row_weight": mass, "temperature": self.temperature, "reduction": "sum"}
         loss: Any = fused_suffix_kl(student_input, student_weight, logits, None, student_index=rows, **options)
-        return loss / target.shape[1] if self.reduction == "mean" else loss
+        counted = {"batchmean": len(target), "mean": target.numel(), "sum": 1}[self.reduction]
+        return (loss + torch.xlogy(mass, mass).sum()) / max(counted, 1)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):

@@ -146,6 +146,13 @@ class FusedSDFT:
                 rows = (ratio * of_student)[mask]
             elif args.distillation_mode == "full_logits":
                 rows = fused_suffix_kl(*student, *teacher, mask=mask, **options)
+            elif args.distillation_mode != "topk_logits":
+                raise ValueError(
+                    "distillation_mode: expected sampled_token, full_logits or topk_logits, got"
+                    f" {args.distillation_mode!r}"
+                )
+            elif args.distillation_topk is None:
+                raise ValueError("distillation_topk: expected a number with distillation_mode topk_logits, got None")
             else:
                 named = _student_topk(student, teacher, mask, args.distillation_topk)
                 tail = "bucket" if args.distillation_add_tail else "renormalise"

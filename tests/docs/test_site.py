@@ -15,3 +15,14 @@ CONSTANTS = {"FLEX", "VARLEN"}  # names that `attention_implementation` returns
 def test_every_public_name_has_an_entry(package):
     documented = {name.rsplit(".", 1)[1] for name in DOCUMENTED if name.startswith("disc_kernels.")}
     assert set(importlib.import_module(package).__all__) - CONSTANTS <= documented
+
+
+@pytest.mark.parametrize("module", ["trl", "liger"])
+def test_every_integration_has_an_entry(module):
+    home = f"disc_kernels.integrations.{module}"
+    public = {
+        f"{home}.{name}"
+        for name, value in vars(importlib.import_module(home)).items()
+        if getattr(value, "__module__", None) == home and not name.startswith("_")
+    }
+    assert public <= DOCUMENTED

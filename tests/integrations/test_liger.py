@@ -79,6 +79,23 @@ def test_kl_to_given_probabilities(liger, reduction, temperature):
         assert_same(*losses, student)
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+def test_rows_of_any_mass(liger, reduction):
+    """A row of zeros is one that a data set of soft labels leaves out; it still counts in the mean."""
+    student, teacher, labels, _ = inputs()
+    mass = torch.tensor([1, 0, 0, 0.5, 1, 1.7, 1, 1, 1])
+    target = mass.unsqueeze(1) * (teacher[0] @ teacher[1].T).softmax(-1)
+    losses = (m.LigerFusedLinearKLDivLoss(reduction)(*student, target, labels) for m in (ours, liger))
+    assert_same(*losses, student)
+    student, target = [x.detach().double().requires_grad_() for x in student], target.double()
+    loss = ours.LigerFusedLinearKLDivLoss(reduction, temperature=2.0)(*student, target)
+    expected = kl_div((student[0] @ student[1].T / 2).log_softmax(-1), target, reduction="sum")
+    expected = expected / {"batchmean": M, "mean": M * V, "sum": 1}[reduction]
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    gradients = (torch.autograd.grad(x, student) for x in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+
+
 def test_what_reduces_to_no_scalar_is_refused():
     with pytest.raises(ValueError, match=r"reduction: expected 'batchmean', 'mean' or 'sum', got 'none'"):
         ours.LigerFusedLinearKLDivLoss("none")

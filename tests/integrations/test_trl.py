@@ -281,6 +281,16 @@ def test_sdft_of_nothing_is_zero(sdft):
         assert loss == 0 and all(not x.any() for x in gradients(student, loss).values())
 
 
+@pytest.mark.parametrize("mode", [{"distillation_topk": None}, {"distillation_mode": "top_logits"}])
+def test_sdft_refuses_the_settings_that_trl_refuses(sdft, mode):
+    student = perturbed(make().float())
+    batch = completions() | {"teacher_input_ids": torch.ones(2, 7, dtype=torch.int64)}
+    batch["teacher_attention_mask"] = torch.ones(2, 7)
+    for kind in (with_ours(FusedSDFT, SDFTTrainer), SDFTTrainer):
+        with pytest.raises(ValueError, match=next(iter(mode))):
+            sdft(kind, student, **mode).compute_loss(student, batch)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_sdft_trains_as_before(sdft, mode):
     """Every sample is trained on twice, so that the second time the student is another than the one that sampled."""
