@@ -8,8 +8,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+
+from disc_train.progress import hide_bars_off_terminals, say_if_slow
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,15 +80,16 @@ def _read_and_work(command: str, read: Callable[[Sequence[str]], Callable[[], No
     if "--version" in argv:  # known without what the flags' definitions import, which takes ten seconds
         print(f"{command} {_version()}")
         return 0
+    slow = say_if_slow(f"{command}: importing PyTorch and transformers ...") if sys.stderr.isatty() else nullcontext()
     try:
-        work = read(argv)
+        with slow:
+            work = read(argv)
     except SystemExit as exit_:  # argparse has printed its help
         return int(exit_.code or 0)
     except (ValueError, ImportError) as error:  # on a machine all processes were given the same command line
         return _failed(command, error, 2, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     from disc_train.parallel.agreement import CommonError
     from disc_train.parallel.termination import Terminated
-    from disc_train.progress import hide_bars_off_terminals
 
     hide_bars_off_terminals()
     another_reports = os.environ.get("RANK", "0") != "0"

@@ -8,7 +8,7 @@ from typing import Literal
 from disc_train.data.files import FILES_HELP
 from disc_train.data.sequence_start import ADD_BOS_HELP
 from disc_train.data.splits import check_language, check_split_options
-from disc_train.flags import check_flag, check_literals, flag, parse_flags, several
+from disc_train.flags import check_flag, check_installed, check_literals, flag, parse_flags, several
 from disc_train.loop_config import MEASURED, CacheLoopArguments, LoopArguments
 from disc_train.models.pretrained import TRUST_HELP
 from disc_train.objectives.methods import AT_TEMPERATURE, OBJECTIVES, OF_SUFFIXES, WITH_TEACHER
@@ -247,6 +247,12 @@ class DiscArguments:
                 raise ValueError(f"--{name} needs --{needed}, got it without")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("expected one of --load_in_4bit and --load_in_8bit, got both")
+        if self.lora_rank:
+            check_installed("--lora_rank", "peft", install="'disc-kernels[train]'")
+        if self.load_in_4bit:
+            check_installed("--load_in_4bit", "bitsandbytes")
+        if self.load_in_8bit:
+            check_installed("--load_in_8bit", "bitsandbytes", "torchao")
         if "beta" in given and self.divergence != "jsd":
             raise ValueError(f"--beta is for --divergence jsd, got it with {self.divergence}")
         if self.teacher == "cache" and self.teacher_cache is None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,12 @@ def check_flag(arguments: Any, name: str, holds: bool, expected: str) -> None:
     """Raise ValueError, saying what was expected of a flag and what it is, unless `holds`."""
     if not holds:
         raise ValueError(f"--{name}: expected {expected}, got {getattr(arguments, name)}")
+
+
+def check_installed(flag: str, *packages: str, install: str = "") -> None:
+    """Raise ImportError, naming the flag, if none of the packages that it can use is installed."""
+    if not any(map(find_spec, packages)):
+        raise ImportError(f"{flag} needs {' or '.join(packages)}: pip install {install or packages[0]}")
 
 
 def check_folder(flag: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.models.adapters import base_of_adapter
 from disc_train.models.causal_lm import load_model, use_attention
-from disc_train.models.pretrained import explain_load_errors, load_pretrained
+from disc_train.models.pretrained import check_found, explain_load_errors, load_pretrained
 
 
 def load_for_inference(
@@ -58,6 +58,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 def check_same_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase, reference: str) -> None:
     """Raise ValueError if a reference's tokenizer, where it comes with one, reads a text as other tokens."""
+    with explain_load_errors(reference, "--reference_name_or_path"):
+        check_found(reference)
     try:
         other = load_tokenizer(reference)
     except (OSError, ValueError):  # weights alone

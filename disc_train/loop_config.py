@@ -10,12 +10,13 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from transformers import SchedulerType, TrainingArguments, get_scheduler
-from transformers.integrations import get_available_reporting_integrations, is_deepspeed_available
+from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.training_args import OptimizerNames
 
-from disc_train.flags import check_flag, flag
-from disc_train.parallel.launch import check_launch, processes_started
+from disc_train.flags import check_flag, check_installed, flag
+from disc_train.parallel.launch import check_launch, is_launched, processes_started
 
 MEASURED = ("loss", "cross_entropy", "kl")  # of held-out examples, see `disc_train.objectives.held_out`; less is better
 
@@ -97,14 +98,19 @@ class LoopArguments(TrainingArguments):
             self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         if processes_started() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate would take each process for a run of its own
+        if not is_launched():  # a process alone has no others to reach by it
+            self.ddp_backend = None
         if self.use_cpu:  # on the CPU transformers would join the other processes without the time-out asked for
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         if self.disable_tqdm is None and not sys.stderr.isatty():
             self.disable_tqdm = True  # the logs are printed as plain lines
-        if self.deepspeed and not is_deepspeed_available():
-            raise ValueError("--deepspeed needs deepspeed, which is not installed: pip install deepspeed")
+        if self.deepspeed:
+            check_installed("--deepspeed", "deepspeed")
+        if self.use_liger_kernel:
+            check_installed("--use_liger_kernel", "liger_kernel", install="liger-kernel")
         super().__post_init__()
         check_launch(self)
+        self._check_optimizer()
         self._check_scheduler()
         missing = set(self.report_to or ()) - set(get_available_reporting_integrations())
         if missing:
@@ -138,10 +144,13 @@ class LoopArguments(TrainingArguments):
                 )
             if (needed := NEEDED_BY.get(name)) and not getattr(self, needed):
                 raise ValueError(f"--{name} needs --{needed}, got it without")
-        if self.optim_args and self.optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad"):
-            raise ValueError(f"--optim_args is not for --optim {self.optim}, which has flags of its own: leave it out")
-        if self.optim_target_modules and not str(self.optim).startswith(("galore", "apollo")):
-            raise ValueError(f"--optim_target_modules is for --optim galore and apollo, got it with {self.optim}")
+        optim = OptimizerNames(self.optim).value
+        if self.optim_args and optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad"):
+            raise ValueError(f"--optim_args is not for --optim {optim}, which has flags of its own: leave it out")
+        if self.optim_target_modules and not optim.startswith(("galore", "apollo")):
+            raise ValueError(f"--optim_target_modules is for --optim galore and apollo, got it with {optim}")
+        if optim.startswith(("galore", "apollo")) and not self.optim_target_modules:
+            raise ValueError(f"--optim {optim} needs --optim_target_modules, got it without")
         check_flag(self, "do_train", self.do_train, "true (--dry_run says what would run, disc-eval evaluates)")
         if self.eval_steps is not None and self.eval_strategy == "epoch":
             raise ValueError("--eval_steps needs --eval_strategy steps, got epoch")
@@ -167,6 +176,14 @@ class LoopArguments(TrainingArguments):
                     AcceleratorConfig(**value)
                 except TypeError as error:
                     raise ValueError(f"--{name}: expected fields of AcceleratorConfig, got: {error}") from error
+
+    def _check_optimizer(self) -> None:
+        """Raise ValueError for an optimizer whose package is missing; it is made for a model that stands in here."""
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+        except (ImportError, ValueError) as error:
+            if isinstance(error, ImportError) or isinstance(error.__context__, ImportError):
+                raise ValueError(f"--optim {OptimizerNames(self.optim).value}: {error}") from error
 
     def _check_scheduler(self) -> None:
         """Raise ValueError for arguments that the schedule of the learning rate does not have, or lacks."""

@@ -1,13 +1,15 @@
-"""Show the progress of whatever takes longer than two seconds: a bar on a terminal, plain lines elsewhere."""
+"""Show the progress of whatever takes longer than two seconds: a bar on a terminal, plain lines elsewhere.
 
+Nothing heavy is imported at the top: this also says that something heavy is being imported.
+"""
+
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
-
-import torch.distributed as dist
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
 DELAY = 2.0  # seconds before anything is shown
 LONGEST_SILENCE = 60.0  # seconds between lines, which come at doubling times until then
@@ -17,8 +19,23 @@ Batch = TypeVar("Batch", bound=Sequence[Any])
 
 def hide_bars_off_terminals() -> None:
     """Let transformers draw no bars ("Loading weights") where stderr is a file or a pipe."""
+    from transformers.utils.logging import disable_progress_bar
+
     if not sys.stderr.isatty():
         disable_progress_bar()
+
+
+@contextmanager
+def say_if_slow(what: str) -> Iterator[None]:
+    """Print on stderr, in the first of several processes, what a block does if it takes longer than two seconds."""
+    timer = threading.Timer(DELAY, print, [what], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    if os.environ.get("RANK", "0") == "0":
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def show_progress(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
@@ -28,6 +45,9 @@ def show_progress(batches: Iterable[Batch], total: int, what: str) -> Iterator[B
         total: the number of items in all batches.
         what: the items and what happens to them, as in "choices scored".
     """
+    import torch.distributed as dist
+    from tqdm import tqdm
+
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         yield from batches
         return

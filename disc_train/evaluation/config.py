@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from disc_train.flags import check_flag, flag, parse_flags
+from disc_train.flags import check_flag, check_installed, flag, parse_flags
 from disc_train.generation.config import InferenceArguments
 
 
@@ -57,6 +57,8 @@ class EvalArguments(InferenceArguments):
             raise ValueError("--reference_name_or_path: expected --texts_file with it, the divergence is of texts")
         if self.documents_file and not self.probes_file:
             raise ValueError("--documents_file: expected --probes_file with it, whose documents these are")
+        if self.tasks:
+            check_installed("--tasks", "lm_eval", install="lm-eval")
 
 
 def parse_arguments(argv: Sequence[str]) -> EvalArguments:

@@ -51,10 +51,11 @@ def evaluate(arguments: EvalArguments) -> Evaluation:
     documents = read_documents(arguments.documents_file) if arguments.documents_file else None
     questions = read_questions(arguments.probes_file, tokenizer, documents)
     texts = _read_texts(arguments)
+    if reference_name:
+        check_same_tokens([text for _, text in texts], tokenizer, reference_name)
     how = arguments.dtype, arguments.use_cpu, arguments.attention
     model, reference = load_for_inference(name, *how), None
     if reference_name:
-        check_same_tokens([text for _, text in texts], tokenizer, reference_name)
         reference = load_for_inference(reference_name, *how, flag="--reference_name_or_path")
     found = Evaluation(settings=asdict(arguments), versions={each: version(each) for each in ("torch", "transformers")})
     if arguments.tasks:  # first: what is wrong with their names shows at once

@@ -16,6 +16,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from disc_kernels.hf.forward import decoder_of
+from disc_train.flags import check_installed
 from disc_train.models.frozen_head import head_is_tied
 
 # Layers of these take the weights of some linear layers without calling them, so that adapters would change nothing.
@@ -51,10 +52,9 @@ def add_lora(
         ValueError: a target that is none of the model's layers or experts, or that peft cannot adapt; DoRA of experts;
             a peft that this transformers refuses.
     """
-    try:
-        import peft
-    except ImportError:
-        raise ImportError("--lora_rank needs peft: pip install 'disc-kernels[train]'") from None
+    check_installed("--lora_rank", "peft", install="'disc-kernels[train]'")
+    import peft
+
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
         raise ValueError(
             f"--lora_rank: expected peft {MIN_PEFT_VERSION} or newer, which transformers {transformers.__version__}"

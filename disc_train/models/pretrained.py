@@ -4,13 +4,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from disc_train.progress import say_if_slow
 
 TRUST_HELP = "Run the code that a model's folder or repository brings, for models that transformers does not have."
 _trusted = ContextVar("trust_remote_code", default=False)
@@ -35,10 +41,32 @@ def load_pretrained(auto_class: Any, name_or_path: str, flag: str | None = None,
 def explain_load_errors(name_or_path: str, flag: str | None = None) -> Iterator[None]:
     """Add to an error in loading which model and flag it was about, which many of transformers' errors do not say."""
     try:
+        check_found(name_or_path)
         yield
     except (OSError, ValueError, SafetensorError) as error:
         wrong = f"expected a model's folder, or its name on the Hub, got {name_or_path}: {_explain(error)}"
         raise ValueError(f"{flag}: {wrong}" if flag else wrong) from error
+
+
+@cache
+def check_found(name_or_path: str) -> None:
+    """Raise OSError at once where a name is no folder, was never downloaded, and the Hub cannot be asked for it.
+
+    transformers would ask for one file after another, each six times, which takes minutes.
+    """
+    files = ("config.json", "adapter_config.json", "tokenizer_config.json")
+    try:
+        if Path(name_or_path).exists() or any(try_to_load_from_cache(name_or_path, file) for file in files):
+            return
+    except HFValidationError:
+        raise OSError("there is no such folder, and a name on the Hub is namespace/name") from None
+    with say_if_slow(f"looking for {name_or_path} on the Hub ..."):
+        try:
+            HfApi().model_info(name_or_path, timeout=10)
+        except HfHubHTTPError:  # the Hub's answer, of which transformers says more
+            pass
+        except Exception as error:  # which HTTP client it uses, whose errors these are, depends on its version
+            raise OSError(f"there is no such folder, and the Hub is out of reach: {error}") from error
 
 
 def _explain(error: Exception) -> str:
@@ -65,7 +93,7 @@ def quantisation(bits: Literal[4, 8], compute_dtype: torch.dtype) -> Quantizatio
         compute_dtype: what 4-bit weights are multiplied in.
 
     Raises:
-        ImportError: what is needed is not installed.
+        ImportError: neither is installed.
     """
     if find_spec("bitsandbytes"):
         if bits == 8:
@@ -76,12 +104,9 @@ def quantisation(bits: Literal[4, 8], compute_dtype: torch.dtype) -> Quantizatio
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
         )
-    if bits == 8 and find_spec("torchao"):
-        from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig())
-    libraries = "bitsandbytes or torchao" if bits == 8 else "bitsandbytes"
-    raise ImportError(f"--load_in_{bits}bit needs {libraries}: pip install bitsandbytes")
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def quantised_by(model: PreTrainedModel) -> str:

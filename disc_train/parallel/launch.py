@@ -13,6 +13,11 @@ def processes_started() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_launched() -> bool:
+    """Return whether a launcher started this process, perhaps as the only one."""
+    return bool(os.environ.keys() & set(RANKS))
+
+
 def check_launch(args: TrainingArguments) -> None:
     """Raise ValueError if several processes were asked for, and they do not train together."""
     started = processes_started()
@@ -23,7 +28,7 @@ def check_launch(args: TrainingArguments) -> None:
             " accelerator with torchrun"
         )
     # What `accelerate launch` sets for several processes before it starts one, for want of several accelerators.
-    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not os.environ.keys() & set(RANKS):
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not is_launched():
         raise ValueError(
             "--num_processes: accelerate launch was asked for several processes and started one, as it does on a CPU:"
             " start them with torchrun --nproc_per_node, or add --multi_gpu to accelerate launch"

@@ -91,6 +91,12 @@ def test_the_version_is_printed_at_once(capsys, monkeypatch):
     assert re.fullmatch(r"disc-train \S.*\n", capsys.readouterr().out)
 
 
+def test_a_process_alone_needs_no_backend():
+    """As in a YAML file that serves several processes too."""
+    _, loop = parse_arguments([*REQUIRED, "--ddp_backend", "gloo"])
+    assert (loop.world_size, loop.device.type) == (1, "cpu")
+
+
 @pytest.mark.parametrize("flag", ["bf16", "fp16"])
 def test_sixteen_bits_without_a_gpu(flag, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -159,6 +165,7 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--enable_jit_checkpoint"], "--enable_jit_checkpoint would change nothing, got True"),
         (["--optim_args", "eps=1"], "--optim_args is not for --optim adamw_torch"),
         (["--optim_target_modules", "attn"], "--optim_target_modules is for --optim galore and apollo, got it with"),
+        (["--optim", "galore_adamw"], "--optim galore_adamw needs --optim_target_modules, got it without"),
         (["--dataloader_persistent_workers", "--dataloader_num_workers=0"], "--dataloader_persistent_workers needs"),
         (["--lr_scheduler_kwargs", '{"a": 1}'], "--lr_scheduler_kwargs: expected arguments of the linear .* 'a'"),
         (

@@ -1,12 +1,13 @@
 """Progress is shown of what takes longer than two seconds: by a bar on a terminal, by plain lines elsewhere."""
 
 import sys
+from time import sleep
 
 import pytest
 
 from disc_train import progress
 from disc_train.cli import main
-from disc_train.progress import show_progress
+from disc_train.progress import say_if_slow, show_progress
 
 BATCHES = [[1, 2, 3], [4, 5], [6]]
 
@@ -38,9 +39,9 @@ def test_plain_lines_come_at_doubling_times(clock, capsys):
 
 def test_one_of_several_processes_shows_it(clock, monkeypatch, capsys):
     clock += [0.0, 3.0, 3.0, 3.0]
-    monkeypatch.setattr(progress.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     for rank, lines in ((1, 0), (0, 1)):
-        monkeypatch.setattr(progress.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         assert list(show_progress(BATCHES, 6, "texts read")) == BATCHES
         assert ("texts read" in capsys.readouterr().err) == bool(lines)
 
@@ -50,6 +51,23 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert list(show_progress(BATCHES, 6, "texts read")) == BATCHES
     assert "texts read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "seconds", "said"), [(0, 0.2, True), (0, 0.0, False), (1, 0.2, False)])
+def test_a_slow_block_is_named(rank, seconds, said, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.05)
+    monkeypatch.setenv("RANK", str(rank))
+    with say_if_slow("looking for it ..."):
+        sleep(seconds)
+    assert capsys.readouterr().err == "looking for it ...\n" * said
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_hears_that_imports_are_slow(terminal, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert main(["--zzzzzz"]) == 2
+    assert ("disc-train: importing PyTorch and transformers ..." in capsys.readouterr().err) == terminal
 
 
 def test_a_log_file_has_each_line_when_it_is_printed(tmp_path, monkeypatch):

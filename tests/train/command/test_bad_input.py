@@ -1,6 +1,7 @@
 """Bad input is one clear line, and an exit code."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -35,7 +36,23 @@ def test_files_that_cannot_be_read(fails, tmp_path):
 def test_a_model_that_is_not_there(fails, tmp_path):
     missing = tmp_path / "none"
     for flag in ("--model_name_or_path", "--teacher_name_or_path"):
-        assert f"{flag}: expected a model's folder, or its name on the Hub, got {missing}: " in fails(flag, missing)
+        message = f"{flag}: expected a model's folder, or its name on the Hub, got {missing}: there is no such folder"
+        assert message in fails(flag, missing)
+
+
+def test_a_model_that_the_hub_cannot_be_asked_for(fails, monkeypatch):
+    """It is asked once, and not for one file after another; a name that the Hub knows is left to transformers."""
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    for flag in ("--model_name_or_path", "--teacher_name_or_path"):
+        message = f"{flag}: expected .* got nobody/nothing: there is no such folder, and .* out of reach: no such host"
+        assert re.search(message, fails(flag, "nobody/nothing"))
+    assert asked == ["nobody/nothing"] * 2
 
 
 def test_a_model_with_damagedweights(fails, model_folder):

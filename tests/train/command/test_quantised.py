@@ -124,8 +124,26 @@ def test_flags_that_do_not_go_together(flags, message, disc_train, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_without_what_quantises(fails, monkeypatch):
-    monkeypatch.setattr("disc_train.models.pretrained.find_spec", lambda name: None)
-    assert "--load_in_8bit needs bitsandbytes or torchao: pip install bitsandbytes" in fails(
-        "--lora_rank", 2, "--load_in_8bit"
-    )
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (("--lora_rank", 2), "--lora_rank needs peft: pip install 'disc-kernels[train]'"),
+        (
+            ("--lora_rank", 2, "--load_in_8bit"),
+            "--load_in_8bit needs bitsandbytes or torchao: pip install",
+        ),
+        (("--lora_rank", 2, "--load_in_4bit"), "--load_in_4bit needs bitsandbytes: pip install bitsandbytes"),
+        (("--use_liger_kernel",), "--use_liger_kernel needs liger_kernel: pip install liger-kernel"),
+        (("--optim", "lomo"), "--optim lomo: You need to install `lomo_optim`"),
+        (
+            ("--optim", "adamw_anyprecision"),
+            "--optim adamw_anyprecision: Please install https://github.com/pytorch/tor",
+        ),
+    ],
+)
+def test_packages_are_missed_before_anything_is_read(flags, needed, disc_train, monkeypatch, capsys):
+    """With code 2, which the commands end with before they read a file."""
+    installed = {"peft"} if len(flags) == 3 else set()
+    monkeypatch.setattr("disc_train.flags.find_spec", lambda name: name in installed)
+    assert disc_train(*flags) == 2
+    assert needed in capsys.readouterr().err

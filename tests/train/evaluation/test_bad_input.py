@@ -66,7 +66,7 @@ def test_an_output_that_is_no_folder_ends_the_run_before_the_model_is_loaded(fai
 def test_tasks_need_lm_eval(fails, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     code, line = fails("--tasks", "ifeval")
-    assert (code, "--tasks needs lm-eval: pip install lm-eval" in line) == (1, True)
+    assert (code, "--tasks needs lm_eval: pip install lm-eval" in line) == (2, True)
 
 
 def test_an_empty_evaluation(fails, tmp_path, facts):

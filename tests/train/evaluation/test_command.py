@@ -154,7 +154,8 @@ def test_tasks_are_run_by_lm_eval(disc_eval, fails, tmp_path, monkeypatch, capsy
         results = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": 0.1, "inst,none": 0.5}
         return {"results": dict.fromkeys(tasks, results), "samples": dict.fromkeys(tasks, samples)}
 
-    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    lm_eval = SimpleNamespace(simple_evaluate=simple_evaluate, __spec__="there is one")
+    monkeypatch.setitem(sys.modules, "lm_eval", lm_eval)
     monkeypatch.setitem(sys.modules, "lm_eval.models", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", SimpleNamespace(HFLM=lambda **options: options))
     assert disc_eval("--tasks", "one, two") == 0
