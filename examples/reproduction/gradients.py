@@ -11,12 +11,9 @@ from statistics import fmean
 import torch
 from cells import Cell, read_grid
 from page import spread, table
-from top_k import TAILS, distilling
-from torch import Tensor
+from top_k import TAILS, gradient, mass_left_out
 from update import Laboratory
 
-from disc_kernels.hf.head import logits_of
-from disc_train.objectives.predictions import predict_as_teacher
 from disc_train.trainer import DiscTrainer
 
 HERE = Path(__file__).resolve().parent
@@ -27,22 +24,6 @@ def batches(trainer: DiscTrainer, size: int) -> Iterator[list]:
     dataset = trainer.train_dataset
     for start in range(0, len(dataset), size):
         yield trainer.data_collator([dataset[index] for index in range(start, start + size)])
-
-
-def gradient(trainer: DiscTrainer, batch: list, k: int, tail: str) -> Tensor:
-    """The gradient of a step's loss over all weights, flat."""
-    with distilling(k, tail):
-        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["num_examples"])
-    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, weights)])
-
-
-@torch.no_grad()
-def mass_left_out(trainer: DiscTrainer, batch: list, k: int) -> float:
-    """The mean probability that the teacher gives to all but its K likeliest tokens, at T = 2: percent."""
-    teacher = predict_as_teacher(trainer.model, trainer.teacher, batch)
-    logits = logits_of(teacher.head, teacher.hidden.flatten(0, -2)[teacher.index])
-    return 100 * (1 - (logits / 2).softmax(-1).topk(k).values.sum(-1)).mean().item()
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from disc_kernels import fused_topk_kl
 from disc_kernels.hf.head import logits_of
 from disc_train.objectives import methods
 from disc_train.objectives.methods import Settings, distill
-from disc_train.objectives.predictions import Predictions
+from disc_train.objectives.predictions import Predictions, predict_as_teacher
+from disc_train.trainer import DiscTrainer
 
 TAILS = ("bucket", "renormalise", "cut")
 
@@ -51,3 +52,19 @@ def distilling(k: int, tail: str) -> Iterator[None]:
         yield
     finally:
         methods.OBJECTIVES["disc"] = distill
+
+
+def gradient(trainer: DiscTrainer, batch: list, k: int, tail: str) -> Tensor:
+    """The gradient of a step's loss over all weights, flat."""
+    with distilling(k, tail):
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["num_examples"])
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    return torch.cat([each.flatten() for each in torch.autograd.grad(loss, weights)])
+
+
+@torch.no_grad()
+def mass_left_out(trainer: DiscTrainer, batch: list, k: int) -> float:
+    """The mean probability that the teacher gives to all but its K likeliest tokens, at T = 2: percent."""
+    teacher = predict_as_teacher(trainer.model, trainer.teacher, batch)
+    logits = logits_of(teacher.head, teacher.hidden.flatten(0, -2)[teacher.index])
+    return 100 * (1 - (logits / 2).softmax(-1).topk(k).values.sum(-1)).mean().item()

@@ -148,8 +148,8 @@ def test_the_top_k_of_a_whole_vocabulary_is_disc(reproduction, small_grid, tail)
     import torch
     from cells import Cell
     from corpus import new_corpus
-    from gradients import batches, gradient
-    from top_k import distilling
+    from gradients import batches
+    from top_k import distilling, gradient
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from update import Laboratory
 
