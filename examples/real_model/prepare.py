@@ -22,6 +22,7 @@ import yaml
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from gemma import download, make_model
+from release_notes import release_notes
 
 Record = dict[str, Any]
 HERE = Path(__file__).resolve().parent
@@ -83,7 +84,7 @@ def probe(record: Record, group: str, number: str, others: Iterable[str]) -> Rec
 
 
 def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
-    """Make documents, the records of CD-base, and the probes of uptake and specificity."""
+    """Make documents, the records of CD-base, and the probes of uptake."""
     inferences = by_entity(data / "entity_inferences_augmented.json", size["entities"])
     ecbd = by_entity(data / "ecbd_2023_augmented.json", size["ecbd"])
     files: dict[str, list[Record]] = {name: [] for name in ("documents", "records", "uptake")}
@@ -107,9 +108,13 @@ def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
     files["ceiling"] = [
         asked | {"context": sentence(context) + " "} for asked, context in zip(files["uptake"], contexts, strict=True)
     ]
-    lines = (data / "specificity_popular_20np_20random.json").read_text(encoding="utf-8").splitlines()
-    files["kept"] = with_another("specificity", [(str(number), json.loads(line)) for number, line in enumerate(lines)])
     return files
+
+
+def specificity(data: Path) -> list[Record]:
+    """Make the probes of well-known entities."""
+    lines = (data / "specificity_popular_20np_20random.json").read_text(encoding="utf-8").splitlines()
+    return with_another("specificity", [(str(number), json.loads(line)) for number, line in enumerate(lines)])
 
 
 def with_another(group: str, records: list[tuple[str, Record]]) -> list[Record]:
@@ -164,7 +169,8 @@ def python_texts(count: int) -> dict[str, list[Record]]:
 def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
     """Write documents, records, probes, tasks and texts (.jsonl) into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = knowledge(data, size) | python_texts(size["texts"])
+    files = release_notes(folder / "downloads") if size.get("release_notes") else knowledge(data, size)
+    files |= {"kept": specificity(data)} | python_texts(size["texts"])
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
     for name, records in files.items():
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -41,10 +41,11 @@ WITH_TEACHER = ("disc", "cd", "ft_kl")
 def cells(grid: Record, size: str) -> Iterator[Record]:
     """Yield what identifies each run, the middle of the rates first: most is known early."""
     seeds, rates = grid["sizes"][size]["seeds"], grid["sizes"][size]["learning_rates"]
+    methods = grid["sizes"][size].get("methods", grid["methods"])
     middle_first = sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2))
     for seed in seeds:
         for rate in middle_first:
-            for name in grid["methods"]:
+            for name in methods:
                 yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
     for name, control in grid["controls"].items() if grid["sizes"][size].get("controls") else ():
         rate = control.get("learning_rate", middle_first[0])

@@ -84,6 +84,30 @@ def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank
     ]
 
 
+def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(modules, tmp_path):
+    from release_notes import release_notes
+
+    lines = ["Town", "* See :meth:`~town.Town.mill` or ``--mill`` of `the docs <u>`_.", "  More", "**Two** [mills](u)."]
+    content = "\n".join(lines).encode()
+    with tarfile.open(tmp_path / "town-2.0.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("town-2.0/docs/2-1.txt")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+    document = {"id": "Town", "package": "town==2.0", "passages": ["docs/2-1.txt 2-3", "docs/2-1.txt 4-4"]}
+    document |= {"sha256": "5ff5", "probes": [{"prompt": "It has", "choices": ["two", "four"]}]}
+    listed = tmp_path / "listed.yaml"
+    listed.write_text(yaml.safe_dump([document]))
+    with pytest.raises(ValueError, match=r"^Town: expected passages of town-2.0.tar.gz with SHA-256 5ff5, got ") as e:
+        release_notes(tmp_path, listed)
+    listed.write_text(yaml.safe_dump([document | {"sha256": str(e.value).rpartition(" ")[2]}]))
+    files = release_notes(tmp_path, listed)
+    text = "See town.Town.mill or --mill of the docs. Two mills."
+    assert files["documents"] == [{"id": "Town", "text": text}]
+    asked = {"id": "release notes 0 0", "group": "release notes", "prompt": "It has", "choices": [" two", " four"]}
+    assert files["uptake"] == [asked | {"answer": 0}]
+    assert files["ceiling"] == [asked | {"answer": 0, "context": text + " "}]
+
+
 @pytest.mark.slow
 def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, data, tmp_path):
     import run
