@@ -136,6 +136,8 @@ def title(row: Record) -> str:
 def section(rows: Sequence[Record], size: str) -> str:
     """Write the means of one size, the differences from the initial model, and those from split finetuning."""
     initial = next(row for row in rows if row["name"] == INITIAL)
+    asked_of_all = (*UPTAKE, "specificity", *initial["tasks"])  # only the initial model was asked all tasks
+    initial = initial | {"probes": {name: found for name, found in initial["probes"].items() if name in asked_of_all}}
     runs = [row for row in rows if row["name"] != INITIAL and not row.get("failed")]
     measures = [measure for measure in MEASURES if items(initial, measure)]
     lines = [

@@ -160,9 +160,11 @@ def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
         }
         return found | {"machine": "m", "python": "3", "torch": "2", "transformers": "5"} | more
 
-    initial = row("initial model", [1.0, 1.0, 2.0, 2.0], tasks=[])
+    initial = row("initial model", [1.0, 1.0, 2.0, 2.0], tasks=["kept"])
+    initial["probes"] |= {"kept": {"0": [1.0, 1]}, "at chance": {"0": [1.0, 0]}}
     initial["in context"] = {"Entity Inferences": {"0 0": [0.5, 1]}}
     trained = row("DiSC", [0.9, 0.9, 1.7, 1.7], learning_rate=1e-4, seed=0)
+    trained["probes"]["kept"] = {"0": [1.0, 0]}
     broken = {"name": "TALR", "size": "quick", "learning_rate": 1e-4, "seed": 0, "failed": True, "seconds": 1}
     results = tmp_path / "runs.jsonl"
     environment = {name: initial[name] for name in ("machine", "python", "torch", "transformers")}
