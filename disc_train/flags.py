@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
+from yaml.constructor import ConstructorError
 
 
 def flag(help: str, default: Any = None) -> Any:
@@ -163,9 +164,20 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
     return given
 
 
+class _Loader(yaml.SafeLoader):
+    """Read YAML as `yaml.safe_load` does, but refuse a key that is there twice, of which one would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise ConstructorError(None, None, f"the key {key.value} a second time", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
     if not isinstance(settings, dict):

@@ -280,6 +280,7 @@ def _describe_run(
     compared = disc.method in WITH_TEACHER
     collate = collator(student, read_by(teacher, student), compared)
     cached = isinstance(teacher, CachedTeacher) and disc.method in AT_TEMPERATURE
+    clip = disc.kl_clip if disc.divergence == "forward_kl" else None  # which the signal is measured in
     return [
         *inputs.data.description,
         ("method", f"{disc.method}: {describe_method(disc)}"),
@@ -293,7 +294,7 @@ def _describe_run(
         *(cost.describe() if cost else []),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *([("probes", trainer.probes.describe())] if trainer.probes else []),
-        *(signal.describe(dataset.noun, disc.temperature) if signal else []),
+        *(signal.describe(dataset.noun, disc.temperature, clip) if signal else []),
         *([("signal", "not measured: it needs the teacher itself; --dry_run measures it")] if cached else []),
     ]
 

@@ -233,14 +233,13 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> str:
         return (
             f"There is no {path.name}: it takes --probes_file of two groups, what is to be learned and what to be kept."
         )
-    figure = Figure(figsize=(8, 6), layout="constrained")
+    figure = Figure(figsize=(10, max(6, 1 + len(points) / 5)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, (uptake, retention) in points.items():
-        axes.scatter([uptake], [retention], color="tab:blue")
-        axes.annotate(
-            name.replace("_", " "), (uptake, retention), xytext=(4, 4), textcoords="offset points", fontsize=8
-        )
+    for number, (name, (uptake, retention)) in enumerate(points.items()):
+        look = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5]}
+        axes.scatter([uptake], [retention], label=name.replace("_", " "), **look)
+    figure.legend(loc="outside right upper", fontsize=8)  # beside points that lie together names would overlap
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("uptake: rise of the first group of probes")
     axes.set_ylabel("retention: mean rise of the others")

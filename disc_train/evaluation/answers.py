@@ -18,11 +18,13 @@ def greedy_answers(
     batch_size: int = 64,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     prefix: Sequence[int] = (),
+    what: str = "probes asked",
 ) -> list[str]:
     """Return the greedy continuation of every probe's context and prompt, as text without special tokens.
 
     Args:
         prefix: what every sequence starts with, see `disc_train.data.sequence_start.bos_prefix`.
+        what: how progress begins: the items and what happens to them.
 
     Raises:
         ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
@@ -30,7 +32,8 @@ def greedy_answers(
     """
     prompts = [prompt.tolist() for prompt, _ in encode_probes(model, tokenizer, probes, prefix)]
     answers = [""] * len(probes)
-    for index, text, _ in continue_prompts(model, tokenizer, prompts, max_new_tokens, batch_size, max_batch_tokens):
+    limits = max_new_tokens, batch_size, max_batch_tokens
+    for index, text, _ in continue_prompts(model, tokenizer, prompts, *limits, what=f"{what}, answers generated"):
         answers[index] = text
     return answers
 

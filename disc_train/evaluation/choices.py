@@ -41,6 +41,7 @@ def choice_scores(
     batch_size: int = 64,
     max_batch_tokens: int = MAX_BATCH_TOKENS,
     prefix: Sequence[int] = (),
+    what: str = "probes asked",
 ) -> list[list[float]]:
     """Return the mean log-probability of a token, in nats, for every choice of every probe.
 
@@ -50,6 +51,7 @@ def choice_scores(
 
     Args:
         prefix: what every sequence starts with, see `disc_train.data.sequence_start.bos_prefix`.
+        what: how progress begins: the items and what happens to them.
 
     Raises:
         ValueError: a prompt or a choice without tokens, or with a token that is none of the model's.
@@ -60,7 +62,7 @@ def choice_scores(
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in encoded]
     scores: list[list[float]] = [[]] * len(probes)
     batches = batches_by_length(lengths, batch_size, max_batch_tokens)
-    for batch in show_progress(batches, len(probes), "probes whose choices are scored"):
+    for batch in show_progress(batches, len(probes), f"{what}, choices scored"):
         together = [branch for index in batch for branch in branches[index]]
         hidden, rows = target_states(model, together)
         targets = [torch.from_numpy(choice).long() for *_, choice in together]

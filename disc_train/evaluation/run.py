@@ -104,16 +104,16 @@ def _ask(
         outcomes.append(ProbeOutcome(question.id, question.group, condition, question.text, excluded))
         if excluded is None:
             asked.append((outcomes[-1], probe))
-    limits = arguments.batch_size, arguments.max_batch_tokens
+    how = arguments.batch_size, arguments.max_batch_tokens, prefix, f"probes asked {condition}"
 
     to_choose = [(outcome, probe) for outcome, probe in asked if len(probe.choices) > 1]
-    all_scores = choice_scores(model, tokenizer, [probe for _, probe in to_choose], *limits, prefix)
+    all_scores = choice_scores(model, tokenizer, [probe for _, probe in to_choose], *how)
     for (outcome, probe), scores in zip(to_choose, all_scores, strict=True):
         outcome.scores, outcome.right_choice = scores, likeliest(scores) == probe.answer
 
     if arguments.max_new_tokens:
         probes = [probe for _, probe in asked]
-        answers = greedy_answers(model, tokenizer, probes, arguments.max_new_tokens, *limits, prefix)
+        answers = greedy_answers(model, tokenizer, probes, arguments.max_new_tokens, *how)
         for (outcome, probe), answer in zip(asked, answers, strict=True):
             right = right_answer(tokenizer, probe)
             outcome.generated = answer

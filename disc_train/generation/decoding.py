@@ -27,6 +27,7 @@ def continue_prompts(
     *,
     done: int = 0,
     processors: Callable[[Sequence[int]], LogitsProcessorList] | None = None,
+    what: str = "texts generated",
 ) -> Iterator[tuple[int, str, bool]]:
     """Yield the index of each prompt, the text of its likeliest continuation, and whether the model ended it.
 
@@ -37,6 +38,7 @@ def continue_prompts(
         done: how many prompts to leave out, of prompts in order of falling length. Their batches are still made: what
             stands beside a prompt may change how its logits are rounded.
         processors: of a batch, given by its indices: change the logits before the likeliest token is taken.
+        what: how progress begins: the items and what happens to them.
 
     Raises:
         FloatingPointError: logits that are NaN.
@@ -50,7 +52,7 @@ def continue_prompts(
         batch_size = 1
     made = batches_by_length(lengths, batch_size, max_batch_tokens, equal=batching == "equal lengths")
     batches = [batch for batch in made if batch[-1] >= done]
-    for batch in show_progress(batches, sum(map(len, batches)), "texts generated"):
+    for batch in show_progress(batches, sum(map(len, batches)), what):
         changed = processors(batch) if processors else LogitsProcessorList()
         continuations = continue_batch(model, [prompts[index] for index in batch], max_new_tokens, ends, changed)
         for index, ids in zip(batch, continuations, strict=True):

@@ -41,12 +41,13 @@ class Signal(NamedTuple):
     gain_over_student: list[float]  # what the context adds to the target's log-probability (T = 1) over the student's
     gain_over_other_context: list[float]  # the same over the teacher's after another's context, if any has another
 
-    def describe(self, noun: str, temperature: float) -> list[tuple[str, str]]:
+    def describe(self, noun: str, temperature: float, kl_clip: float | None = None) -> list[tuple[str, str]]:
         """Write lines (label, text) for the summary.
 
         Args:
             noun: what an example is called.
             temperature: what the divergence was measured at.
+            kl_clip: the most nats of this divergence that a token counts, if there is a bound.
         """
         low, middle, high = min(self.divergence), median(self.divergence), max(self.divergence)
         gains = (
@@ -64,8 +65,18 @@ class Signal(NamedTuple):
             ),
             ("contexts", gains),
         ]
-        warning = self.warning(noun) or self.cold_start_warning(noun)
-        return lines if warning is None else [*lines, ("WARNING", warning)]
+        warnings = self.warning(noun) or self.cold_start_warning(noun), self.clip_warning(kl_clip)
+        return [*lines, *(("WARNING", warning) for warning in warnings if warning)]
+
+    def clip_warning(self, kl_clip: float | None) -> str | None:
+        """Say if a token of no more than the mean divergence is clipped already; else return None."""
+        mean = fmean(self.divergence)
+        if kl_clip is None or not kl_clip < mean:
+            return None
+        return (
+            f"--kl_clip {kl_clip:g} is less than the {mean:.4f} nats of a token in the mean: what most of the signal"
+            " is in has no gradient; raise it or leave it out."
+        )
 
     def cold_start_warning(self, noun: str) -> str | None:
         """Say if most of what a document's context adds, that of any other document adds as well; else return None."""

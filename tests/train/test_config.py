@@ -344,6 +344,8 @@ def test_required_flags():
         ("tempature: 2\n", "config.yaml: unknown key tempature; did you mean temperature?"),
         ("- a\n", "config.yaml: expected a readable YAML file"),
         ("\x00", "config.yaml: expected a readable YAML file"),
+        ("seed: 1\nseed: 2\n", "config.yaml: expected a readable YAML file, got: the key seed a second time"),
+        ("fsdp_config: {a: 1, a: 2}\n", "got: the key a a second time"),
     ],
 )
 def test_a_bad_file_is_named(text, message, write_yaml):

@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import time
+from itertools import combinations
 
 import pytest
 
@@ -102,6 +103,21 @@ def test_a_failed_run_is_a_row_and_is_taken_again(config, tmp_path, capsys, monk
     assert "There is no sweep.png: it takes --probes_file of two groups" in capsys.readouterr().out
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
     assert set(rows["learning_rate=0.001"]) == {"values", "first", "last"}
+
+
+def test_names_in_the_picture_do_not_overlap(tmp_path, monkeypatch):
+    """Even of runs whose points lie together."""
+    matplotlib = pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure))
+    both = {"eval_probes_a_logprob": 0.0, "eval_probes_b_logprob": 0.0}
+    names = [f"learning_rate={rate}_temperature=1.0" for rate in ("1e-4", "1e-5", "1e-6")]
+    sweep.draw({name: {"first": both, "last": both} for name in names}, tmp_path / "sweep.png")
+    drawn[0].draw_without_rendering()
+    texts = [text for text in drawn[0].findobj(matplotlib.text.Text) if "rate=" in text.get_text()]
+    assert len(texts) == 3
+    boxes = [text.get_window_extent() for text in texts]
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_what_is_no_sweep(config, in_this_process, tmp_path, capsys, monkeypatch):

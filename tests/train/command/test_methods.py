@@ -36,6 +36,13 @@ def test_every_method(flags, formula, disc_train, capsys, tmp_path, model_folder
     assert not torch.equal(weights(tmp_path / "out"), weights(model_folder))
 
 
+@pytest.mark.parametrize(("divergence", "warned"), [("forward_kl", True), ("reverse_kl", False)])
+def test_a_clip_is_compared_with_the_signal(divergence, warned, disc_train, capsys):
+    """The signal is the forward KL, which says nothing about a bound on another divergence."""
+    assert disc_train("--divergence", divergence, "--kl_clip", 1e-9, "--dry_run") == 0
+    assert ("--kl_clip 1e-09 is less than the " in capsys.readouterr().out) == warned
+
+
 def test_nothing_long_enough_to_finetune_on(fails):
     message = fails("--method", "ft", documents=["x", ""])
     assert "expected a document of at least 2 tokens, got 2 shorter ones" in message

@@ -211,6 +211,21 @@ BAD_FILES = {
     "too deep": ("a.jsonl", "[" * 200_000, r"a\.jsonl:1: JSON that Python cannot read"),
     "not a list": ("a.json", "5", r"a\.json: expected a list of records, or one record a line, got int"),
     "malformed line of json": ("a.json", '{"text": "x"}\n{"text"', r"a\.json:2: malformed JSON: .* \(column 8\)"),
+    "key twice": (
+        "a.jsonl",
+        '{"text": "x"}\n{"text": "y", "text": "z"}',
+        r"a\.jsonl:2: expected every key .* 'text' twice",
+    ),
+    "key twice in json": (
+        "a.json",
+        '[{"text": "x"}, {"text": "x", "messages": [{"role": "user", "role": "tool"}]}]',
+        r"a\.json:2: expected every key once, got 'role' twice",
+    ),
+    "key twice in lines of json": (
+        "a.json",
+        '{"text": "x"}\n{"text": "y", "text": ""}',
+        r"a\.json:2: expected every key",
+    ),
     "not gzip": ("a.txt.gz", b"\x1f\x8b", r"a\.txt\.gz: not a readable gzip file"),
     "not gzip either": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz: not a readable gzip file"),
     "gzipped Parquet": ("a.parquet.gz", "", r"unsupported suffix '\.gz'; supported: .* all but \.parquet gzipped"),

@@ -1,6 +1,7 @@
 """disc-eval: what it writes and prints."""
 
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -107,6 +108,14 @@ def test_a_group_stays_in_its_row(disc_eval, tmp_path, capsys):
     record = {"question": "Where?", "choices": CHOICES, "answer": 0, "group": "one\n|two"}
     assert disc_eval("--probes_file", write_jsonl(tmp_path / "facts.jsonl", record)) == 0
     assert "| one /two, closed book | " in capsys.readouterr().out
+
+
+def test_progress_says_how_probes_are_asked(disc_eval, facts, monkeypatch, capsys):
+    monkeypatch.setattr("disc_train.progress.DELAY", 0.0)
+    assert disc_eval("--probes_file", facts) == 0
+    lines = re.findall("(.*): [0-9]+ of [0-9]+ in ", capsys.readouterr().err)
+    done = ("choices scored", "answers generated")
+    assert lines == [f"probes asked {how}, {what}" for how in ("closed book", "in context") for what in done]
 
 
 def test_there_is_no_chart_without_matplotlib(disc_eval, facts, tmp_path, capsys, monkeypatch):

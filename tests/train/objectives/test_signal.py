@@ -83,6 +83,13 @@ def test_the_warning(gain_over_student, gain_over_other_context, message):
     assert [label for label, _ in signal.describe("document", 2.0)][2:] == ([] if message is None else ["WARNING"])
 
 
+@pytest.mark.parametrize(("kl_clip", "warned"), [(None, False), (0.5, False), (0.4, True)])
+def test_a_clip_below_the_mean_is_warned_of(kl_clip, warned):
+    lines = Signal([0.2, 0.7], [0.5, 0.7], []).describe("document", 2.0, kl_clip)
+    message = "--kl_clip 0.4 is less than the 0.4500 nats of a token in the mean"
+    assert [text.startswith(message) for label, text in lines if label == "WARNING"] == [True] * warned
+
+
 @pytest.mark.parametrize("examples", [1, 2])
 def test_without_another_context_no_comparison_is_claimed(examples, make_dataset):
     model, teacher, dataset = make_model(), make_model(), make_dataset(1)
