@@ -280,7 +280,6 @@ def _describe_run(
     compared = disc.method in WITH_TEACHER
     collate = collator(student, read_by(teacher, student), compared)
     cached = isinstance(teacher, CachedTeacher) and disc.method in AT_TEMPERATURE
-    clip = disc.kl_clip if disc.divergence == "forward_kl" else None  # which the signal is measured in
     return [
         *inputs.data.description,
         ("method", f"{disc.method}: {describe_method(disc)}"),
@@ -294,9 +293,14 @@ def _describe_run(
         *(cost.describe() if cost else []),
         *([("changed", f"since then, from here on: {', '.join(inputs.changed)}")] if inputs.changed else []),
         *([("probes", trainer.probes.describe())] if trainer.probes else []),
-        *(signal.describe(dataset.noun, disc.temperature, clip) if signal else []),
+        *(signal.describe(dataset.noun, disc.temperature, _clip_of_signal(disc)) if signal else []),
         *([("signal", "not measured: it needs the teacher itself; --dry_run measures it")] if cached else []),
     ]
+
+
+def _clip_of_signal(disc: DiscArguments) -> float | None:
+    """Return the bound on a token's forward KL, which the signal is measured in; None: there is none."""
+    return disc.kl_clip if disc.divergence == "forward_kl" else None
 
 
 def _describe_outcome(
@@ -327,8 +331,10 @@ def _describe_outcome(
         share = f": the student took up {1 - is_ / was:.0%} of it" if was else ""
         lines.append(("signal", f"{was:.4f} -> {is_:.4f} nats a token on the same {noun}s{share}"))
         if was and 1 - is_ / was < 0.01:
-            rate = f"raise --learning_rate, which was {trainer.args.learning_rate:g}, or take more steps"
-            lines.append(("WARNING", f"the student took up hardly anything: {rate}"))
+            advice = f"raise --learning_rate, which was {trainer.args.learning_rate:g}, or take more steps"
+            if before.clip_warning(_clip_of_signal(disc)):
+                advice = "raise --kl_clip, or leave it out"
+            lines.append(("WARNING", f"the student took up hardly anything: {advice}"))
     if trainer.probes and (answers := trainer.probes.describe_outcome()):
         lines.append(("probes", answers))
     adapters = has_adapters(trainer.student)

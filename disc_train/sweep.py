@@ -237,8 +237,8 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> str:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (name, (uptake, retention)) in enumerate(points.items()):
-        look = {"color": f"C{number % 10}", "marker": "os^Dv"[number // 10 % 5]}
-        axes.scatter([uptake], [retention], label=name.replace("_", " "), **look)
+        marker, label = "os^Dv"[number // 10 % 5], name.replace("_", " ")
+        axes.scatter([uptake], [retention], color=f"C{number % 10}", marker=marker, label=label)
     figure.legend(loc="outside right upper", fontsize=8)  # beside points that lie together names would overlap
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_xlabel("uptake: rise of the first group of probes")

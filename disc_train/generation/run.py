@@ -82,7 +82,7 @@ def run(arguments: GenerateArguments) -> None:
             f"{path}: all {len(texts):,} texts are empty or a single token: the model ends at once; try another prompt"
         )
     method = "ft" if arguments.mode == "rephrase" else "cd --temperature 1"
-    found = f"{len(texts) - done - empty - short:,} texts written" + (f", {done:,} were there" if done else "")
+    found = f"{len(texts) - done - empty - short:,} texts written" + (f", {done:,} were done before" if done else "")
     left = f"{empty:,} empty" + (f", {short:,} of a single token, which has nothing before it" if short else "")
     print_section(
         "What came of it",

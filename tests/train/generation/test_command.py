@@ -83,7 +83,7 @@ def test_an_interrupted_run_gives_the_same_file(disc_generate, tmp_path, capsys)
         (tmp_path / "out.jsonl").write_bytes(whole[:kept])
         assert disc_generate() == 0
         assert (tmp_path / "out.jsonl").read_bytes() == whole
-    assert "0 texts written, 9 were there" in capsys.readouterr().out
+    assert "0 texts written, 9 were done before" in capsys.readouterr().out
 
 
 def test_a_run_stopped_between_batches_goes_on(disc_generate, fails, tmp_path, monkeypatch):
