@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disc_kernels.linear_kl import function, logits
+from disc_kernels.linear_kl.rows.torch_backend import _blocks
 from disc_kernels.linear_kl.teacher_rows import TeacherRows
 from tests.linear_kl.oracle import assert_accurate, build, build_everything, loss_of, run, smallest_workspace
 
@@ -87,6 +88,20 @@ def test_unseen_indices_keep_all_teacher_rows_if_they_fit(projected, fused_impl,
     tight = problem.with_options(max_workspace_bytes=smallest_workspace(problem, fused_impl))
     assert_accurate(run(tight, fused_impl), tight)
     assert projected[1000, 16] >= 12
+
+
+@pytest.mark.parametrize(
+    "index, expected",
+    [
+        ([0, 0, 0, 0, 0, 1, 2, 2], [(0, 4, [0]), (4, 8, [0, 1, 2, 2])]),
+        ([1, 1, 1, 2, 2, 2], [(0, 3, [1]), (3, 6, [2])]),
+        ([3, 0, 4, 3], [(0, 4, [3, 0, 4, 3])]),
+        ([5, 5, 5], [(0, 3, [5])]),
+    ],
+)
+def test_a_block_of_rows_with_one_teacher_row_has_it_once(index, expected):
+    blocks = _blocks(len(index), torch.arange(6).unsqueeze(1), torch.tensor(index), block_rows=4)
+    assert [(rows.start, rows.stop, teacher.flatten().tolist()) for rows, teacher in blocks] == expected
 
 
 def test_rows_without_repetition_stay_in_order(projected):

@@ -25,6 +25,7 @@ vocabulary sums over its shard and the ranks add up, in three calls of `compare_
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -69,9 +70,7 @@ def compare_rows(
     with `statistics` the student's sum is negative where the models' largest logits are not the same entry. A row of
     `normalisers` has the logarithms of the sums. With them the agreement of `stats` is not filled.
     """
-    for start in range(0, student.shape[0], block_rows):
-        rows = slice(start, start + block_rows)
-        z_t = teacher[rows] if inverse_index is None else teacher.index_select(0, inverse_index[rows])
+    for rows, z_t in _blocks(student.shape[0], teacher, inverse_index, block_rows):
         u_t, _ = scaled_logits(z_t, problem.teacher, problem.temperature)
         softcap_gradient = difference = None
         if problem.one_head:
@@ -103,7 +102,8 @@ def compare_rows(
         if stats is not None and statistics:
             stats.student_entropy[rows] = torch.special.entr(q).sum(-1)
             stats.teacher_entropy[rows] = torch.special.entr(p).sum(-1)
-        divergence, score = divergence_and_score(q, p, log_ratio, problem)
+        out = gradient[rows] if gradient is not None and gradient.dtype == q.dtype else None
+        divergence, score = divergence_and_score(q, p, log_ratio, problem, out)
         if stats is not None:
             stats.divergence[rows] = divergence
         if problem.divergence != "forward_kl" and (gradient is not None or mean_score is not None):
@@ -117,7 +117,35 @@ def compare_rows(
                 score.mul_(row_scale[rows].unsqueeze(1))
             if softcap_gradient is not None:
                 score.mul_(softcap_gradient)
-            gradient[rows] = score
+            if score is not out:
+                gradient[rows] = score
+
+
+def _blocks(
+    count: int, teacher: Tensor, inverse_index: Tensor | None, block_rows: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of the `count` rows, with the teacher's row of each, or the one row that all of them share.
+
+    On the CPU a block ends where its first teacher row does, if that is most of it: what a teacher row has to itself,
+    such as its softmax, is then computed once a block. An index on a GPU is not looked at.
+    """
+    index = None if inverse_index is None or inverse_index.is_cuda else inverse_index.tolist()
+    start = 0
+    while start < count:
+        stop = min(start + block_rows, count)
+        same = start  # where rows with the first one's teacher row end
+        while index is not None and same < stop and index[same] == index[start]:
+            same += 1
+        if 2 * (same - start) >= stop - start:
+            stop = same
+        rows = slice(start, stop)
+        if inverse_index is None:
+            yield rows, teacher[rows]
+        elif index is not None and same == stop:
+            yield rows, teacher[index[start]].unsqueeze(0)
+        else:
+            yield rows, teacher.index_select(0, inverse_index[rows])
+        start = stop
 
 
 def multiplied(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -223,15 +251,17 @@ def _may_be_masked(problem: Problem) -> bool:
     return problem.student.bias is not None or problem.teacher.bias is not None or problem.teacher.is_given
 
 
-def divergence_and_score(q: Tensor, p: Tensor, log_ratio: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def divergence_and_score(
+    q: Tensor, p: Tensor, log_ratio: Tensor, problem: Problem, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return divergences [R], or the shard's share of them, and scores [R, V]; overwrite `log_ratio`, log(q / p).
 
-    The score is the gradient itself for forward KL.
+    The score is the gradient itself for forward KL, in `out` if that is given. Rows may share one row of `p`.
     """
     masked = _may_be_masked(problem)
     kl = partial(_generalised_kl, masked=masked, one_head=problem.one_head)
     if problem.divergence == "forward_kl":
-        return kl(p, q, log_ratio)
+        return kl(p, q, log_ratio, out=out)
     if problem.divergence == "reverse_kl":
         value, _ = kl(q, p, -log_ratio)
         h = log_ratio
@@ -250,14 +280,17 @@ def divergence_and_score(q: Tensor, p: Tensor, log_ratio: Tensor, problem: Probl
     return value, h
 
 
-def _generalised_kl(a: Tensor, b: Tensor, log_ratio: Tensor, masked: bool, one_head: bool) -> tuple[Tensor, Tensor]:
-    """Return sum a log(a / b) + (b - a), [R], and b - a, [R, V]; `log_ratio` is log(b / a)."""
+def _generalised_kl(
+    a: Tensor, b: Tensor, log_ratio: Tensor, masked: bool, one_head: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return sum a log(a / b) + (b - a), [R], and b - a, [R, V], in `out`; `log_ratio` is log(b / a)."""
     weighted = a * log_ratio
     if masked:
         weighted.masked_fill_(a == 0, 0.0)  # 0 log 0 = 0
+    total = weighted.sum(-1)
     # With one head `log_ratio` is more accurate than probabilities are. On a GPU the host would have to wait.
-    if one_head or a.is_cuda or bool((weighted.sum(-1) > -CLOSE).any()):
-        difference = torch.maximum(a, b).mul_(torch.expm1(log_ratio.abs().neg_())).copysign_(log_ratio)
-    else:
-        difference = b - a
-    return torch.sub(difference, weighted, out=weighted).sum(-1).clamp_min_(0), difference
+    if one_head or a.is_cuda or bool((total > -CLOSE).any()):
+        difference = torch.maximum(a, b, out=out).mul_(torch.expm1(log_ratio.abs().neg_())).copysign_(log_ratio)
+        return torch.sub(difference, weighted, out=weighted).sum(-1).clamp_min_(0), difference
+    difference = torch.sub(b, a, out=out)
+    return difference.sum(-1) - total, difference
