@@ -23,7 +23,7 @@ from disc_train.flags import check_folder
 from disc_train.generation.config import GenerateArguments
 from disc_train.generation.decoding import continue_prompts
 from disc_train.generation.sources import Source, read_sources
-from disc_train.generation.texts import count_done, list_texts
+from disc_train.generation.texts import count_done, first_of, list_texts
 from disc_train.loading import load_for_inference, load_tokenizer
 from disc_train.models.causal_lm import check_vocabulary
 from disc_train.models.pretrained import trust_remote_code
@@ -84,10 +84,11 @@ def run(arguments: GenerateArguments) -> None:
     method = "ft" if arguments.mode == "rephrase" else "cd --temperature 1"
     found = f"{len(texts) - done - empty - short:,} texts written" + (f", {done:,} were done before" if done else "")
     left = f"{empty:,} empty" + (f", {short:,} of a single token, which has nothing before it" if short else "")
+    left_out_too = f"; {len(left_out):,} left out: {first_of(left_out)}" if left_out else ""
     print_section(
         "What came of it",
         ("texts", f"{found}; {cut:,} stopped at {arguments.max_new_tokens:,} tokens; {left}, left out"),
-        (f"{arguments.noun}s", f"{len(sources):,} read" + "".join(f"; left out: {reason}" for reason in left_out)),
+        (f"{arguments.noun}s", f"{len(sources):,} read{left_out_too}"),
         ("saved", str(path)),
         ("next", f"disc-train --method {method} --train_file {shlex.quote(str(path))}"),
         ("", "with --model_name_or_path and --output_dir, as for any run"),

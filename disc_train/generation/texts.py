@@ -56,8 +56,13 @@ def list_texts(
             id = f"{source.name}#{number}-{_digest(*decided, *how)[:12]}"
             texts.append(TextToGenerate(id, source, prompt, int(_digest(*drawn)[:15], 16)))
     if not texts:
-        raise ValueError(f"none of {len(sources):,} {arguments.noun}s can be used: {'; '.join(left_out)}")
+        raise ValueError(f"none of {len(sources):,} {arguments.noun}s can be used: {first_of(left_out)}")
     return sorted(texts, key=lambda text: -len(text.prompt)), left_out
+
+
+def first_of(names: Sequence[str], count: int = 5) -> str:
+    """Join names, the first of them where they are many."""
+    return ", ".join([*names[:count], *(["..."] if len(names) > count else [])])
 
 
 def _digest(*values: Any) -> str:

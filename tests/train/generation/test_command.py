@@ -157,11 +157,11 @@ def test_a_file_of_something_else_is_left_alone(text, fails, tmp_path):
 
 def test_documents_that_cannot_be_read_are_named(disc_generate, fails, tmp_path, capsys):
     long = "It opened in the spring. " * 60
-    assert disc_generate(texts=[TEXTS[0], "", long]) == 0
+    assert disc_generate(texts=[TEXTS[0], "", long, *[""] * 4]) == 0
     out = capsys.readouterr().out
-    assert "3 read; left out: " in out
-    assert "documents.jsonl:2 (empty); left out: " in out
-    assert "documents.jsonl:3 (" in out
+    assert "7 read; 6 left out: " in out
+    assert "documents.jsonl:2 (empty), " in out
+    assert "documents.jsonl:3 (" in out and "documents.jsonl:6 (empty), ...\n" in out
     assert len(read_jsonl(tmp_path / "out.jsonl")) == 3
     code, line = fails(texts=[long], output="none.jsonl")
     assert (code, "none of 1 documents can be used" in line) == (1, True)
