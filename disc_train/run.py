@@ -21,8 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 from disc_train.checkpoints import find_checkpoint, is_finished, steps_done
 from disc_train.config import DiscArguments
 from disc_train.cost import Cost, measure_cost
+from disc_train.data.description import Lines
 from disc_train.data.sequence_start import bos_prefix
-from disc_train.data.training_data import Lines, TrainingData, load_training_data
+from disc_train.data.training_data import TrainingData, load_training_data
 from disc_train.evaluation.in_training import AskProbes
 from disc_train.evaluation.probes import Question, read_questions
 from disc_train.loading import load_tokenizer

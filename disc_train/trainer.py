@@ -41,15 +41,7 @@ class DiscTrainer(CheckpointingTrainer):
     """Train `model` by one of the methods of `disc_train.objectives.methods`.
 
     A batch is counted in examples: documents, or records. The loss of a step is the mean over all its examples, however
-    they are spread over micro-batches and processes:
-
-        documents = [
-            tokenize_document(document, tokenizer, "document", max_tokens=4096)
-            for document in load_documents("news.jsonl", None)
-        ]
-        args = TrainingArguments("out", learning_rate=3e-6, per_device_train_batch_size=4)
-        trainer = DiscTrainer(student, teacher, args, DocumentDataset(documents), processing_class=tokenizer)
-        trainer.train()
+    they are spread over micro-batches and processes. docs/trainer.md has code from files to a trained model.
 
     Args:
         model: the student, a causal language model.
@@ -285,7 +277,7 @@ class DiscTrainer(CheckpointingTrainer):
         student, args = self.student, self.args
         started, training, each = time.time(), student.training, args.eval_batch_size * args.world_size
         batches: Any = [range(i, i + each, args.world_size) for i in range(0, len(held_out), each)]
-        if self.is_world_process_zero() and not args.disable_tqdm:
+        if not args.disable_tqdm:
             batches = show_progress(batches, sum(map(len, batches)), f"{self.noun}s evaluated")
         # Where a process has no more examples it reads one that does not count: divided models are gathered in step.
         examples = PaddedDataset(held_out)

@@ -15,6 +15,14 @@ from disc_train.data.chunks import chunk_document
 from disc_train.data.context_length import ContextLength, check_lengths, context_length
 from disc_train.data.contexts import FIELDS, make_examples
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
+from disc_train.data.description import (
+    Lines,
+    describe_documents,
+    describe_other_files,
+    describe_records,
+    describe_replay,
+    describe_whole_documents,
+)
 from disc_train.data.documents import load_documents
 from disc_train.data.files import find_files
 from disc_train.data.records import read_records
@@ -23,16 +31,8 @@ from disc_train.data.splits import tokenize_document
 from disc_train.data.templates import Templates, read_templates
 from disc_train.loop_config import LoopArguments
 from disc_train.objectives.methods import OF_SUFFIXES
-from disc_train.summary import (
-    describe_documents,
-    describe_other_files,
-    describe_records,
-    describe_replay,
-    describe_whole_documents,
-)
 
 HELD_OUT_SEED = 0  # whatever the run's, so that evaluations of all runs have the same splits
-Lines = list[tuple[str, str]]  # (label, text), for the summary
 
 
 class TrainingData(NamedTuple):

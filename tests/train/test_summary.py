@@ -5,9 +5,10 @@ import pytest
 from transformers import TrainingArguments
 
 from disc_train.data.dataset import ExampleDataset
+from disc_train.data.description import count_tokens
 from disc_train.data.splits import Split, TokenizedDocument
 from disc_train.packing.collator import pack
-from disc_train.summary import count_steps, count_tokens, describe_packing
+from disc_train.summary import count_steps, describe_packing
 from disc_train.trainer import DiscTrainer
 from tests.train.world import make_model
 
