@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -127,6 +128,8 @@ class LoopArguments(TrainingArguments):
             check_flag(self, name, 0 <= getattr(self, name) < math.inf, "0 or a positive, finite number")
         for name in ("adam_beta1", "adam_beta2"):
             check_flag(self, name, 0 <= getattr(self, name) < 1, "a number from 0 to 1, less than 1")
+        check_flag(self, "seed", 0 <= self.seed < 2**32, "a number from 0 to 2^32 - 1")
+        check_flag(self, "dataloader_num_workers", self.dataloader_num_workers >= 0, "0 (no other processes) or more")
         for name in ("save_steps", "eval_steps", "logging_steps"):
             check_flag(self, name, getattr(self, name) is None or getattr(self, name) > 0, "a positive number")
         if self.max_steps <= 0:
@@ -163,14 +166,14 @@ class LoopArguments(TrainingArguments):
                 )
 
     def _check_json(self) -> None:
-        """Raise ValueError for a flag that should be JSON and is none, or has fields that accelerate does not know."""
+        """Raise ValueError for a flag that is neither JSON nor a file of it, or has fields that accelerate lacks."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if isinstance(value, str) and value.startswith("{"):
+            if isinstance(value, str) and (value.startswith("{") or name != "deepspeed"):  # which takes base64 too
                 try:
-                    value = json.loads(value)
-                except ValueError as error:
-                    raise ValueError(f"--{name}: expected JSON, got {value}: {error}") from error
+                    value = json.loads(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"--{name}: expected JSON, or a file of it, got {value}: {error}") from error
             if name == "accelerator_config" and isinstance(value, dict):
                 try:
                     AcceleratorConfig(**value)
@@ -182,8 +185,13 @@ class LoopArguments(TrainingArguments):
         try:
             Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
         except (ImportError, ValueError) as error:
+            optim = OptimizerNames(self.optim).value
             if isinstance(error, ImportError) or isinstance(error.__context__, ImportError):
-                raise ValueError(f"--optim {OptimizerNames(self.optim).value}: {error}") from error
+                raise ValueError(f"--optim {optim}: {error}") from error
+            if not self.optim_target_modules:  # which are the run's model's
+                raise ValueError(
+                    f"--optim_args: expected name=value, as --optim {optim} has them, got {self.optim_args}: {error}"
+                ) from error
 
     def _check_scheduler(self) -> None:
         """Raise ValueError for arguments that the schedule of the learning rate does not have, or lacks."""

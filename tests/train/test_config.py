@@ -187,7 +187,15 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--max_grad_norm", "nan"], "--max_grad_norm: expected 0 or a positive, finite number, got nan"),
         (["--adam_beta1", "1"], "--adam_beta1: expected a number from 0 to 1, less than 1, got 1.0"),
         (["--output_dir", ""], "--output_dir: expected the folder for checkpoints and the trained model, got none"),
-        (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs: expected JSON, got {bad: "),
+        (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs: expected JSON, or a file of it, got {bad: "),
+        (
+            ["--accelerator_config", "no.json"],
+            "--accelerator_config: expected JSON, or a file of it, got no.json: .*No ",
+        ),
+        (["--fsdp", "--fsdp_config", "no.json"], "--fsdp_config: expected JSON, or a file of it, got no.json: .*No "),
+        (["--optim=sgd", "--optim_args=momentum=x"], "--optim_args: expected name=value, as --optim sgd has them, got"),
+        (["--seed", "-1"], "--seed: expected a number from 0 to 2.32 - 1, got -1"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers: expected 0 .*, got -1"),
         (
             ["--accelerator_config", '{"foo": 1}'],
             "--accelerator_config: expected fields of .*unexpected keyword .*'foo'",
