@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
-from yaml.constructor import ConstructorError
+from yaml.composer import ComposerError
 
 
 def flag(help: str, default: Any = None) -> Any:
@@ -167,12 +167,14 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
 class _Loader(yaml.SafeLoader):
     """Read YAML as `yaml.safe_load` does, but refuse a key that is there twice, of which one would be lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for place, (key, _) in enumerate(node.value):
-            if key.value in keys[:place]:
-                raise ConstructorError(None, None, f"the key {key.value} a second time", key.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise ComposerError(None, None, f"the key {key.value} a second time", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -186,7 +186,8 @@ class LoopArguments(TrainingArguments):
             Trainer.get_optimizer_cls_and_kwargs(self, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
         except (ImportError, ValueError) as error:
             optim = OptimizerNames(self.optim).value
-            if isinstance(error, ImportError) or isinstance(error.__context__, ImportError):
+            missing = isinstance(error, ImportError) or isinstance(error.__context__, ImportError)
+            if missing or "install" in str(error):
                 raise ValueError(f"--optim {optim}: {error}") from error
             if not self.optim_target_modules:  # which are the run's model's
                 raise ValueError(

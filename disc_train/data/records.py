@@ -6,6 +6,7 @@ A bad file or record is a ValueError that names it; nothing is left out in silen
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -111,34 +112,20 @@ def _read_json(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
 
 
 def _parse_json(text: str, name: str) -> Any:
-    repeated: list[tuple[dict[str, Any], str]] = []  # objects, and a key that is in each twice
-
     def make(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated.append((made, max(keys, key=keys.count)))
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"expected every key once, got {twice!r} twice in {str(made)[:100]}")
         return made
 
     try:
-        value = json.loads(text, object_pairs_hook=make)
+        return json.loads(text, object_pairs_hook=make)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise ValueError(f"{name}: malformed JSON: {error.msg} ({where})") from None
-    except (ValueError, RecursionError) as error:  # a number too long to convert, lists nested too deep
+    except (ValueError, RecursionError) as error:  # a key twice, a number too long to convert, lists nested too deep
         raise ValueError(f"{name}: JSON that Python cannot read: {error}") from None
-    if repeated:
-        part, key = repeated[0]
-        records = value if isinstance(value, list) else []
-        number = next((f":{n}" for n, record in enumerate(records, start=1) if _holds(record, part)), "")
-        raise ValueError(f"{name}{number}: expected every key once, got {key!r} twice")
-    return value
-
-
-def _holds(value: Any, part: dict[str, Any]) -> bool:
-    """Return whether what was read is this object, or has it in it."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return value is part or any(_holds(each, part) for each in parts)
 
 
 def _read_csv(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:

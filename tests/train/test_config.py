@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from disc_train.cli import main
 from disc_train.config import DiscArguments, parse_arguments
+from disc_train.flags import _read_yaml
 from disc_train.loop_config import LoopArguments
 
 ROOT = Path(__file__).parents[2]
@@ -359,6 +361,13 @@ def test_required_flags():
 def test_a_bad_file_is_named(text, message, write_yaml):
     with pytest.raises(ValueError, match=message):
         parse_arguments([write_yaml(text)])
+
+
+def test_a_key_may_stand_in_what_a_mapping_takes_over_and_in_itself(tmp_path):
+    """YAML's `<<` is no repetition: as yaml.safe_load reads it, at any depth."""
+    text = "a: &a {x: 1}\nouter:\n  inner: &b\n    <<: *a\n    x: 2\nd:\n  <<: *b\n  z: 3\n"
+    (tmp_path / "merged.yaml").write_text(text)
+    assert _read_yaml(tmp_path / "merged.yaml") == yaml.safe_load(text)
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):

@@ -214,17 +214,18 @@ BAD_FILES = {
     "key twice": (
         "a.jsonl",
         '{"text": "x"}\n{"text": "y", "text": "z"}',
-        r"a\.jsonl:2: expected every key .* 'text' twice",
+        r"a\.jsonl:2: JSON that Python cannot read: expected every key once, got 'text' twice in \{'text': 'z'\}",
     ),
     "key twice in json": (
         "a.json",
         '[{"text": "x"}, {"text": "x", "messages": [{"role": "user", "role": "tool"}]}]',
-        r"a\.json:2: expected every key once, got 'role' twice",
+        r"a\.json: .* expected every key once, got 'role' twice in \{'role': 'tool'\}",
     ),
+    "key twice and deep": ("a.jsonl", "[" * 200 + '{"b": 1, "b": 2}' + "]" * 200, r"a\.jsonl:1: .* got 'b' twice"),
     "key twice in lines of json": (
         "a.json",
         '{"text": "x"}\n{"text": "y", "text": ""}',
-        r"a\.json:2: expected every key",
+        r"a\.json:2: .* expected every key",
     ),
     "not gzip": ("a.txt.gz", b"\x1f\x8b", r"a\.txt\.gz: not a readable gzip file"),
     "not gzip either": ("a.jsonl.gz", "{}", r"a\.jsonl\.gz: not a readable gzip file"),
