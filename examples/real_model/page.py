@@ -19,22 +19,29 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from run import INITIAL, read
 
 Record = dict[str, Any]
+LEARNED = "Entity Inferences, NLL among labels"
 TOLERANCE = 0.2  # nats a token of KL on other text, up to which the area under the frontier is taken
 RESAMPLES = 2000
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
 UPTAKE = ("Entity Inferences", "ECBD", "release notes")
+PLOTTED = ("Entity Inferences, % right", "ECBD, NLL", "release notes, % right")
 # Name -> what its values are multiplied by where they are shown.
 MEASURES = {
     "Entity Inferences, % right": 100.0,
+    "Entity Inferences, NLL among labels": 1.0,
     "Entity Inferences, NLL": 1.0,
     "ECBD, NLL": 1.0,
     "release notes, % right": 100.0,
+    "release notes, NLL among labels": 1.0,
     "release notes, NLL": 1.0,
     "specificity, NLL": 1.0,
     "BIG-bench, % right": 100.0,
     "Python's documentation, loss": 1.0,
     "Python's documentation, KL": 1.0,
 }
+
+
+COLUMNS = {"NLL": 0, "% right": 1, "NLL among labels": 2}  # of a probe; the last is not in rows made at first
 
 
 def items(row: Record, measure: str, condition: str = "probes") -> Items:
@@ -47,9 +54,10 @@ def items(row: Record, measure: str, condition: str = "probes") -> Items:
     probes = row.get(condition, {})
     names = [group] if group != "BIG-bench" else [name for name in probes if name not in (*UPTAKE, "specificity")]
     for name in names:
-        for number, (nll, right) in probes.get(name, {}).items():
+        for number, values in probes.get(name, {}).items():
             entity = number.partition(" ")[0] if name in UPTAKE else f"{name} {number}"
-            found.setdefault(entity, []).append(nll if what == "NLL" else right)
+            if COLUMNS[what] < len(values):
+                found.setdefault(entity, []).append(values[COLUMNS[what]])
     return {entity: (sum(values), len(values)) for entity, values in found.items()}
 
 
@@ -69,14 +77,14 @@ def difference(found: Items, base: Items) -> tuple[float, float]:
 def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
     """Return the area under the frontier of one method's runs: of all entities first, then of entities drawn anew.
 
-    Uptake is by how many nats a token the right label of Entity Inferences became likelier, what is lost is the KL on
-    Python's documentation. The frontier goes in straight lines from the initial model (0, 0) through the runs by KL,
-    and never falls; its mean over a KL of 0 to TOLERANCE is the area. Beyond the last run it is flat.
+    Uptake is by how many nats the right label of Entity Inferences became likelier among all labels, what is lost is
+    the KL on Python's documentation. The frontier goes in straight lines from the initial model (0, 0) through the runs
+    by KL, and never falls; its mean over a KL of 0 to TOLERANCE is the area. Beyond the last run it is flat.
     """
     runs = sorted(runs, key=lambda row: mean(items(row, "Python's documentation, KL")))
     lost = [0.0, *(mean(items(row, "Python's documentation, KL")) for row in runs)]
-    base = items(initial, "Entity Inferences, NLL")
-    after = [items(row, "Entity Inferences, NLL") for row in runs]
+    base = items(initial, LEARNED)
+    after = [items(row, LEARNED) for row in runs]
     gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after])
     weights = np.array([weight for _, weight in base.values()])
     draws = np.random.default_rng(0).multinomial(len(base), np.full(len(base), 1 / len(base)), RESAMPLES)
@@ -139,30 +147,22 @@ def section(rows: Sequence[Record], size: str) -> str:
     asked_of_all = (*UPTAKE, "specificity", *initial["tasks"])  # only the initial model was asked all tasks
     initial = initial | {"probes": {name: found for name, found in initial["probes"].items() if name in asked_of_all}}
     runs = [row for row in rows if row["name"] != INITIAL and not row.get("failed")]
-    measures = [measure for measure in MEASURES if items(initial, measure)]
-    lines = [
-        [
-            "initial model",
-            *("" if m.endswith("KL") else shown(mean(items(initial, m)), MEASURES[m]) for m in measures),
-            "",
-        ]
-    ]
-    ceiling = [
-        items(initial, measure, "in context") if not measure.startswith("Python") else {} for measure in measures
-    ]
-    lines.append(
-        ["... behind the definition"]
-        + [shown(mean(each), MEASURES[m]) if each else "" for each, m in zip(ceiling, measures, strict=True)]
-        + [""]
-    )
+    measures = [measure for measure in MEASURES if any(items(row, measure) for row in (initial, *runs))]
+
+    def means(row: Record, condition: str = "probes") -> list[str]:
+        found = {m: {} if row is initial and m.endswith("KL") else items(row, m, condition) for m in measures}
+        return [shown(mean(each), MEASURES[m]) if each else "" for m, each in found.items()]
+
+    lines = [["initial model", *means(initial), ""]]
+    lines.append(["... behind the definition", *means(initial | {"texts": {}}, "in context"), ""])
     for row in runs:
-        values = [shown(mean(items(row, measure)), MEASURES[measure]) for measure in measures]
-        lines.append([title(row), *values, f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
+        lines.append([title(row), *means(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
-    if len({row["learning_rate"] for row in runs}) > 1 and "Entity Inferences, NLL" in measures:
+    measured = [row for row in runs if items(row, LEARNED)]
+    if len({row["learning_rate"] for row in measured}) > 1:
         parts += [
-            f"Area under the frontier of Entity Inferences' NLL against KL, up to {TOLERANCE} nats a token of KL:",
-            frontiers(initial, runs),
+            f"Area under the frontier of {LEARNED}, against KL, up to {TOLERANCE} nats a token of KL:",
+            frontiers(initial, measured),
         ]
     parts.append(table(["", *measures, "s, training + measuring"], lines))
     parts += [
@@ -190,19 +190,19 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     """Draw uptake against what moved: a line a method, a point a learning rate."""
     initial = next(row for row in rows if row["name"] == INITIAL)
     figure = Figure(figsize=(12, 5), layout="constrained")
-    uptake = [f"{group}, NLL" for group in UPTAKE if items(initial, f"{group}, NLL")]
+    uptake = [measure for measure in PLOTTED if items(initial, measure)]
     measures = zip(("Python's documentation, KL", "specificity, NLL"), cycle(uptake), strict=False)
     for axes, (across, up) in zip(figure.subplots(1, 2), measures, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
             runs = [row for row in rows if row["name"] == name and not row.get("failed")]
             runs.sort(key=lambda row: row.get("learning_rate", 0))
-            x, y = ([mean(items(row, measure)) for row in runs] for measure in (across, up))
+            x, y = ([MEASURES[m] * mean(items(row, m)) for row in runs] for m in (across, up))
             axes.plot(x, y, "k*" if name == INITIAL else "o-", label=name)
-        inside = items(initial, up, "in context")
-        if inside:
-            axes.axhline(mean(inside), color="grey", linestyle=":", label="initial model behind the definition")
+        if inside := items(initial, up, "in context"):
+            ceiling = MEASURES[up] * mean(inside)
+            axes.axhline(ceiling, color="grey", linestyle=":", label="initial model behind the definition")
         axes.set_xlabel(f"{across} (nats a token)")
-        axes.set_ylabel(f"{up} (nats a token; less is more learned)")
+        axes.set_ylabel(up if up.endswith("right") else f"{up} (nats a token; less is more learned)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.savefig(path, dpi=100)
 

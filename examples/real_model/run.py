@@ -47,7 +47,7 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
         for rate in middle_first:
             for name in methods:
                 yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
-    for name, control in grid["controls"].items() if grid["sizes"][size].get("controls") else ():
+    for name, control in grid["controls"].items():
         rate = control.get("learning_rate", middle_first[0])
         yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
 
@@ -84,9 +84,9 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
     """Measure a model with disc-eval; return every item's figures, without its words.
 
     Returns:
-        "probes": by group, of every probe by its id: the right choice's negative log-likelihood in nats a token, and
-        whether it is the likeliest; "in context" the same behind the definition. "texts": by id: tokens predicted, sums
-        of loss and KL in nats.
+        "probes": by group, of every probe by its id: the right choice's negative log-likelihood (NLL) in nats a token,
+        whether it is the likeliest, and its NLL among the choices, in nats: of the softmax over their scores. "in
+        context" the same behind the definition. "texts": by id: tokens predicted, sums of loss and KL in nats.
     """
     flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0", f"--texts_file={texts}"]
     flags += [f"--reference_name_or_path={reference}"] if reference else []
@@ -98,10 +98,12 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
     for each in found["probes"]:
         kind = "in context" if each["condition"] == "in context" else "probes"
         if each["scores"] is not None:
+            scores = torch.tensor(each["scores"])
             items = result[kind].setdefault(each["group"], {})
             items[each["id"].removeprefix(each["group"] + " ")] = [
                 round(-each["scores"][0], 4),
                 int(each["right_choice"]),
+                round(-scores.log_softmax(0)[0].item(), 4),
             ]
     result["texts"] = {
         each["id"]: [each["predicted"], round(each["loss"], 3), round(each["kl"] or 0.0, 4)] for each in found["texts"]
@@ -115,7 +117,7 @@ def above_chance(outcome: Record, probes: Sequence[Record]) -> list[str]:
     for task in dict.fromkeys(probe["group"] for probe in probes):
         chances = [1 / len(probe["choices"]) for probe in probes if probe["group"] == task]
         error = math.sqrt(sum(chance * (1 - chance) for chance in chances)) / len(chances)
-        right = [right for _, right in outcome["probes"][task].values()]
+        right = [values[1] for values in outcome["probes"][task].values()]
         if sum(right) / len(right) > sum(chances) / len(chances) + 2 * error:
             chosen.append(task)
     return chosen
@@ -183,7 +185,7 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
     missing = [
         cell
         for cell in cells(grid, size)
-        if (not only or cell["name"] in only) and not any(cell.items() <= row.items() for row in made)
+        if cell["name"] in (only or grid["methods"]) and not any(cell.items() <= row.items() for row in made)
     ]
     # Filled here, one after another: a cache is written by one process at a time.
     caches: dict[str, list[str]] = {}
@@ -211,9 +213,11 @@ def main() -> None:
     parser.add_argument("--model", help="Any causal model's name or folder; by default the data folder's.")
     parser.add_argument("--size", default="default", help="Of grid.yaml, that with which the folder was prepared.")
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, of one thread each on a CPU.")
-    parser.add_argument("--only", nargs="*", default=[], help="Names of methods of grid.yaml.")
+    parser.add_argument("--only", nargs="*", default=[], help="Names of methods or controls; by default all methods.")
     asked = parser.parse_args()
     grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
+    if unknown := [name for name in asked.only if name not in grid["methods"] | grid["controls"]]:
+        parser.error(f"--only: expected some of {', '.join([*grid['methods'], *grid['controls']])}, got {unknown[0]}")
     model = asked.model or str(asked.data_folder / "model")
     run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
 
