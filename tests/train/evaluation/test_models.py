@@ -74,5 +74,5 @@ def test_a_bos_token_that_there_is_not(fails, facts):
 
 
 def test_yaml_may_write_it_as_a_boolean(tmp_path):
-    (tmp_path / "eval.yaml").write_text("add_bos: true\nmodel_name_or_path: x\ntasks: x\noutput_dir: x\n")
+    (tmp_path / "eval.yaml").write_text("add_bos: true\nmodel_name_or_path: x\ntexts_file: x\noutput_dir: x\n")
     assert parse_arguments([str(tmp_path / "eval.yaml")]).add_bos == "true"
