@@ -30,12 +30,12 @@ import top_k
 
 from disc_train import cli
 from disc_train.config import parse_arguments
+from disc_train.objectives.methods import WITH_TEACHER
 from disc_train.run import run as train
 
 Record = dict[str, Any]
 GRID = Path(__file__).resolve().parent / "grid.yaml"
 INITIAL = "initial model"
-WITH_TEACHER = ("disc", "cd", "ft_kl")
 
 
 def cells(grid: Record, size: str) -> Iterator[Record]:
