@@ -61,6 +61,27 @@ def items(row: Record, measure: str, condition: str = "probes") -> Items:
     return {entity: (sum(values), len(values)) for entity, values in found.items()}
 
 
+def joined(rows: Sequence[Record]) -> list[Record]:
+    """Make one row of those that differ in the entity that was taught alone: all uptake, the mean of what is kept."""
+    runs: dict[tuple[Any, ...], list[Record]] = {}
+    for number, row in enumerate(rows):
+        alone = (row["name"], row["learning_rate"], row["seed"]) if "entity" in row else (number,)
+        runs.setdefault(alone, []).append(row)
+    return [of_run[0] if "entity" not in of_run[0] else _joined(of_run) for of_run in runs.values()]
+
+
+def _joined(rows: Sequence[Record]) -> Record:
+    probes: dict[str, dict[str, list[float]]] = {}
+    for group in rows[0]["probes"]:
+        found: dict[str, list[list[float]]] = {}
+        for row in rows:
+            for number, values in row["probes"][group].items():
+                found.setdefault(number, []).append(values)
+        probes[group] = {number: np.mean(values, axis=0).tolist() for number, values in found.items()}
+    seconds = {part: sum(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]}
+    return rows[0] | {"probes": probes, "seconds": seconds, "entities": len(rows)}
+
+
 def mean(found: Mapping[str, tuple[float, float]]) -> float:
     return sum(part for part, _ in found.values()) / sum(whole for _, whole in found.values())
 
@@ -138,7 +159,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def title(row: Record) -> str:
-    return f"{row['name']}, {row['learning_rate']:g}" + (f", seed {row['seed']}" if row["seed"] else "")
+    entities = f", {row['entities']} entities" if "entities" in row else ""
+    return f"{row['name']}, {row['learning_rate']:g}" + (f", seed {row['seed']}" if row["seed"] else "") + entities
 
 
 def section(rows: Sequence[Record], size: str) -> str:
@@ -191,10 +213,12 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     initial = next(row for row in rows if row["name"] == INITIAL)
     figure = Figure(figsize=(12, 5), layout="constrained")
     uptake = [measure for measure in PLOTTED if items(initial, measure)]
-    measures = zip(("Python's documentation, KL", "specificity, NLL"), cycle(uptake), strict=False)
-    for axes, (across, up) in zip(figure.subplots(1, 2), measures, strict=True):
-        for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
-            runs = [row for row in rows if row["name"] == name and not row.get("failed")]
+    made = [row for row in rows if not row.get("failed")]
+    lost = [m for m in ("Python's documentation, KL", "specificity, NLL") if all(items(row, m) for row in made)]
+    places = zip(figure.subplots(1, len(lost), squeeze=False)[0], lost, cycle(uptake), strict=False)
+    for axes, across, up in places:
+        for name in dict.fromkeys(row["name"] for row in made):
+            runs = [row for row in made if row["name"] == name]
             runs.sort(key=lambda row: row.get("learning_rate", 0))
             x, y = ([MEASURES[m] * mean(items(row, m)) for row in runs] for m in (across, up))
             axes.plot(x, y, "k*" if name == INITIAL else "o-", label=name)
@@ -221,7 +245,7 @@ def write_page(results: Path) -> None:
         " entities, texts or items; bold: more than two of them. It does not hold the spread over seeds.",
     ]
     for size in dict.fromkeys(row["size"] for row in rows):
-        of_size = [row for row in rows if row["size"] == size]
+        of_size = joined([row for row in rows if row["size"] == size])
         plot(of_size, results.parent / f"{size}.png")
         parts += [section(of_size, size), f"![uptake against what moved]({size}.png)"]
     discussion = results.parent / "discussion.md"

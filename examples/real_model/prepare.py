@@ -55,7 +55,7 @@ def by_entity(path: Path, count: int) -> dict[str, list[Record]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         entities.setdefault(record["ent_str"], []).append(record)
-    return dict(list(entities.items())[:: max(1, len(entities) // count)][:count])
+    return dict(list(entities.items())[:: max(1, len(entities) // max(1, count))][:count])
 
 
 def sentence(text: str) -> str:
@@ -173,9 +173,29 @@ def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
     files |= {"kept": specificity(data)} | python_texts(size["texts"])
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
     for name, records in files.items():
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write(folder / f"{name}.jsonl", records)
         print(f"{folder / name}.jsonl: {len(records)} records")
+    for entity in range(size["entities"]) if size.get("one_at_a_time") else ():
+        write_entity(files, entity, folder / "entities" / str(entity))
+
+
+def write(path: Path, records: Iterable[Record]) -> None:
+    path.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records), encoding="utf-8")
+
+
+def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> None:
+    """Write the document, records and probes of one entity, and what is asked of all others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = slice(entity * TEXTS_A_DOCUMENT, (entity + 1) * TEXTS_A_DOCUMENT)
+    about = f"Entity Inferences {entity} "
+    of_entity = {
+        "documents": [files["documents"][entity]],
+        "records": files["records"][texts],
+        "uptake": [probe for probe in files["uptake"] if probe["id"].startswith(about)],
+        "kept": files["kept"],
+    }
+    for name, records in of_entity.items():
+        write(folder / f"{name}.jsonl", records)
 
 
 def main() -> None:

@@ -40,13 +40,15 @@ INITIAL = "initial model"
 
 def cells(grid: Record, size: str) -> Iterator[Record]:
     """Yield what identifies each run, the middle of the rates first: most is known early."""
-    seeds, rates = grid["sizes"][size]["seeds"], grid["sizes"][size]["learning_rates"]
-    methods = grid["sizes"][size].get("methods", grid["methods"])
+    settings = grid["sizes"][size]
+    seeds, rates = settings["seeds"], settings["learning_rates"]
     middle_first = sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2))
     for seed in seeds:
         for rate in middle_first:
-            for name in methods:
-                yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
+            for name in settings.get("methods", grid["methods"]):
+                cell = {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
+                entities = range(settings["entities"]) if settings.get("one_at_a_time") else ()
+                yield from ({**cell, "entity": entity} for entity in entities) if entities else (cell,)
     for name, control in grid["controls"].items():
         rate = control.get("learning_rate", middle_first[0])
         yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
@@ -54,7 +56,7 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
 
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
-    settings = grid["common"] | settings_of(grid, cell["name"])
+    settings = grid["common"] | grid["sizes"][cell["size"]].get("common", {}) | settings_of(grid, cell["name"])
     settings.pop("top_k", None)  # not a flag: `make` sees to it
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
@@ -80,16 +82,20 @@ def call(command: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
         raise SystemExit(code)
 
 
-def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path, folder: Path) -> Record:
+def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path | None, folder: Path) -> Record:
     """Measure a model with disc-eval; return every item's figures, without its words.
+
+    Args:
+        reference: that from which the KL on the texts is taken.
 
     Returns:
         "probes": by group, of every probe by its id: the right choice's negative log-likelihood (NLL) in nats a token,
         whether it is the likeliest, and its NLL among the choices, in nats: of the softmax over their scores. "in
         context" the same behind the definition. "texts": by id: tokens predicted, sums of loss and KL in nats.
     """
-    flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0", f"--texts_file={texts}"]
-    flags += [f"--reference_name_or_path={reference}"] if reference else []
+    flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0"]
+    flags += [f"--texts_file={texts}"] if texts else []
+    flags += [f"--reference_name_or_path={reference}"] if texts and reference else []
     shutil.rmtree(folder, ignore_errors=True)
     call(cli.evaluate, [*flags, "--probes_file", *map(str, probes)])
     found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -135,7 +141,9 @@ def measure_initial(data: Path, model: str, size: str) -> Record:
 
 def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     """Make one run: train, measure, delete; return its line of the results."""
-    folder = data / "trained" / cell["size"] / f"{cell['name']} {cell['learning_rate']:g} {cell['seed']}"
+    folder = data / "trained" / cell["size"] / " ".join(map(str, cell.values()))
+    alone = "entity" in cell  # taught alone, and asked about alone
+    data = data / "entities" / str(cell["entity"]) if alone else data
     flags = training_flags(grid, cell, data, model)
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -145,9 +153,9 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     except FloatingPointError:
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
     trained = time.monotonic()
-    paths = [data / f"{name}.jsonl" for name in ("uptake", "kept", "tasks_kept")]
+    paths = [data / f"{name}.jsonl" for name in (("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept"))]
     paths = [path for path in paths if path.stat().st_size]
-    outcome = measure(str(folder), model, paths, data / "python.jsonl", folder / "evaluation")
+    outcome = measure(str(folder), model, paths, None if alone else data / "python.jsonl", folder / "evaluation")
     shutil.rmtree(folder)
     seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
     return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}

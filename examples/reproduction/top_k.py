@@ -64,7 +64,7 @@ def gradient(trainer: DiscTrainer, batch: list, k: int, tail: str) -> Tensor:
 
 @torch.no_grad()
 def mass_left_out(trainer: DiscTrainer, batch: list, k: int) -> float:
-    """The mean probability that the teacher gives to all but its K likeliest tokens, at T = 2: percent."""
+    """The mean probability that the teacher gives to all but its K likeliest tokens, at the loss's T: percent."""
     teacher = predict_as_teacher(trainer.model, trainer.teacher, batch)
     logits = logits_of(teacher.head, teacher.hidden.flatten(0, -2)[teacher.index])
-    return 100 * (1 - (logits / 2).softmax(-1).topk(k).values.sum(-1)).mean().item()
+    return 100 * (1 - (logits / trainer.settings.temperature).softmax(-1).topk(k).values.sum(-1)).mean().item()

@@ -131,6 +131,33 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
         assert all(kl > 0 for _, _, kl in row["texts"].values())
 
 
+@pytest.mark.slow
+def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
+    import page
+    import run
+    from prepare import prepare
+
+    size = SIZE | {"ecbd": 0, "items": 0, "cache": False, "one_at_a_time": True, "methods": ["split finetuning"]}
+    grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"alone": size | {"common": {"num_train_epochs": 2}}}}
+    out, results = tmp_path / "out", tmp_path / "runs.jsonl"
+    prepare(data, out, size, None)
+    run.run(grid, out, str(EXAMPLES / "tiny" / "model"), results, "alone", jobs=1)
+    initial, *rows = read(results)
+    assert [row["entity"] for row in rows] == [0, 1]
+    for row in rows:
+        assert {number.partition(" ")[0] for number in row["probes"]["Entity Inferences"]} == {str(row["entity"])}
+        assert row["probes"]["specificity"] != initial["probes"]["specificity"] and row["texts"] == {}
+        assert "--num_train_epochs=2" in row["flags"]
+    first, second = (row["probes"] for row in rows)
+    (together,) = page.joined(rows)
+    assert together["probes"]["Entity Inferences"] == first["Entity Inferences"] | second["Entity Inferences"]
+    number = next(iter(first["specificity"]))
+    both = first["specificity"][number][0] + second["specificity"][number][0]
+    assert together["probes"]["specificity"][number][0] == pytest.approx(both / 2)
+    page.write_page(results)
+    assert "| split finetuning, 0.0001, 2 entities |" in (tmp_path / "results.md").read_text()
+
+
 def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch):
     import run
 
