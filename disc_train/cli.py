@@ -86,7 +86,7 @@ def _read_and_work(command: str, read: Callable[[Sequence[str]], Callable[[], No
             work = read(argv)
     except SystemExit as exit_:  # argparse has printed its help
         return int(exit_.code or 0)
-    except (ValueError, ImportError) as error:  # on a machine all processes were given the same command line
+    except (ValueError, OSError, ImportError) as error:  # on a machine all processes were given the same command line
         return _failed(command, error, 2, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     from disc_train.parallel.agreement import CommonError
     from disc_train.parallel.termination import Terminated

@@ -33,16 +33,10 @@ FLAGS_OF_REPLAY_BY_KL = (
     *("teacher", "teacher_name_or_path", "teacher_cache"),
 )
 FLAG_NEEDED_BY = {
-    "lora_alpha": "lora_rank",
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "lora_target_modules"), "lora_rank"),
+    **dict.fromkeys(("lora_use_rslora", "lora_use_dora", "load_in_4bit", "load_in_8bit"), "lora_rank"),
+    **dict.fromkeys(("replay_share", "replay_objective"), "replay_file"),
     "probe_steps": "probes_file",
-    "lora_dropout": "lora_rank",
-    "lora_target_modules": "lora_rank",
-    "lora_use_rslora": "lora_rank",
-    "lora_use_dora": "lora_rank",
-    "load_in_4bit": "lora_rank",
-    "load_in_8bit": "lora_rank",
-    "replay_share": "replay_file",
-    "replay_objective": "replay_file",
     "teacher_cache_dtype": "teacher_cache",
 }
 

@@ -47,11 +47,13 @@ def check_installed(flag: str, *packages: str, install: str = "") -> None:
 
 def check_folder(flag: str, folder: Path) -> None:
     """Raise ValueError, naming the flag, if a folder cannot be written to, nor made where it is not there yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise ValueError(f"{flag}: expected a folder that can be written to, got {folder}")
 
 
+# Flags with these endings take names or paths. A shell writes an empty one for a variable that is not set.
+NAMES = ("_name_or_path", "_file", "_cache", "_checkpoint", "dataset_name", "compare", "tasks")
 # What other trainers and libraries call the same.
 OTHER_NAMES = {
     "attn_implementation": "attention",
@@ -98,7 +100,7 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
     The file may also be given as `--config CONFIG.yaml`, anywhere.
 
     Raises:
-        ValueError: an unknown flag or key (with the nearest known one), or a value that does not fit.
+        ValueError: an unknown flag or key (with the nearest known one), a value that does not fit, or an empty name.
         SystemExit: from argparse, after it has printed help.
     """
     first = _config_parser()
@@ -115,9 +117,12 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
     file, given = _split_config(first, argv)
     if file is not None:
         given = _yaml_flags(file, known, flag_names(given)) + given
-    _, unknown = parser.parse_known_args(given)
+    read, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
+    for name, value in vars(read).items():
+        if name.endswith(NAMES) and "" in (value if isinstance(value, list) else [value]):
+            raise ValueError(f"--{name}: expected a name or a path, got an empty text")
     return parser.parse_args_into_dataclasses(given, look_for_args_file=False)[: len(classes)]
 
 

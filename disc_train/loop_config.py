@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from transformers import SchedulerType, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -169,11 +170,16 @@ class LoopArguments(TrainingArguments):
         """Raise ValueError for a flag that is neither JSON nor a file of it, or has fields that accelerate lacks."""
         for name in self._VALID_DICT_FIELDS:
             value = getattr(self, name)
-            if isinstance(value, str) and (value.startswith("{") or name != "deepspeed"):  # which takes base64 too
-                try:
-                    value = json.loads(value if value.startswith("{") else Path(value).read_text(encoding="utf-8"))
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"--{name}: expected JSON, or a file of it, got {value}: {error}") from error
+            try:
+                if isinstance(value, str) and name == "deepspeed":
+                    HfDeepSpeedConfig(value)  # base64 too
+                elif isinstance(value, str) and value.startswith("{"):
+                    value = json.loads(value)
+                elif isinstance(value, str):  # transformers itself reads files for some of these flags only
+                    value = {**json.loads(Path(value).read_text(encoding="utf-8"))}
+                    setattr(self, name, value)
+            except (OSError, ValueError, TypeError, AttributeError) as error:  # the last two: JSON, but no object
+                raise ValueError(f"--{name}: expected JSON, or a file of it, got {value}: {error}") from error
             if name == "accelerator_config" and isinstance(value, dict):
                 try:
                     AcceleratorConfig(**value)

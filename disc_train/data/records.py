@@ -13,6 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
 from disc_train.data.files import decode, find_files, kind_of
 
 
@@ -59,7 +62,7 @@ def read_records(
     paths = find_files(train_file, fields.flag).read
     try:
         return [_record(name, record, fields) for path in paths for name, record in _read(path, fields)]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{fields.flag}: {error}") from error
 
 
@@ -173,14 +176,18 @@ def _read_parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
 
 def _read_dataset(dataset_name: str, fields: Fields) -> Iterator[tuple[str, Any]]:
     try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
+        import datasets
     except ImportError:
         raise ImportError("--dataset_name needs the datasets library: pip install 'disc-kernels[train]'") from None
     name = f"{dataset_name}[train]"
     try:
-        dataset = load_dataset(dataset_name, split="train")
-    except (ValueError, OSError, DatasetsError) as error:  # OSError: not found on the Hub, or the Hub not reached
+        if not Path(dataset_name).exists():
+            HfApi().dataset_info(dataset_name, timeout=10)
+    except Exception as error:  # unless the Hub has answered, load_dataset would ask again for half a minute
+        datasets.config.HF_HUB_OFFLINE |= not isinstance(error, HfHubHTTPError)
+    try:
+        dataset = datasets.load_dataset(dataset_name, split="train")
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # OSError: not found, or no answer
         raise ValueError(f"--dataset_name: cannot load {name}: {error}") from error
     columns = _require_fields(name, dataset.column_names, fields)
     for number, record in enumerate(dataset.select_columns(columns), start=1):

@@ -189,6 +189,12 @@ EVALUATION = ["--eval_file", "e.jsonl", "--eval_strategy", "steps"]
         (["--max_grad_norm", "nan"], "--max_grad_norm: expected 0 or a positive, finite number, got nan"),
         (["--adam_beta1", "1"], "--adam_beta1: expected a number from 0 to 1, less than 1, got 1.0"),
         (["--output_dir", ""], "--output_dir: expected the folder for checkpoints and the trained model, got none"),
+        (["--resume_from_checkpoint", ""], "--resume_from_checkpoint: expected a name or a path, got an empty text"),
+        (["--dataset_name="], "--dataset_name: expected a name or a path, got an empty text"),
+        (["--train_file", "a", ""], "--train_file: expected a name or a path, got an empty text"),
+        (["--teacher_cache", ""], "--teacher_cache: expected a name or a path, got an empty text"),
+        (["--deepspeed", "no.json"], "--deepspeed: expected JSON, or a file of it, got no.json: "),
+        (["--deepspeed", "/"], "--deepspeed: expected JSON, or a file of it, got /: .*Is a directory"),
         (["--lr_scheduler_kwargs", "{bad"], "--lr_scheduler_kwargs: expected JSON, or a file of it, got {bad: "),
         (
             ["--accelerator_config", "no.json"],
@@ -320,7 +326,23 @@ def test_replay_by_kl_has_documents_and_a_teacher_of_its_own(flags):
     parse_arguments([*REQUIRED, *flags, "--replay_file", "r", "--replay_objective", "kl"])
 
 
-@pytest.mark.parametrize("flags", [["--method", "sft"], ["--num_splits", "two"], ["--learning_rate", "fast"]])
+@pytest.mark.parametrize("flag", ["--deepspeed", "--fsdp_config", "--gradient_checkpointing_kwargs"])
+def test_a_file_of_json_that_is_no_object(flag, tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match=f"{flag}: expected JSON, or a file of it, got .*list.json: "):
+        parse_arguments([*REQUIRED, "--fsdp", "--gradient_checkpointing", flag, str(tmp_path / "list.json")])
+
+
+def test_settings_in_a_file_of_json(tmp_path):
+    (tmp_path / "cycles.json").write_text('{"num_cycles": 2}')
+    flags = ["--lr_scheduler_type", "cosine_with_restarts", "--lr_scheduler_kwargs", str(tmp_path / "cycles.json")]
+    assert parse_arguments([*REQUIRED, *flags])[1].lr_scheduler_kwargs == {"num_cycles": 2}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--method", "sft"], ["--num_splits", "two"], ["--learning_rate", "fast"], ["--ddp_backend", "nonsense"]],
+)
 def test_argparse_refuses_what_has_the_wrong_form(flags):
     with pytest.raises(ValueError, match=f"argument {flags[0]}.*: invalid"):
         parse_arguments([*REQUIRED, *flags])

@@ -6,6 +6,7 @@ import re
 import pytest
 from transformers import AutoModelForCausalLM
 
+from tests.train.commands import error_line
 from tests.train.world import make_model
 
 
@@ -125,3 +126,12 @@ def test_wrong_usage_is_code_2(disc_train, capsys):
         == "disc-train: error: unknown argument --tempature; did you mean --temperature?"
     )
     assert disc_train("--method", "sft") == 2
+
+
+def test_a_file_that_cannot_be_read_while_flags_are_is_code_2(disc_train, capsys, monkeypatch):
+    def parse(argv):
+        raise PermissionError("no access")
+
+    monkeypatch.setattr("disc_train.sweep.parse_sweep", parse)
+    assert disc_train() == 2
+    assert error_line(capsys, 2) == "disc-train: error: no access"

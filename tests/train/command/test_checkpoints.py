@@ -83,7 +83,9 @@ def test_resuming_a_finished_run_trains_nothing(disc_train, tmp_path, capsys):
 
 def test_an_output_folder_that_cannot_be_one(fails, tmp_path):
     (tmp_path / "file").touch()
-    assert "--output_dir: expected a folder that can be written to" in fails("--output_dir", tmp_path / "file" / "out")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in (tmp_path / "file" / "out", tmp_path / "link"):
+        assert "--output_dir: expected a folder that can be written to" in fails("--output_dir", folder)
 
 
 def test_a_folder_with_a_model_is_not_written_over(fails, model_folder):

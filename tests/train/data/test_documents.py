@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 from disc_train.data.documents import Document, load_documents
 from disc_train.data.files import find_files
@@ -166,6 +167,31 @@ def test_a_dataset(tmp_path, monkeypatch):
     write(tmp_path / "broken" / "train.jsonl", '{"text": ')
     with pytest.raises(ValueError, match=r"cannot load .*broken\[train\]"):
         load_documents(None, str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_hub_that_does_not_answer_is_asked_once(answers, monkeypatch):
+    """What was downloaded is read all the same, so it is left to `datasets` to refuse the name, which then is quick."""
+    datasets = pytest.importorskip("datasets")
+
+    def dataset_info(self, name, timeout):
+        raise HfHubHTTPError.__new__(HfHubHTTPError) if answers else ConnectionError("no such host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match=r"--dataset_name: cannot load nobody/nothing\[train\]: Couldn't reach"):
+        load_documents(None, "nobody/nothing")
+    assert datasets.config.HF_HUB_OFFLINE is not answers
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def read_bytes(path):
+        raise PermissionError(f"no access to {path}")
+
+    file = write(tmp_path / "a.txt", "x")
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    with pytest.raises(ValueError, match=f"--eval_file: no access to {file}"):
+        load_documents(file, None, flag="--eval_file")
 
 
 @pytest.mark.parametrize(

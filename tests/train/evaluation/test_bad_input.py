@@ -69,6 +69,12 @@ def test_tasks_need_lm_eval(fails, monkeypatch):
     assert (code, "--tasks needs lm_eval: pip install lm-eval" in line) == (2, True)
 
 
+@pytest.mark.parametrize("flag", ["--documents_file", "--reference_name_or_path", "--tasks", "--compare"])
+def test_an_empty_name(flag, fails, facts):
+    code, line = fails("--probes_file", facts, flag, "")
+    assert (code, f"{flag}: expected a name or a path, got an empty text" in line) == (2, True)
+
+
 def test_an_empty_evaluation(fails, tmp_path, facts):
     code, line = fails()
     assert (code, "nothing to evaluate: expected --probes_file, --texts_file or --tasks" in line) == (2, True)

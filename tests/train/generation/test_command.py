@@ -228,6 +228,7 @@ def test_a_template_of_ones_own(disc_generate, fails, chat_tokenizer, model_fold
         (("--top_p", "1.5"), "--top_p: expected more than 0 and at most 1"),
         (("--num_generations", "0"), "--num_generations: expected at least 1"),
         (("--output_file", "out.txt"), "--output_file: expected a .jsonl file"),
+        (("--train_file", ""), "--train_file: expected a name or a path, got an empty text"),
         (("--dataset_name", "x"), "expected one of --train_file and --dataset_name, got both"),
         (("--top_k", "3"), "unknown argument --top_k"),
     ],
