@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "reproduction"))
 
@@ -57,7 +58,8 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
     settings = grid["common"] | grid["sizes"][cell["size"]].get("common", {}) | settings_of(grid, cell["name"])
-    settings.pop("top_k", None)  # not a flag: `make` sees to it
+    for name in ("top_k", "update_share"):
+        settings.pop(name, None)  # no flags: `make` sees to them
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
     settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
@@ -145,13 +147,16 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     alone = "entity" in cell  # taught alone, and asked about alone
     data = data / "entities" / str(cell["entity"]) if alone else data
     flags = training_flags(grid, cell, data, model)
+    settings = settings_of(grid, cell["name"])
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
     try:
-        with top_k.distilling(settings_of(grid, cell["name"]).get("top_k", 0), "cut"):
+        with top_k.distilling(settings.get("top_k", 0), "cut"):
             train(*parse_arguments([*flags, f"--output_dir={folder}"]))
     except FloatingPointError:
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
+    if "update_share" in settings:
+        keep_part(folder, model, settings["update_share"])
     trained = time.monotonic()
     paths = [data / f"{name}.jsonl" for name in (("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept"))]
     paths = [path for path in paths if path.stat().st_size]
@@ -159,6 +164,15 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     shutil.rmtree(folder)
     seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
     return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}
+
+
+@torch.no_grad()
+def keep_part(folder: Path, initial: str, share: float) -> None:
+    """Replace the trained weights in a folder by initial + share * (trained - initial) (WiSE-FT, arXiv 2109.01903)."""
+    before, model = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32) for name in (initial, folder))
+    for weight, start in zip(model.parameters(), before.parameters(), strict=True):
+        weight.lerp_(start, 1 - share)
+    model.save_pretrained(folder)
 
 
 def read(path: Path) -> list[Record]:

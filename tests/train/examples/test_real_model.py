@@ -158,6 +158,22 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     assert "| split finetuning, 0.0001, 2 entities |" in (tmp_path / "results.md").read_text()
 
 
+def test_part_of_an_update_is_kept(modules, tmp_path):
+    import run
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    initial = str(EXAMPLES / "tiny" / "model")
+    model = AutoModelForCausalLM.from_pretrained(initial, dtype=torch.float32)
+    before = model.lm_head.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    run.keep_part(tmp_path, initial, 0.25)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+    assert torch.allclose(after, before + 0.25, atol=1e-6)
+
+
 def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch):
     import run
 
