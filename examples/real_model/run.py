@@ -224,8 +224,12 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
             add(work(cell))
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(work, cell) for cell in missing]):
-            add(done.result())
+        try:
+            for done in as_completed([pool.submit(work, cell) for cell in missing]):
+                add(done.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all that is left would be made, and thrown away
+            raise
 
 
 def main() -> None:
@@ -241,7 +245,11 @@ def main() -> None:
     if unknown := [name for name in asked.only if name not in grid["methods"] | grid["controls"]]:
         parser.error(f"--only: expected some of {', '.join([*grid['methods'], *grid['controls']])}, got {unknown[0]}")
     model = asked.model or str(asked.data_folder / "model")
-    run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
+    try:
+        run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,31 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
     for row in rows[1:]:
         assert row["probes"].keys() - {"crass_ai", "implicatures"} == {"Entity Inferences", "ECBD", "specificity"}
         assert all(kl > 0 for _, _, kl in row["texts"].values())
+
+
+def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypatch):
+    import run
+
+    made = []
+
+    def make(grid, cell, data, model):
+        made.append(cell)
+        raise KeyboardInterrupt
+
+    size = SIZE | {
+        "cache": False,
+        "methods": ["split finetuning", "finetuning", "TALR"],
+        "learning_rates": [1e-4, 2e-4],
+    }
+    grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"quick": size}, "controls": {}}
+    results = tmp_path / "runs.jsonl"
+    results.write_text(json.dumps({"name": run.INITIAL, "size": "quick", "tasks": []}) + "\n")
+    (tmp_path / "tasks.jsonl").touch()
+    monkeypatch.setattr(run, "make", make)
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(1))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(grid, tmp_path, "no model is read", results, "quick", jobs=2)
+    assert len(made) <= 2
 
 
 @pytest.mark.slow
