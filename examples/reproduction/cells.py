@@ -35,7 +35,11 @@ class Cell:
     kl_clip: float | None = None
     teacher_ema_decay: float | None = None  # None: the teacher stays as it is
     teacher_sync_steps: int = 1
+    told: bool = False  # cross-entropy where the prefix tells the token, the KL elsewhere, as candidates.py has it
+    by_gain: bool = False  # suffixes are drawn the likelier the more the prefix tells about them
+    own_sentences: bool = False  # CD-base's texts beside the documents, as many examples
     freeze_head: bool = False
+    frozen_layers: int = 0  # from below
     replay: float = 0.0  # share of examples that are documents about old entities, held to the teacher's by KL
     interpolate: float = 1.0  # afterwards the weights are initial + interpolate * (trained - initial)
     updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher
@@ -43,8 +47,10 @@ class Cell:
     def __post_init__(self) -> None:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
             raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
-        if self.top_k and (self.method != "disc" or self.ce_weight or self.kl_clip):
+        if self.top_k and (self.method != "disc" or self.ce_weight or self.kl_clip or self.told):
             raise ValueError(f"top_k is for DiSC as it is, got {self}")
+        if (self.told or self.by_gain or self.own_sentences) and (self.method != "disc" or self.updates > 1):
+            raise ValueError(f"told, by_gain and own_sentences are for one update by DiSC, got {self}")
 
     def __str__(self) -> str:
         """The settings that are not the default."""

@@ -1,7 +1,7 @@
 """The KL over the teacher's K likeliest tokens in the place of all, as a loss of the runs of top_k.yaml."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -43,11 +43,15 @@ def distill_top_k(k: int, tail: str, predictions: Predictions, settings: Setting
     return settings.temperature**2 * loss
 
 
-@contextmanager
-def distilling(k: int, tail: str) -> Iterator[None]:
+def distilling(k: int, tail: str) -> AbstractContextManager[None]:
     """Train `disc` by the KL over the teacher's K likeliest tokens meanwhile; 0: over all, as ever."""
-    if k:
-        methods.OBJECTIVES["disc"] = partial(distill_top_k, k, tail)
+    return training_by(partial(distill_top_k, k, tail)) if k else nullcontext()
+
+
+@contextmanager
+def training_by(objective: Callable[[Predictions, Settings], Tensor]) -> Iterator[None]:
+    """Train `disc` by another objective meanwhile."""
+    methods.OBJECTIVES["disc"] = objective
     try:
         yield
     finally:

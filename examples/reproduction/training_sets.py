@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import world
+from candidates import SplitsByGain
 from cells import Cell
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from disc_train.data.chat import encode
 from disc_train.data.dataset import DocumentDataset, ExampleDataset, ReplayDataset, whole_documents
@@ -19,16 +20,20 @@ from disc_train.objectives.methods import OF_SUFFIXES
 
 
 def training_set(
-    cell: Cell, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], own: Sequence[Sequence[str]]
+    cell: Cell,
+    initial: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    own: Sequence[Sequence[str]],
 ) -> ExampleDataset:
     """The examples of a cell's method.
 
     Args:
-        own: the model's own sentences about each document, for `texts: own` and CD-base.
+        initial: the model before all training, for `by_gain`.
+        own: its own sentences about each document, for `texts: own`, `own_sentences` and CD-base.
     """
     if cell.method == "cd":
-        pairs = zip(documents, own, strict=True)
-        return ExampleDataset([_continuations(document, sentences, tokenizer) for document, sentences in pairs])
+        return _continued(documents, own, tokenizer)
     if cell.texts == "own":
         documents = [Document(document.name, " ".join(text)) for document, text in zip(documents, own, strict=True)]
     tokenized = [tokenize_document(document, tokenizer, "document", None) for document in documents]
@@ -46,7 +51,16 @@ def training_set(
         return OtherPrefixes(dataset)
     if cell.replay:
         return ReplayDataset(dataset, _old_documents(tokenizer), cell.replay, cell.seed, by_kl=True)
-    return dataset
+    if cell.own_sentences:
+        return ReplayDataset(dataset, _continued(documents, own, tokenizer), 0.5, cell.seed)
+    return SplitsByGain(dataset, initial) if cell.by_gain else dataset
+
+
+def _continued(
+    documents: Sequence[Document], own: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase
+) -> ExampleDataset:
+    pairs = zip(documents, own, strict=True)
+    return ExampleDataset([_continuations(document, sentences, tokenizer) for document, sentences in pairs])
 
 
 def _old_documents(tokenizer: PreTrainedTokenizerBase) -> ExampleDataset:

@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-import top_k
 import torch
+from candidates import distill_or_tell
 from cells import Cell
 from corpus import Corpus, join, new_corpus, one_a_document, one_of_each
 from measures import Record, Retention, uptake
 from own_words import own_sentences, share_true
 from pretrain import pretraining_names
+from top_k import distilling, training_by
 from training_sets import training_set
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PrinterCallback, TrainingArguments
 
@@ -109,24 +110,25 @@ class Laboratory:
         trainer = self.trainer(student, teacher, corpus, cell)
         tokens = _count_tokens(trainer)
         start = time.perf_counter()
-        with top_k.distilling(cell.top_k, cell.tail):
+        with training_by(distill_or_tell) if cell.told else distilling(cell.top_k, cell.tail):
             trainer.train()
         return {"steps": trainer.state.global_step, **tokens, "seconds": round(time.perf_counter() - start, 2)}
 
     def trainer(self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell) -> DiscTrainer:
         own: list[list[str]] = []
-        if cell.method == "cd" or cell.texts == "own":
+        if cell.method == "cd" or cell.texts == "own" or cell.own_sentences:
             own = self.own_words(cell.seed, cell.documents, cell.said)
         torch.manual_seed(cell.seed)
         if cell.lora_rank:
             add_lora(student, cell.lora_rank, 2 * cell.lora_rank, LORA_DROPOUT)
         if cell.freeze_head:
             freeze_head(student)
+        student.model.layers[: cell.frozen_layers].requires_grad_(False)
         trainer = DiscTrainer(
             student,
             teacher if cell.method in WITH_TEACHER and not cell.lora_rank else None,
             _arguments(cell, on_cpu=student.device.type == "cpu"),
-            training_set(cell, self.tokenizer, join(corpus.documents, cell.joined), own),
+            training_set(cell, self.model, self.tokenizer, join(corpus.documents, cell.joined), own),
             method=cell.method,
             temperature=cell.temperature,
             ce_weight=cell.ce_weight,
