@@ -5,6 +5,7 @@ import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -156,6 +157,7 @@ def test_the_top_k_of_a_whole_vocabulary_is_disc(reproduction, small_grid, tail)
     laboratory = Laboratory.__new__(Laboratory)
     laboratory.tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "model")
     student, teacher = (AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "model") for _ in range(2))
+    laboratory.model = teacher
     trainer = laboratory.trainer(student, teacher, new_corpus("7", 2, 2, set()), Cell(7, 1e-4, 2, 1, 2))
     batch = next(batches(trainer, 2))
     full, every, one = (gradient(trainer, batch, k, tail) for k in (0, student.config.vocab_size, 1))
@@ -164,6 +166,58 @@ def test_the_top_k_of_a_whole_vocabulary_is_disc(reproduction, small_grid, tail)
     with distilling(1, tail):
         pass
     assert torch.equal(gradient(trainer, batch, 0, tail), full)
+
+
+def test_tokens_that_the_prefix_tells_count_by_cross_entropy_and_others_by_the_kl(reproduction, monkeypatch):
+    import candidates
+    import torch
+
+    from disc_kernels.hf.head import OutputHead
+    from disc_train.objectives.methods import Settings
+    from disc_train.objectives.predictions import ModelPredictions, Predictions
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    logits = hidden @ weight.T
+    index, labels = np.arange(3), logits.argmin(-1)
+    # The teacher knows the first and second token better than the student, the third no better.
+    of_teacher = torch.stack([weight[labels[0]], weight[labels[1]], hidden[2]])
+    student, teacher = (ModelPredictions(each, OutputHead(weight), index) for each in (hidden, of_teacher))
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    predictions = Predictions(student, teacher, labels, weights, [3])
+    loss = candidates.distill_or_tell(predictions, Settings(temperature=2.0, ce_weight=10.0))
+    told = torch.nn.functional.cross_entropy(logits[:2], labels[:2], reduction="none")
+    torch.testing.assert_close(loss, 10 * (weights[:2] * told).sum(), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(candidates, "MIN_GAIN", 1e9)
+    loss = candidates.distill_or_tell(predictions, Settings(temperature=2.0, ce_weight=10.0))
+    q, p = (logits / 2).log_softmax(-1), (of_teacher @ weight.T / 2).log_softmax(-1)
+    torch.testing.assert_close(loss, 4 * (weights * (p.exp() * (p - q)).sum(-1)).sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_suffixes_are_drawn_by_what_their_prefixes_tell(reproduction):
+    from candidates import SplitsByGain
+    from cells import Cell
+    from corpus import new_corpus
+    from training_sets import training_set
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = (
+        each.from_pretrained(EXAMPLES / "tiny" / "model") for each in (AutoTokenizer, AutoModelForCausalLM)
+    )
+    documents = new_corpus("7", 2, 3, set()).documents
+    dataset = training_set(Cell(7, 1e-4, 2, 1, 2, by_gain=True, num_splits=3), model, tokenizer, documents, [])
+    assert isinstance(dataset, SplitsByGain)
+    whole, gains = dataset.sentences[0]
+    assert len(gains) == len(whole.branches) and all(gain > 0.5 for gain in gains), "the prefix tells the name at least"
+    dataset.sentences[0] = whole, [5.0, *[0.1] * (len(gains) - 1)]
+    drawn = [0] * len(gains)
+    for epoch in range(100):
+        dataset.set_epoch(epoch)
+        targets = [branch.target.tolist() for branch in dataset[0].branches]
+        assert len(targets) == 3
+        for number, branch in enumerate(whole.branches):
+            drawn[number] += branch.target.tolist() in targets
+    assert drawn[-1] == 100 and drawn[0] > 80 and max(drawn[1:-1]) < 40
 
 
 def test_part_of_an_update(reproduction):
@@ -201,7 +255,7 @@ def test_a_prefix_from_another_document(reproduction):
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "model")
     corpus = new_corpus("7", 3, 2, set())
     own, other = (
-        training_set(Cell(7, 1e-4, 3, 1, 1, prefix=prefix), tokenizer, corpus.documents, [])
+        training_set(Cell(7, 1e-4, 3, 1, 1, prefix=prefix), None, tokenizer, corpus.documents, [])
         for prefix in ("own", "other")
     )
     for index in range(3):
