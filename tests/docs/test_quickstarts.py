@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from disc_train import cli
 
@@ -98,3 +98,17 @@ def test_a_vllm_teacher(clone, capsys, monkeypatch):
         server.shutdown()
     found = losses(capsys)
     assert len(found) == 10 and found[-1] < 0.7 * found[0]
+
+
+def test_half_of_an_update(clone):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.S)
+    before = AutoModelForCausalLM.from_pretrained("examples/tiny/model", dtype=torch.float32)
+    trained = AutoModelForCausalLM.from_pretrained("examples/tiny/model", dtype=torch.float32)
+    with torch.no_grad():
+        trained.lm_head.weight.add_(1.0)
+    trained.save_pretrained("runs/trained")
+    AutoTokenizer.from_pretrained("examples/tiny/model").save_pretrained("runs/trained")
+    exec(block, {})
+    after = AutoModelForCausalLM.from_pretrained("runs/half").lm_head.weight
+    torch.testing.assert_close(after, before.lm_head.weight + 0.5)
+    assert AutoTokenizer.from_pretrained("runs/half").vocab_size > 0
