@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from run import INITIAL, read
 
 Record = dict[str, Any]
-LEARNED = "Entity Inferences, NLL among labels"
+LEARNED = "Entity Inferences, NLL beside others"
 TOLERANCE = 0.2  # nats a token of KL on other text, up to which the area under the frontier is taken
 RESAMPLES = 2000
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
@@ -28,6 +28,7 @@ PLOTTED = ("Entity Inferences, % right", "ECBD, NLL", "release notes, % right")
 # Name -> what its values are multiplied by where they are shown.
 MEASURES = {
     "Entity Inferences, % right": 100.0,
+    "Entity Inferences, NLL beside others": 1.0,
     "Entity Inferences, NLL among labels": 1.0,
     "Entity Inferences, NLL": 1.0,
     "ECBD, NLL": 1.0,
@@ -41,7 +42,8 @@ MEASURES = {
 }
 
 
-COLUMNS = {"NLL": 0, "% right": 1, "NLL among labels": 2}  # of a probe; the last is not in rows made at first
+# Of a probe. The last two are not in rows made at first, the last not in probes whose choices no other entity's has.
+COLUMNS = {"NLL": 0, "% right": 1, "NLL among labels": 2, "NLL beside others": 3}
 
 
 def items(row: Record, measure: str, condition: str = "probes") -> Items:
@@ -98,9 +100,10 @@ def difference(found: Items, base: Items) -> tuple[float, float]:
 def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
     """Return the area under the frontier of one method's runs: of all entities first, then of entities drawn anew.
 
-    Uptake is by how many nats the right label of Entity Inferences became likelier among all labels, what is lost is
-    the KL on Python's documentation. The frontier goes in straight lines from the initial model (0, 0) through the runs
-    by KL, and never falls; its mean over a KL of 0 to TOLERANCE is the area. Beyond the last run it is flat.
+    Uptake is by how many nats the right label of Entity Inferences became likelier among all labels, over what the same
+    label became in other entities' probes; what is lost is the KL on Python's documentation. The frontier goes in
+    straight lines from the initial model (0, 0) through the runs by KL, and never falls; its mean over a KL of 0 to
+    TOLERANCE is the area. Beyond the last run it is flat.
     """
     runs = sorted(runs, key=lambda row: mean(items(row, "Python's documentation, KL")))
     lost = [0.0, *(mean(items(row, "Python's documentation, KL")) for row in runs)]

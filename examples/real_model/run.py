@@ -92,8 +92,9 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
 
     Returns:
         "probes": by group, of every probe by its id: the right choice's negative log-likelihood (NLL) in nats a token,
-        whether it is the likeliest, and its NLL among the choices, in nats: of the softmax over their scores. "in
-        context" the same behind the definition. "texts": by id: tokens predicted, sums of loss and KL in nats.
+        whether it is the likeliest, its NLL among the choices, in nats: of the softmax over their scores; and that
+        NLL less its mean in other entities' probes with the same choices, if there are. "in context" the same behind
+        the definition. "texts": by id: tokens predicted, sums of loss and KL in nats.
     """
     flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0"]
     flags += [f"--texts_file={texts}"] if texts else []
@@ -102,21 +103,42 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
     call(cli.evaluate, [*flags, "--probes_file", *map(str, probes)])
     found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
+    choices = {probe["id"]: probe["choices"] for path in probes for probe in read(path)}
     result: Record = {"probes": {}, "in context": {}}
-    for each in found["probes"]:
-        kind = "in context" if each["condition"] == "in context" else "probes"
-        if each["scores"] is not None:
-            scores = torch.tensor(each["scores"])
-            items = result[kind].setdefault(each["group"], {})
-            items[each["id"].removeprefix(each["group"] + " ")] = [
-                round(-each["scores"][0], 4),
-                int(each["right_choice"]),
-                round(-scores.log_softmax(0)[0].item(), 4),
-            ]
+    for condition, name in (("closed book", "probes"), ("in context", "in context")):
+        asked = [each for each in found["probes"] if each["condition"] == condition and each["scores"] is not None]
+        for each, alike in zip(asked, beside_others(asked, choices), strict=True):
+            among = torch.tensor(each["scores"]).log_softmax(0)[0].item()
+            values = [-each["scores"][0], int(each["right_choice"]), -among, *alike]
+            items = result[name].setdefault(each["group"], {})
+            items[each["id"].removeprefix(each["group"] + " ")] = [round(value, 4) for value in values]
     result["texts"] = {
         each["id"]: [each["predicted"], round(each["loss"], 3), round(each["kl"] or 0.0, 4)] for each in found["texts"]
     }
     return result
+
+
+def beside_others(asked: Sequence[Record], choices: Record) -> Iterator[list[float]]:
+    """Yield each right choice's NLL among the choices less its mean in other entities' probes with the same choices.
+
+    What makes a choice likelier after any words at all, which is no knowledge, is in both. Nothing without such probes.
+    """
+    logprobs = []
+    for each in asked:
+        names = choices[each["id"]]
+        logprobs.append(dict(zip(names, torch.tensor(each["scores"]).log_softmax(0).tolist(), strict=True)))
+    alike: dict[tuple[str, frozenset[str]], list[int]] = {}
+    for place, each in enumerate(asked):
+        alike.setdefault((each["group"], frozenset(logprobs[place])), []).append(place)
+
+    def entity(place: int) -> str:
+        return asked[place]["id"].removeprefix(asked[place]["group"] + " ").partition(" ")[0]
+
+    for place, each in enumerate(asked):
+        right = choices[each["id"]][0]
+        family = alike[each["group"], frozenset(logprobs[place])]
+        others = [logprobs[other][right] for other in family if entity(other) != entity(place)]
+        yield [sum(others) / len(others) - logprobs[place][right]] if others else []
 
 
 def above_chance(outcome: Record, probes: Sequence[Record]) -> list[str]:

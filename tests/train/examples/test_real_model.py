@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,6 +185,21 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     assert "| split finetuning, 0.0001, 2 entities |" in (tmp_path / "results.md").read_text()
 
 
+def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(modules):
+    """Two entities with the same choices: own NLL less that after the other's words; one with choices of its own."""
+    import run
+
+    def asked(number, *shares):
+        return {"id": f"E {number}", "group": "E", "scores": [math.log(share) for share in shares]}
+
+    choices = {"E 0 0": [" a", " b"], "E 1 0": [" b", " a"], "E 2 0": [" c", " d"], "E 2 1": [" d", " c"]}
+    probes = [asked("0 0", 0.9, 0.1), asked("1 0", 0.4, 0.6), asked("2 0", 0.5, 0.5), asked("2 1", 0.5, 0.5)]
+    first, second, *alone = run.beside_others(probes, choices)
+    assert first == pytest.approx([math.log(0.6) - math.log(0.9)])
+    assert second == pytest.approx([math.log(0.1) - math.log(0.4)])
+    assert alone == [[], []]
+
+
 def test_part_of_an_update_is_kept(modules, tmp_path):
     import run
     import torch
@@ -253,7 +269,7 @@ def test_the_area_is_the_mean_of_the_frontier_and_never_falls(modules):
     from page import areas, frontiers
 
     def row(name, kl, nll, rate=1e-5):
-        probes = {"Entity Inferences": {"0 0": [9.0, 0, nll], "1 0": [9.0, 1, nll]}}
+        probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
         return {"name": name, "learning_rate": rate, "seed": 0, "probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
 
     initial = row("initial model", 0.0, 3.0)
