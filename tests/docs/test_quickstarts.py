@@ -1,4 +1,4 @@
-"""The quick starts run as they are written, but for fewer documents and steps."""
+"""The code of README and quick starts runs as it is written, but for fewer documents and steps."""
 
 import http.server
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from disc_train import cli
@@ -52,6 +53,21 @@ def test_a_trainer(clone, capsys):
     run("I have a trainer", "python")
     found = losses(capsys)
     assert len(found) == 10 and found[-1] < 0.7 * found[0]
+
+
+def test_the_loss_in_the_readme(clone):
+    models = [AutoModelForCausalLM.from_pretrained("examples/tiny/model") for _ in range(2)]
+    names = {"teacher": models[0], "student": models[1], "T": 2.0}
+    names |= {"prefix_ids": torch.tensor([[5, 6, 7, 8]]), "suffix_ids": torch.tensor([[9, 10, 11]])}
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    exec(block, names)
+    with torch.no_grad():
+        teacher = models[0](torch.tensor([[5, 6, 7, 8, 9, 10, 11]])).logits[0, 4:6]
+        student = models[1](torch.tensor([[9, 10, 11]])).logits[0, :2]
+    teacher, student = ((logits / 2).log_softmax(-1) for logits in (teacher, student))
+    expected = 4 * F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    torch.testing.assert_close(names["loss"].detach(), expected)
+    assert models[1].lm_head.weight.grad.abs().sum() > 0
 
 
 def test_documents(clone):
