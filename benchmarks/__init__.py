@@ -1,1 +1,1 @@
-"""Time, memory and accuracy, ours and peers: `pytest benchmarks/`."""
+"""Measure time, memory and accuracy, ours and peers': `pytest benchmarks/`."""

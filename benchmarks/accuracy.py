@@ -1,4 +1,4 @@
-"""How far a loss and its gradients are from float64, beside how far torch with float32 logits is."""
+"""Compare a loss and its gradients with float64, beside what plain torch with float32 logits gives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WRONG = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Wrong(Exception):
-    """A result beyond its bound."""
+    """Say that a result is missing, or further from the right one than its bound."""
 
 
 class Outcome(NamedTuple):
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 def plain_torch(x: Inputs, compute: torch.dtype) -> Outcome:
-    """The case in plain torch, a few rows at a time; everything in `compute`.
+    """Compute the case's loss and gradients in plain torch, a few rows at a time, everything in `compute`.
 
     In float32 the gradient of the logits is rounded to the inputs' dtype before its two products, and so are the
     results, as in any torch program.
@@ -67,7 +67,7 @@ def plain_torch(x: Inputs, compute: torch.dtype) -> Outcome:
 
 
 class Problem:
-    """A case's tensors and their right answer, each made when it is first asked for."""
+    """Hold a case's tensors and their right answer, each made when it is first asked for."""
 
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
@@ -85,7 +85,7 @@ class Problem:
         return self.errors(plain_torch(self.inputs, torch.float32))
 
     def errors(self, got: Outcome) -> dict[str, float]:
-        """Return the norm of the difference from float64 over the norm, of each part that there is.
+        """Return the relative error of each part that there is: the norm of its difference from float64 over the norm.
 
         Raises:
             Wrong: a part is missing.
@@ -106,10 +106,10 @@ class Problem:
                 raise Wrong(f"relative {'' if part == 'loss' else 'gradient '}error of {part} {error:.1e}")
 
     def hold_to_plain_torch(self, errors: dict[str, float]) -> None:
-        """What is asked of ours beyond not being wrong: gradients about as accurate as with float32 logits.
+        """Raise `Wrong` if our gradients are clearly less accurate than those of plain torch with float32 logits.
 
         Raises:
-            Wrong: a gradient's error is more than twice that; `tests/linear_kl` has the same factor, and why.
+            Wrong: a gradient's error is more than twice plain torch's; `tests/linear_kl` says why it is this factor.
         """
         for part in ("hidden", "weight"):
             if part in errors and errors[part] > 2 * self.float32_logits_errors[part]:

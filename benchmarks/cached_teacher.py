@@ -44,7 +44,7 @@ TEMPERATURE = 2.0
 
 
 def tiny():
-    """The shape of the tests' and the demo's models."""
+    """Make a model of the shape that the tests and the demo use."""
     config = LlamaConfig(
         vocab_size=2048, hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
     )
@@ -52,7 +52,7 @@ def tiny():
 
 
 def gemma_270m():
-    """Gemma 3 270M's shape, with random weights: tied embeddings, 62 % of the parameters."""
+    """Make a model of Gemma 3 270M's shape with random weights; its tied embeddings are 62 % of the parameters."""
     return Gemma3ForCausalLM(
         Gemma3TextConfig(
             vocab_size=262_144,
@@ -67,7 +67,7 @@ def gemma_270m():
     )
 
 
-# With the documents of a step.
+# What makes a model of the shape, and how many documents a step of it has.
 SHAPES: dict[str, tuple[Callable, int]] = {"tiny": (tiny, 4), "gemma-270m": (gemma_270m, 16 if DEVICE == "cuda" else 1)}
 VARIANTS = (
     "live, frozen head",
@@ -79,7 +79,7 @@ VARIANTS = (
 
 
 def documents(count: int, vocabulary: int) -> DocumentDataset:
-    """Documents of 400 tokens in 16 sentences of 25, of which 5 are suffixes."""
+    """Make documents of 400 random tokens in 16 sentences of 25, of which 5 are suffixes."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (count, 400), dtype=np.int32)
     return DocumentDataset(
@@ -88,7 +88,7 @@ def documents(count: int, vocabulary: int) -> DocumentDataset:
 
 
 def cache(teacher, dataset: DocumentDataset, folder: Path, frozen: bool) -> CachedTeacher:
-    """Fill a cache, in bfloat16, as disc-train would."""
+    """Fill a cache in bfloat16, as disc-train would, and return the teacher that it stands in for."""
     head = output_head(teacher)
     summarised = FrozenHead(head, TEMPERATURE, None, None) if frozen else None
     size = row_bytes(head.weight.shape[1], frozen, torch.bfloat16)
@@ -127,7 +127,7 @@ def stepper(student, teacher, dataset: DocumentDataset, batch_size: int, folder:
 
 
 def measure(shape: str, seconds: float, chosen: tuple[str, ...]) -> list[dict]:
-    """Time one variant after another, round by round; return a row for each."""
+    """Time the chosen variants of a shape in turn, round by round; return a row for each."""
     make, batch_size = SHAPES[shape]
     torch.manual_seed(0)
     teacher = make().to(DEVICE).eval()
@@ -170,13 +170,13 @@ def measure(shape: str, seconds: float, chosen: tuple[str, ...]) -> list[dict]:
 
 
 def own_bytes() -> int:
-    """Count what this process holds itself, without the files that it has mapped."""
+    """Count the bytes that this process holds itself, without the files that it has mapped."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) << 10
 
 
 def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
-    """Fill a cache of made-up rows, open it and read some, in processor time and bytes of the process's own memory."""
+    """Fill a cache of made-up rows, open it and read some; measure processor time and the process's own memory."""
     tokens = np.random.default_rng(0).integers(0, 30_000, (documents, rows + 1), dtype=np.int32)
     made_up = [TeacherSequence(f"d{number}", ids, 0) for number, ids in enumerate(tokens)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Every problem that is measured, once: what is compared, and by which systems of `peers.py`."""
+"""List every problem that is measured: what is compared, and by which systems of `peers.py`."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ class Case:
 
     @property
     def rows(self) -> int:
-        """M."""
+        """Return how many student rows are compared, M."""
         return self.tokens * self.valid_percent // 100
 
     @property
     def teacher_rows(self) -> int:
-        """The teacher rows that have to be projected."""
+        """Count the teacher rows that have to be projected."""
         return 0 if self.summarised or self.labelled else self.rows // self.shared
 
     @property
     def units(self) -> float:
-        """The products' operations over 2 M V D: both logits, and the gradients of hidden states and weight."""
+        """Count matrix products of 2 M V D operations: both logits, and the gradients of hidden states and weight."""
         return 1 + self.teacher_rows / self.rows + self.backward + (self.backward and not self.frozen_head)
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the gradients that are asked for."""
+        """Count the bytes of the gradients that are asked for."""
         rows = self.backward * self.tokens + (self.backward and not self.frozen_head) * self.vocab
         return rows * self.hidden * self.dtype.itemsize
 
     def describe(self) -> dict[str, Any]:
-        """What a row of results says of the case."""
+        """Return what a row of results says of the case."""
         fields = asdict(self) | {"case": self.name, "dtype": str(self.dtype).removeprefix("torch.")}
         del fields["name"], fields["systems"], fields["rank"], fields["rehearsal"]
         return fields | {"rows": self.rows, "units": self.units, "gradient_bytes": self.gradient_bytes}
@@ -72,7 +72,7 @@ class Case:
         return replace(self, tokens=32, hidden=32, vocab=500, rehearsal=True)
 
     def inputs(self, device: str) -> Inputs:
-        """Random tensors, the same at every call; logits have a standard deviation of about 2."""
+        """Draw random tensors, the same at every call; logits have a standard deviation of about 2."""
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -121,7 +121,7 @@ class Inputs:
     labels: Tensor | None  # [N] int64, in place of a teacher
 
     def gathered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Student rows [M, D] and weight, teacher rows [M, D] and weight, for those that take no indices."""
+        """Return student rows [M, D] and weight, teacher rows [M, D] and weight, for systems that take no indices."""
         student = self.student if self.student_index is None else self.student[self.student_index]
         teacher = self.teacher if self.teacher_index is None else self.teacher[self.teacher_index]
         return student, self.student_weight, teacher, self.teacher_weight

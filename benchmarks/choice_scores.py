@@ -1,4 +1,4 @@
-"""Time to score the tiny example's probes by `disc-eval`'s own code and by lm-eval's `HFLM`, and their difference.
+"""Time `disc-eval`'s own code and lm-eval's `HFLM` on the tiny example's probes, and compare the scores they give.
 
     python benchmarks/choice_scores.py
 

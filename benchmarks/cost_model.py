@@ -1,4 +1,4 @@
-"""What a training step costs on many GPUs: operations, bytes sent and held, and the time that these predict.
+"""Predict what a training step costs on many GPUs: operations, bytes sent and held, and the time that they take.
 
 Operations and bytes are counts: `tests/benchmarks/test_cost_model.py` holds them to what torch counts in real steps.
 Times are predictions from them and from `Hardware`, most of which is assumed. `docs/scaling.md` shows both.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder with gated MLPs and RMS norms (Llama, Qwen2); teacher and student have this shape."""
+    """Describe a decoder with gated MLPs and RMS norms (Llama, Qwen2); teacher and student have this shape."""
 
     name: str
     hidden: int
@@ -24,7 +24,7 @@ class Model:
 
     @property
     def keys(self) -> int:
-        """Width of a layer's keys, and of its values; the queries' is the hidden size."""
+        """Return the width of a layer's keys, and of its values; that of its queries is the hidden size."""
         return self.hidden * self.kv_heads // self.heads
 
     @property
@@ -33,7 +33,7 @@ class Model:
 
     @property
     def layer(self) -> int:
-        """Parameters of a layer: its matrices, two norms, and what is added to queries, keys and values."""
+        """Count a layer's parameters: its matrices, two norms, and the biases of queries, keys and values."""
         return self.layer_matrices + 2 * self.hidden + self.qkv_bias * (self.hidden + 2 * self.keys)
 
     @property
@@ -42,7 +42,7 @@ class Model:
 
     @property
     def around(self) -> int:
-        """Parameters that are in no layer and not the head's: embeddings (not tied to it) and the last norm."""
+        """Count the parameters outside the layers and the head: embeddings (not tied to it) and the last norm."""
         return self.head + self.hidden
 
     @property
@@ -52,7 +52,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does in a step, in tokens; a pair is a query and a key that attention computes."""
+    """Count what one rank does in a step, in tokens; a pair is a query and a key that attention computes."""
 
     teacher_tokens: int
     student_tokens: int
@@ -62,9 +62,10 @@ class Work:
 
 
 def documents(count: int, tokens: int = 400, suffixes: int = 5, suffix_tokens: int = 25) -> Work:
-    """Documents of one length with suffixes that do not overlap, the last at the end; nothing is padded.
+    """Count the work of documents of one length, without padding.
 
-    No model reads a suffix's last token. Pairs are all that lie in one document or suffix, masked or not.
+    Their suffixes do not overlap, and the last one ends the document. No model reads a suffix's last token. Pairs are
+    all that lie in one document or suffix, masked or not.
     """
     teacher, student = tokens - 1, suffix_tokens - 1
     rows = count * suffixes * student
@@ -72,7 +73,7 @@ def documents(count: int, tokens: int = 400, suffixes: int = 5, suffix_tokens: i
 
 
 def operations(model: Model, work: Work) -> dict[str, int]:
-    """Floating-point operations of a rank's step, by part; a multiplication and an addition are two.
+    """Count the floating-point operations of a rank's step, by part; a multiplication and an addition are two.
 
     The fused loss takes 4 products of rows x vocabulary x hidden size: both models' logits, and two for the gradient.
     """
@@ -86,7 +87,7 @@ def operations(model: Model, work: Work) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a step is divided: documents over all ranks, both models' weights and states over `shard` of them.
+    """Say how a step is divided: documents over all ranks, both models' weights and states over `shard` of them.
 
     `shard` 1 is DDP, with a whole teacher on every rank; otherwise FSDP2 holds both models, a group a layer and one for
     the rest, and copies of them are data parallel (HSDP) where there are more ranks. With `vocab` above 1 heads are
@@ -102,7 +103,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Collective:
-    """All calls of a kind in a step, for one purpose."""
+    """Describe all collective calls of one kind that a step makes for one purpose."""
 
     kind: str  # "all_gather", "reduce_scatter" or "all_reduce"
     purpose: str
@@ -113,17 +114,17 @@ class Collective:
 
     @property
     def passes(self) -> int:
-        """Rounds of a ring: an all-reduce is a reduce-scatter and an all-gather."""
+        """Count how often all bytes go round a ring of ranks: an all-reduce is a reduce-scatter and an all-gather."""
         return 2 if self.kind == "all_reduce" else 1
 
     @property
     def sent(self) -> float:
-        """Bytes that leave a rank, in a ring."""
+        """Return the bytes that leave a rank, in a ring."""
         return self.passes * (self.ranks - 1) / self.ranks * self.payload
 
 
 def collectives(model: Model, work: Work, plan: Plan) -> list[Collective]:
-    """What the ranks send each other in a step, but for a few numbers that are logged."""
+    """List what the ranks send each other in a step, but for a few numbers that are logged."""
     found = _parameters_and_gradients(model, plan) + (_divided_heads(model, work, plan) if plan.vocab > 1 else [])
     return [collective for collective in found if collective.ranks > 1]
 
@@ -132,7 +133,7 @@ BUCKET = 25 * 2**20  # bytes: DDP's gradients travel in pieces of this size
 
 
 def _parameters_and_gradients(model: Model, plan: Plan) -> list[Collective]:
-    """Of what is not divided by vocabulary."""
+    """List the collectives of parameters and gradients that are not divided by vocabulary."""
     body, rest = model.layers * model.layer, model.around + (model.head if plan.vocab == 1 else 0)
     gradients = plan.reduce_bytes * (body + rest)
     if plan.shard == 1:
@@ -168,7 +169,7 @@ def _divided_heads(model: Model, work: Work, plan: Plan) -> list[Collective]:
 
 
 def held_bytes(model: Model, plan: Plan) -> int:
-    """A rank's weights, gradients and AdamW states (16 bytes a parameter), teacher, and what is gathered at once.
+    """Count a rank's bytes: weights, gradients and AdamW states (16 a parameter), teacher, what is gathered at once.
 
     Activations come on top: they depend on the batch, and on checkpointing.
     """
@@ -184,7 +185,7 @@ def held_bytes(model: Model, plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Bytes and operations a second of one GPU of a cluster, and of its links in one direction."""
+    """Hold the bytes and operations a second of one GPU of a cluster, and of its links in one direction."""
 
     peak: float = 790e12  # bf16 products on one H200, measured elsewhere
     memory: float = 4.3e12  # measured elsewhere
@@ -214,7 +215,7 @@ class Prediction:
 
     @property
     def overlapped(self) -> float:
-        """If communication hides behind products, or they behind it."""
+        """Return the seconds of a step in which communication hides behind products, or products behind it."""
         return max(self.products, self.communication) + self.optimizer
 
     @property

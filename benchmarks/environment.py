@@ -1,4 +1,4 @@
-"""Where a run was made: machine, commit, versions."""
+"""Say where a run was made: machine, commit, versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def device_name() -> str:
 
 
 def folder_name() -> str:
-    """Of the results: the GPU's name, or "cpu"."""
+    """Return the name of the folder of results: the GPU's name, or "cpu"."""
     if not torch.cuda.is_available():
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
@@ -67,7 +67,7 @@ def _version(package: str) -> str:
 
 
 def _output(*command: str) -> str:
-    """First line of what the command prints; nothing where there is no such command, or it fails."""
+    """Return the first line that a command prints; nothing where there is no such command, or it fails."""
     try:
         run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

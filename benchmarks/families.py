@@ -340,7 +340,7 @@ def _examine_apart(family: str) -> Outcome:
 
 
 def examine_all(families: Sequence[str]) -> Iterator[Outcome]:
-    """Examine families, and say how far that is."""
+    """Examine families one after another; print each outcome and how many are done."""
     for number, family in enumerate(families, start=1):
         outcome = _examine_apart(family)
         figures = f" {outcome.loss:.1e} {outcome.gradient:.1e}" if outcome.attention else ""

@@ -1,4 +1,4 @@
-"""Peak memory above what was allocated before."""
+"""Measure peak memory above what was allocated before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def peak_bytes(run: Callable[[], Any], device: str) -> int:
-    """Bytes that `run` held at once at most, beyond those held before; every allocation of torch counts."""
+    """Measure the most bytes that `run` holds at once beyond those held before; every allocation of torch counts."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,7 @@
-"""Who is measured. Each function makes ready what is not timed and returns the call that is: mean forward KL over the
-rows that are compared, at temperature 1, in nats, or mean cross-entropy where there are labels.
+"""Call the systems that are measured: each function prepares what is not timed, and returns the call that is.
+
+The call computes the mean forward KL over the rows that are compared, at temperature 1, in nats, or the mean
+cross-entropy where there are labels.
 
 Peers run with their own defaults, as a user would call them. None but ours takes row indices, so they are given
 gathered rows (gathered within the timed call), which costs them less than the label masks some offer: a masked row is
@@ -26,11 +28,11 @@ PRODUCT_ROWS = 8192  # rows of logits that the products alone write at once; mor
 
 
 class NotAvailable(Exception):
-    """A system that is installed cannot run on this machine."""
+    """Say that a system that is installed cannot run on this machine."""
 
 
 def reason(error: Exception) -> str:
-    """Why there is no measurement, in one line."""
+    """Say in one line why there is no measurement."""
     if isinstance(error, ImportError):
         return f"not installed: {error}"
     if isinstance(error, NotAvailable):
@@ -43,7 +45,7 @@ def reason(error: Exception) -> str:
 
 
 def products(x: Inputs) -> Callable[[], None]:
-    """The limit: the matrix products of the case, each with operands and result in the inputs' dtype, nothing else."""
+    """Compute the limit: the case's matrix products and nothing else, operands and results in the inputs' dtype."""
     case = x.case
     student, weight, teacher, teacher_weight = (
         t.detach() for t in (x.student, x.student_weight, x.teacher, x.teacher_weight)
@@ -95,7 +97,7 @@ def eager_cross_entropy(x: Inputs) -> Call:
 
 
 def torch_linear_cross_entropy(x: Inputs) -> Call:
-    """PyTorch's own, by chunks of its choice; without such options it would be eager."""
+    """Call PyTorch's own, which chooses its chunks; without `options` it would be eager."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotAvailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -111,7 +113,7 @@ def liger_cross_entropy(x: Inputs) -> Call:
 
 
 def full_logits(student: Tensor, student_weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
-    """As a trainer without any of these libraries writes it: the models' logits, widened to float32."""
+    """Compute the loss as a trainer without any of these libraries does, from all logits, widened to float32."""
     log_q = F.log_softmax((student @ student_weight.T).float(), dim=-1)
     with torch.no_grad():
         log_p = F.log_softmax((teacher @ teacher_weight.T).float(), dim=-1)
@@ -138,7 +140,7 @@ def liger_fused(x: Inputs) -> Call:
 
 
 def liger_kl_div(x: Inputs) -> Call:
-    """Liger's loss for a teacher given as `[M, V]` probabilities, which are made here from its hidden states."""
+    """Call Liger's loss for a teacher given as `[M, V]` probabilities, which are made here from its hidden states."""
     from liger_kernel.transformers.fused_linear_kl_div import LigerFusedLinearKLDivLoss
 
     _require_cuda(x)
@@ -204,7 +206,7 @@ def orda(x: Inputs) -> Call:
 
 
 def _impl(x: Inputs) -> str | None:
-    """Leave the choice to ours, which takes Triton for CUDA tensors; in a rehearsal take it on the CPU."""
+    """Leave the choice to ours, which takes Triton for CUDA tensors; in a rehearsal take Triton on the CPU too."""
     return "triton" if x.case.rehearsal else None
 
 
@@ -214,6 +216,6 @@ def _require_cuda(x: Inputs) -> None:
 
 
 def _require_compiler(x: Inputs) -> None:
-    """torch.compile builds C++ on the CPU; on CUDA, Triton."""
+    """Raise `NotAvailable` without the C++ compiler that torch.compile needs on the CPU; on CUDA it needs Triton."""
     if x.student.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise NotAvailable("no C++ compiler")

@@ -1,4 +1,4 @@
-"""A row of results for every measurement, and for every one that could not be made."""
+"""Keep a row of results for every measurement, and for every one that could not be made."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from benchmarks.peers import NotAvailable, reason
 def recorded(
     rows: list[dict[str, Any]], benchmark: Any, /, system: str, *, strict: bool = False, **known: Any
 ) -> Iterator[dict[str, Any]]:
-    """Add a row that is filled in the block; its last word is `status`.
+    """Add a row of results that the block fills; its `status` is "measured", or says why there is no measurement.
 
-    What could not be measured says why and is skipped. Ours may run out of memory or not be available on a device, but
-    its other errors are failures; if `strict`, everybody's are.
+    A test without a measurement is skipped. Ours may run out of memory or not be available on a device, but its other
+    errors make the test fail; if `strict`, everybody's do.
     """
     row = {"status": "failed: see the output of the test", "system": system, **known}
     rows.append(row)

@@ -1,4 +1,4 @@
-"""Rows of results -> Markdown tables and plots.
+"""Render rows of results as Markdown tables and plots.
 
 `pytest benchmarks/ --results benchmarks/results` writes `<table>.json`, `<table>.md` and `<table>-<plot>.png` itself.
 Where matplotlib is missing there are no plots; where it is not, this renders a folder's `*.json` again:
@@ -53,7 +53,7 @@ def documents_a_second(row: Row) -> str:
 
 
 def times_the_limit(row: Row) -> str:
-    """How many times faster."""
+    """Write how many times as fast as the limit a row's system is."""
     return "" if row["over_limit"] is None else f"{1 / row['over_limit']:.2f}"
 
 
@@ -79,7 +79,7 @@ def error(part: str) -> Callable[[Row], str]:
 
 
 def time_over_limit(figure: Figure, rows: list[Row]) -> str:
-    """A line a case, a marker a system."""
+    """Draw time over the limit: a line for each case, and on it a marker for each system."""
     measured = [row for row in rows if row["status"] == MEASURED and row["over_limit"] and row["system"] != "products"]
     if not measured:
         return ""
@@ -112,7 +112,7 @@ def time_over_limit(figure: Figure, rows: list[Row]) -> str:
 
 
 def memory_over_tokens(figure: Figure, rows: list[Row]) -> str:
-    """The cases that differ in nothing but N: of such groups, the one with the most N."""
+    """Draw peak memory over N, for cases that differ in nothing but N: of such groups, the one with the most N."""
     same = ("hidden", "vocab", "dtype", "frozen_head", "backward", "valid_percent", "shared", "summarised")
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -148,7 +148,7 @@ def memory_over_tokens(figure: Figure, rows: list[Row]) -> str:
 
 
 def speed_over_documents(figure: Figure, rows: list[Row]) -> str:
-    """A line for every shape and kind of suffixes."""
+    """Draw our speed over documents a step, with a line for each shape and kind of suffixes."""
     measured = [row for row in rows if row["system"] == "ours" and row["status"] == MEASURED and row["over_limit"]]
     if not measured:
         return ""
@@ -193,7 +193,7 @@ def error_over_divergence(figure: Figure, rows: list[Row]) -> str:
 
 
 def styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for every system, the same in every plot of a run."""
+    """Choose a colour and a marker for every system, the same in every plot of a run."""
     systems = dict.fromkeys(row["system"] for row in rows if row["system"] != "products")
     return {
         system: {"label": system, "color": f"C{i}", "marker": "oDs^vP*X<>"[i % 10], "markersize": 7, "alpha": 0.8}
@@ -304,7 +304,7 @@ TABLES = {
 
 
 def finished(name: str, rows: list[Row], environment: dict[str, str]) -> Run:
-    """A run of what was recorded: every measured row is told its time over the limit."""
+    """Make a run of recorded rows: add to every measured one its time over the limit."""
     limits = {row["case"]: row.get("seconds") for row in rows if row["system"] == TABLES[name].limit}
     for row in rows:
         if row["status"] == MEASURED and TABLES[name].limit:

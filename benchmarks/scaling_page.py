@@ -1,8 +1,8 @@
-"""The tables of `docs/scaling.md`: what was measured in processes of one machine, and what the cost model predicts.
+"""Render the tables of `docs/scaling.md`: what was measured on one machine, and what the cost model predicts.
 
     python -m benchmarks.scaling_page [--measure]
 
-renders them into the page; with `--measure` it first takes the steps anew, into `results/cpu/scaling.json`.
+With `--measure` it first takes the steps anew, in a few processes, and writes `results/cpu/scaling.json`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HARDWARE = {
 
 
 def plans(ranks: int, copy: int) -> dict[str, Plan | None]:
-    """What the predictions compare; None: the same as FSDP2."""
+    """Return the plans that the predictions compare; None: the same as FSDP2."""
     return {
         "DDP": Plan(ranks),
         "FSDP2": Plan(ranks, shard=ranks),
@@ -60,7 +60,7 @@ def plans(ranks: int, copy: int) -> dict[str, Plan | None]:
 
 
 def measured_plans(ranks: int) -> list[Plan]:
-    """Of the processes of one machine; float32 throughout, which is what a CPU is fast in."""
+    """Return the plans that are measured on one machine; float32 throughout, which is what a CPU is fast in."""
     divisions = [(1, 1), (ranks, 1), (ranks, 2)] + ([(2, 1), (2, 2), (4, 4)] if ranks == 4 else [])
     return [Plan(ranks, shard, vocab, compute_bytes=4) for shard, vocab in (divisions if ranks > 1 else divisions[:1])]
 
@@ -121,7 +121,7 @@ def work() -> str:
 
 
 def sent(name: str, ranks: int) -> str:
-    """What a GPU sends, by purpose, and holds."""
+    """Write the table of what a GPU sends, by kind of collective, and holds, for each plan."""
     model, count = MODELS[name], documents(DOCUMENTS["predicted"])
     rows = []
     for label, plan in plans(ranks, COPY[name]).items():
@@ -149,7 +149,7 @@ def times(name: str) -> str:
 
 
 def _prediction(model: Model, plan: Plan | None) -> tuple[str, float]:
-    """The step's seconds, with all communication hidden to with none, and documents a second with all hidden."""
+    """Return the seconds of a step, from all communication hidden to none, as text; documents a second at best."""
     if plan is None:
         return "as FSDP2", 0.0
     if held_bytes(model, plan) > Hardware().capacity:
@@ -170,7 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(page: str) -> str:
-    """The page with every table between its marks, `<!-- table: NAME -->` and `<!-- end -->`, made anew."""
+    """Return the page with every table between its marks, `<!-- table: NAME -->` and `<!-- end -->`, made anew."""
     return re.sub(
         r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)",
         lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}",

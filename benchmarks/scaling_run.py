@@ -1,5 +1,6 @@
-"""Training steps in a few processes of one machine, divided in every way of `cost_model.Plan`: what they send, how long
-they take, and only where loss and gradients are one process's.
+"""Take training steps in a few processes of one machine, divided in every way of `cost_model.Plan`.
+
+They are measured, by what they send and how long they take, only where loss and gradients are those of one process.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ COMPARED = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight
 
 
 def model_of(shape: Shape) -> Model:
-    """The same for the cost model."""
+    """Describe a shape to the cost model."""
     return Model(
         shape.name,
         shape.hidden_size,
@@ -54,7 +55,7 @@ def model_of(shape: Shape) -> Model:
 
 
 def examples(first: int, count: int, vocab: int) -> list[Example]:
-    """Documents `first` to `first + count` of those that `cost_model.documents` counts: random tokens."""
+    """Draw documents `first` to `first + count` of those that `cost_model.documents` counts, of random tokens."""
     tokens, suffix = 400, 25
     starts = [tokens - suffix - 2 * suffix * number for number in range(5)]
     made = []
@@ -66,7 +67,7 @@ def examples(first: int, count: int, vocab: int) -> list[Example]:
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Bytes of the floating-point tensors that collectives are given, by kind: `cost_model.Collective.payload`."""
+    """Count bytes of floating-point tensors that collectives are given, by kind: `cost_model.Collective.payload`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class World:
-    """What a world's processes do."""
+    """Describe what the processes of one world measure: the plans, and the steps by which."""
 
     ranks: int
     plans: list[Plan]
@@ -141,7 +142,7 @@ def measure(world: World, plan: Plan, rank: int, expected: dict[str, Tensor]) ->
 
 
 def one_process(world: World) -> dict[str, Tensor]:
-    """Loss and gradients of all ranks' documents."""
+    """Compute loss and gradients of all ranks' documents in one process."""
     teacher = world.shape.teacher("cpu")
     student = world.shape.student(teacher)
     batch = collator(student, teacher)(examples(0, world.ranks * world.documents, world.shape.vocab_size))
@@ -179,7 +180,7 @@ def _errors(got: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dt
 
 
 def run_world(world: World) -> list[dict[str, Any]]:
-    """A row for each plan, as rank 0 measured it."""
+    """Run the processes of a world; return a row for each plan, as rank 0 measured it."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "world.json").write_text(json.dumps(asdict(world)))
         context = multiprocessing.get_context("forkserver")

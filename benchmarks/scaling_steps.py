@@ -1,4 +1,4 @@
-"""Steps divided over processes in the ways of `cost_model.Plan`, by PyTorch's own engines.
+"""Divide steps over processes in the ways of `cost_model.Plan`, by PyTorch's own engines.
 
 Each function divides the models and returns the call that is a step: it leaves the gradient of the mean loss of all
 ranks' documents on the parameters, and gives this rank's part of that mean. `scale` is 1 / all documents.
@@ -29,13 +29,13 @@ TEMPERATURE = 2.0
 
 
 def divide(plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float) -> Step:
-    """The step of a plan."""
+    """Divide the models as a plan says, and return the call that is a step."""
     way = _divided_vocabulary if plan.vocab > 1 else _data_parallel if plan.shard == 1 else _sharded
     return way(plan, student, teacher, batch, scale)
 
 
 def prepare_call(student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch) -> None:
-    """Let a call of the student give the batch's loss, summed over its documents: around calls DDP does its work."""
+    """Let a call of the student give the batch's loss, summed over its documents: DDP works around such calls only."""
     student.forward = lambda: _loss(student, teacher, batch)
 
 
@@ -74,7 +74,7 @@ def _sharded(plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, bat
 def _divided_vocabulary(
     plan: Plan, student: PreTrainedModel, teacher: PreTrainedModel, batch: PackedBatch, scale: float
 ) -> Step:
-    """Decoders sharded over all ranks; of the heads each rank has a part, and sees all rows of its group."""
+    """Shard decoders over all ranks, and divide heads by vocabulary: a rank has a part, and all rows of its group."""
     mesh, heads = _mesh(plan, plan.shard), _mesh(plan, plan.vocab)
     copies, group = heads.get_group("copies"), heads.get_group("parts")
     for model in (student, teacher):
@@ -114,7 +114,7 @@ def _divided_vocabulary(
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows, of which each has as many; every rank has the gradient of all of them."""
+    """Gather the rows of all ranks, equally many of each; in the backward each has the gradient of all of them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -133,7 +133,7 @@ def compute_dtype(plan: Plan) -> torch.dtype:
 
 
 def _mesh(plan: Plan, parts: int) -> DeviceMesh:
-    """Copies of neighbouring ranks that hold a part each."""
+    """Make a mesh of copies: of each, `parts` neighbouring ranks hold a part."""
     return init_device_mesh("cpu", (plan.ranks // parts, parts), mesh_dim_names=("copies", "parts"))
 
 

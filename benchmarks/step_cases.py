@@ -1,4 +1,4 @@
-"""Every training step that is measured: the model's shape, where its documents are split, how many make a step."""
+"""List every training step that is measured: the model's shape, where its documents are split, how many make a step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from disc_train.data.dataset import DocumentDataset
 from disc_train.data.splits import TokenizedDocument
 from disc_train.models.live_teacher import freeze
 
-DOCUMENTS = 64  # there are; a step takes the next ones, and after the last the first
+DOCUMENTS = 64  # in all; a step takes the next ones, and after the last the first again
 SENTENCES, LEAST, MOST = 16, 15, 35  # a document's sentences, and a sentence's tokens: 400 a document in the mean
 LOOP = "per_split_loop"  # what the others are held to, and compared with
 ATTENTIONS = (LOOP, "ours", "ours_sdpa", "ours_flex", "ours_varlen")
@@ -24,7 +24,7 @@ STRATEGIES = {"sentence": "sentence_boundary", "to-end": "random_token_fixed"}  
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's, and the dtypes it is trained in: mixed precision where teacher and student differ."""
+    """Hold a model's shape and the dtypes it is trained in: mixed precision where teacher and student differ."""
 
     name: str
     config: Callable[..., PreTrainedConfig]
@@ -49,7 +49,7 @@ class Shape:
         return str(self.student_dtype).removeprefix("torch.")
 
     def teacher(self, device: str) -> PreTrainedModel:
-        """Random weights, the same at every call."""
+        """Make a teacher with random weights, the same at every call."""
         sizes = {name: value for name, value in vars(self).items() if not isinstance(value, str | type | torch.dtype)}
         # Logits have a standard deviation of 1. Smaller weights would give the same ones behind any prefix.
         config = self.config(**sizes, initializer_range=self.hidden_size**-0.5)
@@ -58,7 +58,7 @@ class Shape:
             return freeze(AutoModelForCausalLM.from_config(config, dtype=self.teacher_dtype))
 
     def student(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        """With the teacher's weights, as at the first step."""
+        """Make a student with the teacher's weights, as at the first step."""
         return deepcopy(teacher).to(self.student_dtype).requires_grad_(True)  # type: ignore[arg-type]
 
 
@@ -76,7 +76,7 @@ class StepCase:
         return f"{self.shape.name}-{self.suffixes}-d{self.documents}"
 
     def describe(self) -> dict[str, Any]:
-        """What a row of results says of the case."""
+        """Return what a row of results says of the case."""
         return {
             "case": self.name,
             "shape": self.shape.name,
@@ -92,7 +92,7 @@ class StepCase:
         return replace(self, shape=replace(self.shape, **sizes, **heads), rehearsal=True)
 
     def dataset(self) -> DocumentDataset:
-        """Random tokens, the same at every call; the method's five splits a document."""
+        """Draw documents of random tokens, the same at every call, each with the method's five splits."""
         generator = np.random.default_rng(0)
         documents = []
         for number in range(DOCUMENTS):

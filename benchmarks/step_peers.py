@@ -1,5 +1,7 @@
-"""Who takes a training step. Each function makes ready what is not timed and returns the call that is: from a step's
-documents to the loss, with its gradients added to the student's. The optimizer's part is the same for all.
+"""Take training steps by each system: a function prepares what is not timed, and returns the call that is.
+
+The call computes the mean loss of a step's documents, and adds its gradients to the student's. The optimizer's part is
+the same for all.
 """
 
 from __future__ import annotations
@@ -59,10 +61,11 @@ ours_sdpa, ours_flex, ours_varlen = (partial(ours, attention=name) for name in (
 def per_split_loop(
     case: StepCase, dataset: DocumentDataset, student: PreTrainedModel, teacher: PreTrainedModel
 ) -> Backward:
-    """The procedure of the method's authors (arXiv 2602.16093), for every split point: the teacher reads prefix and
-    suffix, the student the suffix, both give the logits of all they read, and the gradients are added up.
+    """Follow the procedure of the method's authors (arXiv 2602.16093), one split point after another.
 
-    Softmaxes are float32 here, or the loss could not be held to ours. Documents are on the device beforehand.
+    The teacher reads prefix and suffix, the student the suffix, both give the logits of all they read, and the
+    gradients are added up. Softmaxes are float32 here, or the loss could not be held to ours. Documents are on the
+    device beforehand.
     """
     for model in (student, teacher):
         model.set_attn_implementation("sdpa")  # transformers' default; ours may have changed the teacher's

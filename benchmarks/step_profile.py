@@ -94,7 +94,7 @@ def stepper(batch_size: int, folder: str) -> Callable[[], None]:
 
 
 def shares(trace: profile, steps: int) -> dict[str, dict[str, float]]:
-    """Return seconds a step: by part, by kind of operation."""
+    """Return the seconds that a step takes, by part of the step and then by kind of operation."""
     parts = {*PARTS, "collation", "backward", "optimizer"}
     seconds: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for event in trace.events():
@@ -108,7 +108,7 @@ def shares(trace: profile, steps: int) -> dict[str, dict[str, float]]:
 
 
 def largest(trace: profile, steps: int, count: int = 12) -> dict[str, float]:
-    """Return seconds a step of the operations that take the most time themselves."""
+    """Return the seconds a step of the operations that take the most time themselves."""
     averages = sorted(trace.key_averages(), key=lambda event: -event.self_cpu_time_total)
     return {event.key: event.self_cpu_time_total / 1e6 / steps for event in averages[:count]}
 

@@ -1,4 +1,4 @@
-"""A system taking training steps on a student of its own, and what its first step must give."""
+"""Let a system take training steps on a student of its own, and check what its first step gives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
 
 
 class Problem:
-    """A case's teacher and documents, and what the loop gives in the first step."""
+    """Hold a case's teacher and documents, and what the loop gives in the first step."""
 
     def __init__(self, case: StepCase, teacher: PreTrainedModel) -> None:
         self.case, self.teacher, self.dataset = case, teacher, case.dataset()
@@ -36,7 +36,7 @@ class Problem:
         return Run(self, LOOP).forward_backward()
 
     def errors(self, got: Outcome) -> dict[str, float]:
-        """By part: the norm of the difference over the norm.
+        """Return the relative error of each part: the norm of its difference from the loop's over the norm.
 
         Raises:
             Wrong: one of them is beyond its bound.
@@ -50,7 +50,7 @@ class Problem:
 
 
 class Run:
-    """Takes one step after the other; each reads the next documents."""
+    """Take one step after the other with a system; each step reads the next documents."""
 
     def __init__(self, problem: Problem, system: str) -> None:
         case, self.teacher = problem.case, problem.teacher
@@ -64,7 +64,7 @@ class Run:
         self._examples = (problem.dataset[i] for i in cycle(range(len(problem.dataset))))
 
     def forward_backward(self, documents: int | None = None) -> Outcome:
-        """Of the next documents, by default as many as a step has."""
+        """Compute loss and gradients of the next documents, by default as many as a step has."""
         loss = self.backward(list(islice(self._examples, documents or self.documents)))
         head = self.student.get_output_embeddings().weight
         first = self.student.get_decoder().layers[0].self_attn.q_proj.weight
@@ -75,13 +75,13 @@ class Run:
         self.optimizer.zero_grad()
 
     def step(self, documents: int | None = None) -> None:
-        """A whole one, to its end on the device."""
+        """Take a whole step, and wait for its end on the device."""
         self.forward_backward(documents)
         self.update()
         if self.student.device.type == "cuda":
             torch.cuda.synchronize()
 
     def held_bytes(self) -> int:
-        """Of both models' weights and the optimizer's states, after a step."""
+        """Count the bytes of both models' weights and the optimizer's states, after a step."""
         states = [state for of_parameter in self.optimizer.state.values() for state in of_parameter.values()]
         return sum(tensor.nbytes for tensor in [*self.student.parameters(), *self.teacher.parameters(), *states])

@@ -1,4 +1,4 @@
-"""Time, peak memory and accuracy of the loss, ours and peers', in one process on the same tensors.
+"""Measure time, peak memory and accuracy of the loss, ours and peers', in one process on the same tensors.
 
     pytest benchmarks/ [--results DIR]
 
@@ -29,7 +29,7 @@ SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 0.5, 3, 10  # of one measurement; the whole
 
 @lru_cache(maxsize=1)
 def problem_of(case: Case) -> Problem:
-    """The same for all systems that run the case, whose tests follow each other; the next case's takes its place."""
+    """Make a case's problem once for all systems that run it, whose tests follow each other; keep no other case's."""
     return Problem(case, DEVICE)
 
 

@@ -36,7 +36,7 @@ def test_row_kernel(benchmark: Any, record: Any, case: Case) -> None:
 
 
 def kernel_seconds(case: Case) -> float:
-    """Return the time of the row kernel in one forward of the loss, of a second call."""
+    """Return the seconds of the row kernel in a forward of the loss, after one that compiles it."""
     from torch.profiler import ProfilerActivity, profile
 
     x = problem_of(case).inputs

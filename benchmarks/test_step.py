@@ -1,4 +1,4 @@
-"""Documents a second and peak memory of whole training steps: ours, and the authors' loop over split points.
+"""Measure documents a second and peak memory of whole training steps: ours, and the authors' loop over split points.
 
     pytest benchmarks/test_step.py [--results DIR]
 
@@ -34,7 +34,7 @@ def teacher_of(shape: Shape) -> PreTrainedModel:
 
 @lru_cache(maxsize=1)
 def problem_of(case: StepCase) -> Problem:
-    """The same for both systems, whose tests follow each other."""
+    """Make a case's problem once for both systems, whose tests follow each other."""
     return Problem(case, teacher_of(case.shape))
 
 
