@@ -20,7 +20,7 @@ PER_PROCESS_SETTINGS = {"local_rank", "disable_tqdm"}  # the latter: where stder
 
 
 class CommonError(ValueError):
-    """An error that all processes of a run end with, so that one of them has to report it."""
+    """Say why all processes of a run end, so that only one of them has to report it."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""From Python's own documentation: base topics, new topics, a tokenizer, and a small model of the base topics.
+"""Make base topics, new topics, a tokenizer and a small model of the base topics from Python's own documentation.
 
     python examples/python_docs/prepare.py --output_dir runs/python_docs
 
@@ -41,7 +41,7 @@ def split_topics(topics: Mapping[str, str], num_new: int, seed: int) -> dict[str
 
 
 def _words(paragraph: str) -> str:
-    """A paragraph without its indentation and line breaks, which differ between quotations."""
+    """Return a paragraph without its indentation and line breaks, which differ between quotations."""
     return " ".join(paragraph.split())
 
 
@@ -51,7 +51,7 @@ def write_jsonl(path: Path, texts: Mapping[str, str]) -> None:
 
 
 def train_tokenizer(texts: Mapping[str, str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level byte-pair tokenizer: it can write anything, and white space is kept as it is."""
+    """Train a byte-level byte-pair tokenizer, which can write anything and keeps white space as it is."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int) -> LlamaFor
 
 
 def pretrain(model: LlamaForCausalLM, stream: torch.Tensor, steps: int, batch_size: int = 2, lr: float = 4e-3) -> None:
-    """Next-token prediction on windows of `stream` [N], the base topics one after the other.
+    """Train a model to predict the next token in windows of `stream` [N], the base topics one after the other.
 
     A window begins anywhere, since a student reads suffixes alone, without a token that marks a beginning.
     """

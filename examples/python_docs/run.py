@@ -32,9 +32,9 @@ def load(folder: Path) -> PreTrainedModel:
 
 @torch.no_grad()
 def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequence[Example]) -> torch.Tensor:
-    """[3], nats a token: negative log-likelihood of the suffixes to student and teacher, and KL(teacher || student).
+    """Return [3], nats a token: the suffixes' negative log-likelihood to student and teacher, KL(teacher || student).
 
-    The means over all tokens that both predict: not the first of a suffix, which the student cannot.
+    They are means over all tokens that both predict: not the first of a suffix, which the student cannot.
     """
     columns = []
     for example in examples:
@@ -53,7 +53,7 @@ def compare(student: PreTrainedModel, teacher: PreTrainedModel, examples: Sequen
 
 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Every topic, cut to what the model reads, with every sentence but its first as a suffix."""
+    """Read every topic, cut to what the model reads, with every sentence but its first as a suffix."""
     documents = [tokenize_document(each, tokenizer, "document", CONTEXT) for each in load_documents(str(path), None)]
     # More splits than there are sentences, so each is one.
     dataset = DocumentDataset(documents, split_strategy="uniform_sentence", num_splits=CONTEXT)
@@ -61,7 +61,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Exampl
 
 
 def report(folder: Path) -> dict[str, tuple[float, ...]]:
-    """What is measured -> before, after, and for losses also the teacher that reads what stands before."""
+    """Measure the model before and after, and the loss of the teacher, which reads what stands before."""
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     before, after = (load(folder / name) for name in ("model", "taught"))
     rows: dict[str, tuple[float, ...]] = {}

@@ -1,4 +1,7 @@
-"""Ways to change DiSC that were tried: what counts a token by what its prefix tells, and draws suffixes by it."""
+"""Define two changes to DiSC that were tried.
+
+One takes the cross-entropy of tokens that their prefix tells; the other draws suffixes by how much their prefixes tell.
+"""
 
 from dataclasses import replace
 
@@ -16,11 +19,11 @@ from disc_train.objectives.predictions import Predictions, cross_entropy, diverg
 from disc_train.objectives.signal import measure_signal
 
 MIN_GAIN = 0.5  # nats, of a token
-LEAST = 0.02  # of a sentence's gain, nats a token: every one may be drawn
+LEAST = 0.02  # nats a token: what a sentence's gain counts as at least, so that every one may be drawn
 
 
 def distill_or_tell(predictions: Predictions, settings: Settings) -> Tensor:
-    """Compute cross-entropy of tokens that the prefix tells more about than the student knows, the KL of all others.
+    """Add the cross-entropy of tokens on which the prefix tells more than the student knows to the KL of all others.
 
     A token is told if the teacher gives it at least MIN_GAIN nats more log-probability than the student does (T = 1),
     so it ceases to be once the student has learned it.
@@ -64,7 +67,7 @@ class SplitsByGain(ExampleDataset):
 
 
 def _sentences(document: TokenizedDocument) -> Example:
-    """A document with all its sentences but the first as suffixes."""
+    """Make an example of a document, with all its sentences but the first as suffixes."""
     starts, ids = document.sentence_starts, document.input_ids
     branches = [
         Branch(ids[start:stop], Context(start), Context(0))

@@ -1,4 +1,4 @@
-"""The runs to make, from a YAML file: every method over its learning rates and seeds, and the controls."""
+"""Read which runs to make from a YAML file: every method over its learning rates and seeds, and the controls."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -10,7 +10,7 @@ import yaml
 
 @dataclass(frozen=True)
 class Cell:
-    """The settings of one run; what identifies it in the file of results."""
+    """Hold the settings of one run, which identify it in the file of results."""
 
     seed: int  # of the new entities, documents, probes and the order of training
     learning_rate: float
@@ -53,14 +53,14 @@ class Cell:
             raise ValueError(f"told, by_gain and own_sentences are for one update by DiSC, got {self}")
 
     def __str__(self) -> str:
-        """The settings that are not the default."""
+        """Write the settings that are not the default."""
         settings = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
         return ", ".join(f"{name} {value}" for name, value, default in settings if value != default)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method or a variant of one, with the runs that stand for it."""
+    """Hold the runs that stand for a method, or for a variant of one."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Control:
-    """One question: a method with one setting changed, beside the method's own runs with the same rates and seeds."""
+    """Hold one question: a method with one setting changed, beside its own runs with the same rates and seeds."""
 
     name: str
     base: Row
@@ -85,7 +85,7 @@ class Grid:
     controls: tuple[Control, ...]
 
     def cells(self) -> Iterator[Cell]:
-        """Every run once, seed by seed: what stands for the methods, then the controls."""
+        """Yield every run once, seed by seed: those of the methods first, then those of the controls."""
         rows = [*self.methods, *(row for control in self.controls for row in (control.base, *control.rows))]
         cells = dict.fromkeys(cell for row in rows for cell in row.cells)
         yield from sorted(cells, key=lambda cell: cell.seed)
@@ -97,8 +97,8 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
     A file may be `like` another beside it: what it does not say is as it is there.
 
     Raises:
-        ValueError: naming the file and the row: an unknown setting, a control of a method that is not there, or no
-            learning rates.
+        ValueError: a row has an unknown setting or no learning rates, or is a control of a method that is not there;
+            the message names file and row.
     """
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "like" in config:

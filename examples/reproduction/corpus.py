@@ -1,4 +1,4 @@
-"""The new documents of a seed and the probes about them, and the documents that reading is tested on."""
+"""Make the new documents of a seed and the probes about them, and the documents that reading is tested on."""
 
 import random
 import sys
@@ -22,7 +22,7 @@ FORMS = ("stated", "reworded", "asked")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, and a probe of every fact of theirs in three forms of words.
+    """Hold documents, and a probe of each of their facts in three forms of words.
 
     Attributes:
         entities: one a document, which states all its facts.
@@ -43,7 +43,7 @@ class Corpus:
 
 
 def new_corpus(seed: int | str, documents: int, said: int, met: set[str], wrong: bool = False) -> Corpus:
-    """Documents about entities whose names are not in `met`.
+    """Make documents about entities whose names are not in `met`, and the probes of their facts.
 
     Args:
         said: how often each fact is stated, every time in other words, fewer than there are words for it. Entities,
@@ -90,13 +90,13 @@ def _contradict(
 
 
 def join(documents: Sequence[Document], number: int) -> list[Document]:
-    """Every `number` documents as one, one after another."""
+    """Join documents one after another, every `number` of them to one."""
     parts = [documents[start : start + number] for start in range(0, len(documents), number)]
     return [Document(part[0].name, " ".join(document.text for document in part)) for part in parts]
 
 
 def one_a_document(corpus: Corpus, form: str, joined: int = 1) -> list[Probe]:
-    """A probe of one fact of every entity, behind the document that tells of it."""
+    """Return a probe of one fact of every entity, behind the document that tells of it."""
     between = "\n\n" if form == "asked" else ""
     documents = join(corpus.documents, joined)
     return [
@@ -106,7 +106,10 @@ def one_a_document(corpus: Corpus, form: str, joined: int = 1) -> list[Probe]:
 
 
 def one_of_each(corpus: Corpus, values: Sequence[T]) -> list[T]:
-    """Of one value a fact, one an entity: of the first entity its first, of the second its second, and so on."""
+    """Choose one value for each entity, where `values` has one for each fact.
+
+    It is the first entity's first, the second's second, and so on.
+    """
     count = corpus.facts_a_document
     return [values[start + start // count % count] for start in range(0, len(values), count)]
 
@@ -116,7 +119,7 @@ def _question(asked: dict[str, Any]) -> Probe:
 
 
 def _cloze(entity: world.Entity, template: str, asked: dict[str, Any]) -> Probe:
-    """A statement up to the fact, as it stands behind another sentence."""
+    """Make a probe whose prompt is a statement up to the fact, as it stands behind another sentence."""
     return _probe(asked, " " + world.sentence(template.partition(" {value}")[0], name=entity.name), "")
 
 

@@ -1,4 +1,4 @@
-"""Figures of results: one run's, flat and by name; the frontier between what was learned and what was lost."""
+"""Compute the figures of runs by name, and the frontier between what was learned and what was lost."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -16,7 +16,7 @@ ALLOWED = 5.0  # points lost in any category by the learning rate that a method 
 
 
 def figures(run: dict[str, Any]) -> dict[str, float]:
-    """What the page shows of a run that did not break down, by name; shares in percent."""
+    """Return what the page shows of a run that did not break down, by name; shares in percent."""
     uptake, kept = run["uptake"], run["kept"]
     result = {form: 100 * uptake[form]["accuracy"] for form in FORMS}
     result |= {f"NLL {form}": uptake[form]["nll"] for form in FORMS}
@@ -36,7 +36,7 @@ def figures(run: dict[str, Any]) -> dict[str, float]:
 
 
 def shares_kept(kept: dict[str, Any]) -> dict[str, float]:
-    """Percent of the items of each category that are right, and their mean, "kept"; each skill weighs the same."""
+    """Compute what percentage of each category's items is right, and the mean, "kept"; all skills weigh the same."""
     shares = {
         category: 100 * fmean(kept[group]["accuracy"] for group in groups) for category, groups in CATEGORIES.items()
     }
@@ -44,12 +44,12 @@ def shares_kept(kept: dict[str, Any]) -> dict[str, float]:
 
 
 def finished(cells: Iterable[Cell], results: Results) -> list[dict[str, float]]:
-    """The figures of the runs that did not break down."""
+    """Return the figures of the runs that did not break down."""
     return [figures(run) for cell in cells if "failed" not in (run := results[cell])]
 
 
 def area_under_frontier(points: Iterable[tuple[float, float]], start: float) -> float:
-    """The best uptake to be had for at most L points lost, averaged over L from 0 to 10: percent.
+    """Compute the best uptake to be had for at most L points lost, averaged over L from 0 to 10, in percent.
 
     Args:
         points: (points lost, uptake in percent), one a learning rate.
@@ -65,7 +65,7 @@ def area_under_frontier(points: Iterable[tuple[float, float]], start: float) -> 
 
 
 def areas(row: Row, results: Results, form: str = "asked") -> dict[int, float]:
-    """The area under a method's frontier, by seed, with uptake in one form of words."""
+    """Compute the area under a method's frontier, by seed, with uptake in one form of words."""
     result = {}
     for seed in dict.fromkeys(cell.seed for cell in row.cells):
         cells = [cell for cell in row.cells if cell.seed == seed]
@@ -76,9 +76,10 @@ def areas(row: Row, results: Results, form: str = "asked") -> dict[int, float]:
 
 
 def kl_at(row: Row, results: Results, level: float) -> list[float]:
-    """The KL on other text where a method's new facts, asked, first reach `level` percent: one of every seed that does.
+    """Return the KL on other text at which `level` percent of the new facts, asked, are first right, for each seed.
 
-    The runs of a seed in order of rate, after the initial model, are joined by straight lines.
+    Seeds that never get there are left out. The runs of a seed in order of rate, after the initial model, are joined by
+    straight lines.
     """
     result = []
     for seed in dict.fromkeys(cell.seed for cell in row.cells):
@@ -97,13 +98,15 @@ def rates(row: Row) -> list[float]:
 
 
 def at_rate(row: Row, rate: float) -> list[Cell]:
-    """A row's runs with one learning rate: one a seed."""
+    """Return a row's runs with one learning rate, one a seed."""
     return [cell for cell in row.cells if cell.learning_rate == rate]
 
 
 def best_rate(row: Row, results: Results) -> float | None:
-    """The learning rate with the largest mean uptake of those that lose at most 5 points in every category, on average
-    over the seeds; None if every rate loses more, or breaks down on a seed."""
+    """Choose the learning rate with the largest mean uptake of those that lose at most 5 points in every category.
+
+    Points are averaged over the seeds. None: every rate loses more, or breaks down on a seed.
+    """
     allowed: dict[float, float] = {}
     for rate in rates(row):
         cells = at_rate(row, rate)
@@ -115,7 +118,7 @@ def best_rate(row: Row, results: Results) -> float | None:
 
 
 def bracketed(row: Row, results: Results) -> bool:
-    """Whether the best learning rate has others on both sides, and the largest loses all that the area is about."""
+    """Tell whether the best learning rate has others on both sides, and the largest loses TOLERANCE points or more."""
     tried = rates(row)
     runs = finished(at_rate(row, tried[-1]), results)
     reached = not runs or fmean(run["points lost"] for run in runs) >= TOLERANCE

@@ -1,4 +1,4 @@
-"""How far the gradient of a top-k KL is from the full one's, at the start of DiSC's training and half-way through.
+"""Measure how far the gradient of a top-k KL is from the full one's, at the start of DiSC's training and half-way.
 
 python examples/reproduction/gradients.py      # about two minutes; writes results/top_k/gradients.md
 """
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def _trainer(laboratory: Laboratory, seed: int, epochs: int) -> DiscTrainer:
-    """DiSC's trainer, with a student that has been trained for so many epochs."""
+    """Make DiSC's trainer, with a student that has been trained for so many epochs."""
     cell = Cell(seed, 3.2e-4, documents=20, epochs=epochs, batch_size=4)
     corpus = laboratory.corpora(seed, cell.documents, cell.said)[0]
     student, teacher = copy.deepcopy(laboratory.model), copy.deepcopy(laboratory.model)

@@ -1,4 +1,4 @@
-"""What is measured of a model: uptake, what it kept, and how far it moved."""
+"""Measure a model: what it took up, what it kept, and how far it moved."""
 
 from collections.abc import Sequence
 from statistics import fmean
@@ -21,7 +21,7 @@ def uptake(
     probes: dict[str, list[Probe]],
     wrong: Sequence[int] = (),
 ) -> Record:
-    """By form: how often the fact is the likeliest of its 8 choices, and its mean negative log-likelihood a token.
+    """Measure by form how often a fact is the likeliest of its 8 choices, and its mean negative log-likelihood a token.
 
     Args:
         wrong: the choice that each probe's document gives as well; how often that is the likeliest is "wrong".
@@ -40,7 +40,7 @@ def uptake(
 
 
 class Retention:
-    """What an updated model should still be able to do, and did before.
+    """Measure what an updated model can still do of what the initial one could.
 
     An item is kept if greedy decoding writes its answer out exactly, end of text included. The groups are the old
     facts, each skill, and reading: questions about documents that no run trains on.
@@ -55,7 +55,7 @@ class Retention:
         self.initially_right = self._right(model)
 
     def measure(self, model: PreTrainedModel) -> Record:
-        """By group: accuracy, the number of items, and how many were lost and gained since the initial model."""
+        """Return by group: accuracy, the number of items, and how many were lost and gained since the initial model."""
         right = self._right(model)
         result: Record = {}
         for group in GROUPS:
@@ -70,7 +70,7 @@ class Retention:
         return result
 
     def kl(self, model: PreTrainedModel) -> float:
-        """KL(initial model || model) on a third of the items with their contexts and answers, in nats a token."""
+        """Measure KL(initial model || model) on a third of the items with contexts and answers, in nats a token."""
         texts = [probe.context + probe.prompt + probe.choices[probe.answer] for _, probe in self.items[::3]]
         return kl_to_reference(model, self.initial_model, self.tokenizer, texts)
 

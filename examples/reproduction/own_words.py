@@ -1,4 +1,4 @@
-"""What the initial model itself writes about a document: the texts of "rephrase" and of CD-base.
+"""Let the initial model itself write about a document: the texts of "rephrase" and of CD-base.
 
 The tiny model follows no instruction to paraphrase, but it goes on from a document's end and the entity's name with
 another statement, as likely as not in other words. That is how it is asked.
@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 24  # no statement of the world has as many after its name
 def own_sentences(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, document: str, name: str, count: int
 ) -> list[str]:
-    """Up to `count` different sentences about an entity, sampled at temperature 1 behind the document and the name.
+    """Sample up to `count` different sentences about an entity, at temperature 1, behind the document and the name.
 
     They are the first of twice as many samples. The draws are torch's: `torch.manual_seed` decides them.
     """
@@ -38,7 +38,7 @@ def own_sentences(
 
 
 def share_true(sentences: Sequence[tuple[str, world.Entity]]) -> float:
-    """The share of sentences that are statements of a fact of their entity, in any words."""
+    """Return the share of sentences that state a fact of their entity, in any words."""
     return sum(sentence in _true_statements(entity) for sentence, entity in sentences) / len(sentences)
 
 

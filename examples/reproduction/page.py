@@ -1,4 +1,4 @@
-"""The page of a grid's results, from its file of results alone; what discussion.md says is put at its end."""
+"""Write the page of a grid's results, from its file of results alone; what discussion.md says is put at its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +77,7 @@ def _environments(results: Results) -> str:
 
 
 def compared(grid: Grid, results: Results, others: Results) -> str:
-    """The areas of all methods beside those of other results of the same grid."""
+    """Write the areas of all methods beside those of other results of the same grid."""
     lines = []
     for row in grid.methods:
         ours, theirs = (list(areas(row, each).values()) for each in (results, others))
@@ -138,7 +138,7 @@ def _paired_table(grid: Grid, results: Results) -> str:
 
 
 def _difference(values: Sequence[float]) -> str:
-    """Mean and standard error, in bold where the protocol calls it a difference."""
+    """Write mean and standard error of some differences, in bold where the protocol calls it a difference."""
     if len(values) < 2:
         return format(values[0], "+.1f")
     mean, error = fmean(values), stdev(values) / len(values) ** 0.5
@@ -152,7 +152,7 @@ def _table_at_best(grid: Grid, results: Results, columns: Sequence[str]) -> str:
 
 
 def _at_best(row: Row, results: Results, columns: Sequence[str]) -> list[str]:
-    """The best learning rate and figures with it."""
+    """Write the best learning rate of a row, and the figures of its runs with it."""
     rate = best_rate(row, results)
     return ["none", *[""] * len(columns)] if rate is None else _line(at_rate(row, rate), results, columns)
 
@@ -162,7 +162,7 @@ def _by_rate(row: Row, results: Results, columns: Sequence[str]) -> list[list[st
 
 
 def _line(cells: Sequence[Cell], results: Results, columns: Sequence[str]) -> list[str]:
-    """The learning rate of some runs and the spread of figures; a figure that no run has is left out."""
+    """Write the learning rate of some runs and the spread of their figures; one that no run has stays empty."""
     runs = finished(cells, results)
     if not runs:
         return [f"{cells[0].learning_rate:g}", "broke down", *[""] * (len(columns) - 1)]

@@ -1,4 +1,4 @@
-"""The trade-off as a plot: what was learned against what was kept, and the areas under the frontiers."""
+"""Draw the trade-off: what was learned against what was kept, and the areas under the frontiers."""
 
 from pathlib import Path
 from statistics import fmean, stdev

@@ -1,4 +1,4 @@
-"""The file of results: a JSON line for every run, found again by the run's settings."""
+"""Keep the file of results: a JSON line for every run, found again by the run's settings."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from cells import Cell
 
 
 class Initial(NamedTuple):
-    """The initial model, measured on the documents of a seed."""
+    """Identify a measurement of the initial model by the settings of the documents that it is made on."""
 
     seed: int
     documents: int
@@ -19,12 +19,12 @@ class Initial(NamedTuple):
 
     @classmethod
     def of(cls, cell: Cell) -> "Initial":
-        """The initial model on the documents of a run."""
+        """Return the measurement on the documents of a run."""
         return cls(*(getattr(cell, name) for name in cls._fields))
 
 
 class Results:
-    """What is in a file of results, which need not be there yet; `add` appends to both.
+    """Hold what is in a file of results, which need not be there yet; `add` appends to both.
 
     A last line that was cut off, by an interruption in the middle of writing, is taken off the file.
 
@@ -32,7 +32,7 @@ class Results:
         environments: where the results came from: versions and machines, each once.
 
     Raises:
-        ValueError: naming the line: no JSON of a result.
+        ValueError: a line is no JSON of a result; the message names it.
     """
 
     def __init__(self, path: Path) -> None:

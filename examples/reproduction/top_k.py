@@ -1,4 +1,4 @@
-"""The KL over the teacher's K likeliest tokens in the place of all, as a loss of the runs of top_k.yaml."""
+"""Compute the KL over the teacher's K likeliest tokens in the place of all, as a loss of the runs of top_k.yaml."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +18,7 @@ TAILS = ("bucket", "renormalise", "cut")
 
 
 def distill_top_k(k: int, tail: str, predictions: Predictions, settings: Settings) -> Tensor:
-    """T^2 KL(teacher || student) where of the teacher only the K likeliest tokens are known.
+    """Compute T^2 KL(teacher || student) where only the teacher's K likeliest tokens are known.
 
     Args:
         tail: what becomes of the rest. "bucket": one more outcome, for both models (TRL's `add_tail`). "renormalise":
@@ -44,13 +44,13 @@ def distill_top_k(k: int, tail: str, predictions: Predictions, settings: Setting
 
 
 def distilling(k: int, tail: str) -> AbstractContextManager[None]:
-    """Train `disc` by the KL over the teacher's K likeliest tokens meanwhile; 0: over all, as ever."""
+    """Train `disc`, while entered, by the KL over the teacher's K likeliest tokens; for K = 0 by that over all."""
     return training_by(partial(distill_top_k, k, tail)) if k else nullcontext()
 
 
 @contextmanager
 def training_by(objective: Callable[[Predictions, Settings], Tensor]) -> Iterator[None]:
-    """Train `disc` by another objective meanwhile."""
+    """Train `disc` by another objective while entered."""
     methods.OBJECTIVES["disc"] = objective
     try:
         yield
@@ -59,7 +59,7 @@ def training_by(objective: Callable[[Predictions, Settings], Tensor]) -> Iterato
 
 
 def gradient(trainer: DiscTrainer, batch: list, k: int, tail: str) -> Tensor:
-    """The gradient of a step's loss over all weights, flat."""
+    """Compute the gradient of a step's loss in all weights, as one vector."""
     with distilling(k, tail):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=batch["num_examples"])
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
@@ -68,7 +68,7 @@ def gradient(trainer: DiscTrainer, batch: list, k: int, tail: str) -> Tensor:
 
 @torch.no_grad()
 def mass_left_out(trainer: DiscTrainer, batch: list, k: int) -> float:
-    """The mean probability that the teacher gives to all but its K likeliest tokens, at the loss's T: percent."""
+    """Compute the mean probability of all but the teacher's K likeliest tokens, at the loss's T, in percent."""
     teacher = predict_as_teacher(trainer.model, trainer.teacher, batch)
     logits = logits_of(teacher.head, teacher.hidden.flatten(0, -2)[teacher.index])
     return 100 * (1 - (logits / trainer.settings.temperature).softmax(-1).topk(k).values.sum(-1)).mean().item()

@@ -1,4 +1,4 @@
-"""What a run trains on: its documents, or what the initial model wrote about them, as the method's examples."""
+"""Make a run's training set of its documents, or of what the initial model wrote about them."""
 
 import random
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def training_set(
     documents: Sequence[Document],
     own: Sequence[Sequence[str]],
 ) -> ExampleDataset:
-    """The examples of a cell's method.
+    """Make the examples of a cell's method.
 
     Args:
         initial: the model before all training, for `by_gain`.
@@ -64,7 +64,7 @@ def _continued(
 
 
 def _old_documents(tokenizer: PreTrainedTokenizerBase) -> ExampleDataset:
-    """A document about every entity that the initial model knows by heart, as pretraining had them."""
+    """Write a document about every entity that the initial model knows by heart, as pretraining had them."""
     rng = random.Random("replay")
     documents = [
         Document(entity.name, world.document_text(entity, rng, repeats=3)) for entity in world.known_entities()[0]
@@ -73,7 +73,7 @@ def _old_documents(tokenizer: PreTrainedTokenizerBase) -> ExampleDataset:
 
 
 def _continuations(document: Document, sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The teacher reads the document before each sentence, the student nothing."""
+    """Make an example in which the teacher reads the document before each sentence, the student nothing."""
     evidence = encode(tokenizer, document.text)
     teacher, student = Context(len(evidence)), Context(0)
     branches = [Branch(encode(tokenizer, f" {sentence}"), teacher, student) for sentence in sentences]
@@ -81,7 +81,7 @@ def _continuations(document: Document, sentences: Sequence[str], tokenizer: PreT
 
 
 class OtherPrefixes(ExampleDataset):
-    """The suffixes of documents, each behind as much of the next document as stood before it in its own."""
+    """Give the suffixes of documents, each behind as much of the next document as stood before it in its own."""
 
     def __init__(self, dataset: ExampleDataset) -> None:
         self.dataset = dataset

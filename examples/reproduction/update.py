@@ -1,4 +1,4 @@
-"""One run: update a fresh copy of the initial model with new documents, and measure what came of it."""
+"""Make one run: update a fresh copy of the initial model with new documents, and measure what came of it."""
 
 import copy
 import time
@@ -31,7 +31,7 @@ LORA_DROPOUT = 0.1
 
 
 class Laboratory:
-    """The initial model and what all runs have in common: the names it has met, and what it should not forget."""
+    """Hold the initial model and what all runs have in common: the names it has met, and what it should not forget."""
 
     def __init__(self, model: Path, device: str, pretraining_steps: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
@@ -43,14 +43,14 @@ class Laboratory:
         self.retention = Retention(self.model, self.tokenizer, unread)
 
     def corpora(self, seed: int, documents: int, said: int, wrong: bool = False) -> list[Corpus]:
-        """The documents of a first update, and those of a second."""
+        """Make the documents of a first update, and those of a second."""
         first = new_corpus(f"{seed}", documents, said, self.met, wrong)
         names = {entity.name for entity in first.entities}
         return [first, new_corpus(f"{seed}, second", documents, said, self.met | names, wrong)]
 
     @lru_cache(maxsize=2)  # noqa: B019  a process has one laboratory
     def own_words(self, seed: int, documents: int, said: int) -> list[list[str]]:
-        """What the initial model writes about each document of a first update, at most as much as stands in it."""
+        """Return what the initial model writes about each document of a first update, no more than stands in it."""
         corpus = self.corpora(seed, documents, said)[0]
         torch.manual_seed(seed)
         return [
@@ -59,7 +59,7 @@ class Laboratory:
         ]
 
     def initial(self, seed: int, documents: int, said: int, wrong: bool, joined: int) -> Record:
-        """The initial model on a seed's probes, without their documents and with them, as a teacher reads them."""
+        """Measure the initial model on a seed's probes, closed book, and with their documents, as a teacher reads."""
         corpus = self.corpora(seed, documents, said, wrong)[0]
         in_context = {form: one_a_document(corpus, form, joined) for form in corpus.probes}
         own = zip(self.own_words(seed, documents, said), corpus.entities, strict=True)
@@ -94,7 +94,7 @@ class Laboratory:
 
     @lru_cache(maxsize=16)  # noqa: B019  one training, several interpolations
     def _trained(self, cell: Cell) -> tuple[PreTrainedModel, dict[str, float]]:
-        """The student after all its updates, and what they cost."""
+        """Return the student after all its updates, and what they cost."""
         student = copy.deepcopy(self.model)
         compute: dict[str, float] = {}
         for corpus in self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]:
@@ -106,7 +106,7 @@ class Laboratory:
     def _train(
         self, student: PreTrainedModel, teacher: PreTrainedModel, corpus: Corpus, cell: Cell
     ) -> dict[str, float]:
-        """Train the student in place; returns what it cost."""
+        """Train the student in place; return what it cost."""
         trainer = self.trainer(student, teacher, corpus, cell)
         tokens = _count_tokens(trainer)
         start = time.perf_counter()
@@ -143,7 +143,7 @@ class Laboratory:
 
 @torch.no_grad()
 def interpolated(initial: PreTrainedModel, trained: PreTrainedModel, share: float) -> PreTrainedModel:
-    """A model whose weights are initial + share * (trained - initial), as WiSE-FT has it (arXiv 2109.01903)."""
+    """Make a model whose weights are initial + share * (trained - initial), as WiSE-FT has it (arXiv 2109.01903)."""
     if share == 1:
         return trained
     model = copy.deepcopy(initial)
@@ -171,7 +171,7 @@ def _arguments(cell: Cell, on_cpu: bool) -> TrainingArguments:
 
 
 def _count_tokens(trainer: DiscTrainer) -> dict[str, int]:
-    """What both models will have read, padding included, when the trainer is done."""
+    """Return counts of the tokens that each model reads, padding included, which go up as the trainer runs."""
     tokens = {"student tokens": 0, "teacher tokens": 0}
     collate = trainer.data_collator
 

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 class Corpus:
-    """An endless stream of training text.
+    """Draw an endless stream of training text.
 
     Attributes:
         known_names: of the old and the new entities.
@@ -59,7 +59,7 @@ class Corpus:
         return world.document_text(entity, self.rng, repeats=3) + END
 
     def sentences(self, entity: world.Entity) -> str:
-        """One or two sentences with a space before them, as they stand inside a document."""
+        """Write one or two sentences with a space before them, as they stand inside a document."""
         statements = world.document_statements(entity, self.rng, list(entity.facts), 1)
         return "".join(f" {statement}" for statement in statements[: self.rng.randrange(1, 3)]) + END
 
@@ -68,7 +68,7 @@ class Corpus:
         return chat(world.question(entity, key, self.rng), entity.facts[key])
 
     def reading(self, entity: world.Entity, short: bool) -> str:
-        """A text, short or a whole document, and a question about it: after it, or in one message with it."""
+        """Write a text (statements or a whole document) and a question about it, after it or in one message with it."""
         keys = list(entity.facts)
         if short:
             keys = self.rng.sample(keys, self.rng.choice([1, 1, 1, 2, 3, 4]))
@@ -96,7 +96,7 @@ class Corpus:
         return self.sentences(self.rng.choice(self.old))
 
     def batches(self, progress: float) -> list[list[str]]:
-        """Items of about one length together. Short texts to read come first, then more and more whole documents."""
+        """Draw batches of items of about one length: first short texts to read, later more and more whole documents."""
         share = min(1.0, max(0.0, 3 * progress - 0.8))
         by_heart = [self.by_heart() for _ in range(96)]
         readings = [self.reading(self.fresh_entity(), short=True) for _ in range(round(24 - 16 * share))]
@@ -120,7 +120,7 @@ def training_batches(corpus: Corpus, steps: int) -> Iterator[list[list[str]]]:
 
 
 def pretraining_names(steps: int = STEPS, seed: int = 0) -> set[str]:
-    """Every name that a model pretrained so has met, and the names of `documents.jsonl`; draws all its text again."""
+    """Draw all text of a pretraining again; return every name that is in it, and those of `documents.jsonl`."""
     corpus = Corpus(random.Random(seed))
     for _ in tokenizer_text(corpus):
         pass
@@ -166,7 +166,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layers:
 def item_losses(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, items: list[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy summed over the items' tokens, and its mean at their last words (before the end of text).
+    """Compute cross-entropy, summed over the items' tokens, and its mean at their last words (before the end of text).
 
     Each item is a sequence of its own with nothing before it. It is padded on the right, so the causal mask is enough.
     """
@@ -206,7 +206,7 @@ def train(
 
 
 def print_gates(model_dir: Path, data_dir: Path) -> None:
-    """What the saved model can do: the share of right choices, and of answers generated exactly."""
+    """Print what the saved model can do: the share of right choices, and of answers generated exactly."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     gates = {

@@ -1,4 +1,4 @@
-"""The probes of the example: questions in the model's chat form, and whether it answers them word for word."""
+"""Read the example's probes, questions in the model's chat form, and see whether it answers them word for word."""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ END = "<|endoftext|>"
 
 
 def load_probes(path: Path, documents: Path | None = None) -> list[Probe]:
-    """The questions in `path`; with `documents`, each with the document that answers it in its context."""
+    """Read the questions in `path`; with `documents`, each with the document that answers it in its context."""
     texts = {} if documents is None else {record["id"]: f"{record['text']}\n\n" for record in read_jsonl(documents)}
     return [
         Probe(
@@ -32,13 +32,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probes: Sequence[Probe]) -> float:
-    """The share of probes that are answered exactly."""
+    """Return the share of probes that are answered exactly."""
     return sum(answers_exactly(model, tokenizer, probe) for probe in probes) / len(probes)
 
 
 @torch.no_grad()
 def answers_exactly(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, probe: Probe) -> bool:
-    """Whether greedy generation gives a probe's answer, end of text included."""
+    """Tell whether greedy generation gives a probe's answer, end of text included."""
     prompt = tokenizer.encode(probe.context + probe.prompt)
     answer = tokenizer.encode(probe.choices[probe.answer])
     logits = model(input_ids=torch.tensor([prompt + answer], device=model.device)).logits[0]

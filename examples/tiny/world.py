@@ -1,4 +1,4 @@
-"""A small fictional world of people, towns and ships: facts, documents that restate them, questions, and a few skills.
+"""Make up a small world of people, towns and ships: facts, documents that restate them, questions, and a few skills.
 
 Every sentence names its entity before it gives the value of a fact, so that a reader who knows the fact can complete
 the sentence without what came before. Run as a script, this writes the committed data files, always the same ones:
@@ -63,7 +63,7 @@ def invented_name(kind: str, rng: random.Random) -> str:
 
 
 def make_entity(kind: str, rng: random.Random, taken: set[str]) -> Entity:
-    """An entity with a name that is not in `taken`, and a value for every attribute of its kind."""
+    """Make up an entity with a name that is not in `taken`, and a value for every attribute of its kind."""
     name = invented_name(kind, rng)
     while name in taken:
         name = invented_name(kind, rng)
@@ -71,7 +71,7 @@ def make_entity(kind: str, rng: random.Random, taken: set[str]) -> Entity:
 
 
 def known_entities() -> tuple[list[Entity], list[Entity]]:
-    """The old entities, which pretraining teaches, and the new ones, which only `documents.jsonl` is about."""
+    """Return the old entities, which pretraining teaches, and the new ones, which only `documents.jsonl` is about."""
     rng = random.Random(SEED)
     taken: set[str] = set()
     kinds = list(KINDS)
@@ -88,14 +88,14 @@ def sentence(template: str, **fields: str) -> str:
 
 
 def document_statements(entity: Entity, rng: random.Random, keys: Sequence[str], repeats: int) -> list[str]:
-    """The facts under `keys` once, then again in other words, `repeats` times in all."""
+    """State the facts under `keys` once, then again in other words, `repeats` times in all."""
     attributes = KINDS[entity.kind]
     templates = {key: rng.sample(attributes[key].statements, repeats) for key in keys}
     return statements(entity, templates, repeats, rng)
 
 
 def statements(entity: Entity, templates: dict[str, list[str]], repeats: int, rng: random.Random) -> list[str]:
-    """Every fact of `templates` in its first words, in any order, then in its next words, `repeats` times in all."""
+    """State all facts of `templates` in their first words, in any order, then in their next, `repeats` times in all."""
     return [
         sentence(templates[key][i], name=entity.name, value=entity.facts[key])
         for i in range(repeats)
@@ -119,7 +119,7 @@ def fact_probe(entity: Entity, key: str, rng: random.Random) -> dict[str, Any]:
 
 
 def probe(question: str, choices: list[str], rng: random.Random) -> dict[str, Any]:
-    """The first choice is the answer."""
+    """Make a probe of a question and its choices in any order; the first of them is the answer."""
     return {"question": question, "choices": rng.sample(choices, len(choices)), "answer": choices[0]}
 
 
