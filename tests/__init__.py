@@ -1,1 +1,1 @@
-"""Tests: a package, so that no other `tests` on the path comes first."""
+"""Make `tests` a package, so that no other `tests` on the path comes first."""

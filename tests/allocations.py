@@ -20,7 +20,7 @@ class Memory:
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """measure(function): the memory of a call, and of what it returns."""
+    """Return measure(function): it calls a function and measures the memory of the call and of what it returns."""
     _release_what_the_interpreter_holds(monkeypatch)
     gc.freeze()  # what is there already need not be looked at again
 
@@ -42,7 +42,7 @@ def measure(tmp_path, monkeypatch):
 
 
 def _release_what_the_interpreter_holds(monkeypatch):
-    """Triton's interpreter leaves each launch's arguments in a reference cycle; a GPU launch does not."""
+    """Free each launch's arguments, which Triton's interpreter leaves in a reference cycle; a GPU launch does not."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     launch = interpreter.GridExecutor.__call__
 

@@ -1,4 +1,4 @@
-"""Settings every test shares: Triton's interpreter where there is no GPU, two threads, a fixed seed."""
+"""Set what every test shares: Triton's interpreter where there is no GPU, two threads, a fixed seed."""
 
 import importlib.util
 import os
@@ -36,7 +36,7 @@ def _environment():
 
 @pytest.fixture
 def lonely_group(tmp_path):
-    """A process group of this process alone, which goes the way of many."""
+    """Make a process group of this process alone, for which code goes the way of many."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()

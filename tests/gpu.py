@@ -1,4 +1,4 @@
-"""Where the tests marked gpu run: on a GPU, and in a rehearsal (`pytest --rehearsal`) on the CPU."""
+"""Name the device of tests marked gpu: a GPU, or in a rehearsal (`pytest --rehearsal`) the CPU."""
 
 import pytest
 import torch

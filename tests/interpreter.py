@@ -1,4 +1,4 @@
-"""Make tests quick enough for Triton's interpreter, which takes about a tenth of a second a row."""
+"""Make tests quick enough under Triton's interpreter, which takes about a tenth of a second a row."""
 
 import math
 from collections import defaultdict

@@ -17,7 +17,7 @@ LOSS_OPTIONS = ("student_index", "row_weight", "temperature", "reduction", "voca
 
 
 def summary_of(problem, impl, tensors=None, **options):
-    """Of the teacher's rows, each once; `summary_index` chooses among them."""
+    """Summarise the teacher's rows, each once; `summary_index` chooses among them later."""
     t = tensors or problem.tensors
     biases = {name: t[name] for name in ("teacher_bias", "student_bias") if name in t}
     options = {name: problem.options[name] for name in SUMMARY_OPTIONS if name in problem.options} | biases | options
@@ -34,14 +34,14 @@ def loss_from_summary(problem, summary, impl, hidden, **options):
 
 
 def smallest(call, *arguments):
-    """The bytes one row needs, as the refusal says."""
+    """Return the bytes that one row needs, as the refusal of too small a workspace says."""
     with pytest.raises(ValueError, match="max_workspace_bytes: expected at least") as refused:
         call(*arguments, max_workspace_bytes=1)
     return int(re.search(r"at least (\d+)", str(refused.value)).group(1))
 
 
 def run(problem, impl, autocast=None, summary=None, device="cpu", **options):
-    """Summary, forward and backward, as the outcome that `assert_accurate` takes."""
+    """Run summary, forward and backward, and return the outcome that `assert_accurate` takes."""
     moved = problem.on(device)
     hidden = moved.tensors["student_hidden"].detach().requires_grad_()
     with torch.autocast(device, autocast, enabled=autocast is not None):

@@ -8,7 +8,7 @@ from tests.linear_kl.ranks.conftest import worlds  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def new_memory_is_nan():
-    """An entry nobody wrote shows."""
+    """Fill new memory with NaN, so that an entry that nobody wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

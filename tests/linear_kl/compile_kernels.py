@@ -1,7 +1,7 @@
 """Compile every Triton kernel of the loss for GPUs that need not be there, and print what each variant takes.
 
 A program of its own, because Triton's interpreter, which the tests run, replaces the compiler in a whole process.
-A line of JSON each: kernel, variant, architecture, and registers a thread and bytes a program.
+It prints a line of JSON for each: kernel, variant, architecture, registers a thread, bytes a program.
 """
 
 import json
@@ -26,7 +26,7 @@ SHARD_POINTERS = ("shard_normalisers_ptr", "normalisers_ptr", "mean_score_ptr")
 
 
 class Variant(NamedTuple):
-    """A kernel as one launch specialises it; `types` and `constants` by argument."""
+    """Hold a kernel as one launch specialises it; `types` and `constants` are by argument."""
 
     kernel: JITFunction
     name: str

@@ -1,4 +1,4 @@
-"""The implementations and divergences that tests run with, one after another."""
+"""Run tests with every implementation and divergence, one after another."""
 
 import os
 
@@ -20,13 +20,13 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["torch", "triton"])
 def fused_impl(request: pytest.FixtureRequest) -> str:
-    """Those that work in chunks."""
+    """Return an implementation that works in chunks."""
     return available(request.param)
 
 
 @pytest.fixture(params=["reference", "torch"])
 def double_impl(request: pytest.FixtureRequest) -> str:
-    """Those that take float64."""
+    """Return an implementation that takes float64."""
     return request.param
 
 

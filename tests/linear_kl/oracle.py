@@ -1,4 +1,4 @@
-"""What the tests of `disc_kernels.linear_kl` share: problems, a float64 oracle in plain torch, and one comparison.
+"""Make problems for the tests of `disc_kernels.linear_kl`, and compare with a float64 oracle in plain torch.
 
 The oracle knows nothing of the package: it writes all logits down, calls `log_softmax`, lets autograd differentiate.
 `assert_accurate` compares with it everywhere; `test_mutants.py` proves that it rejects wrong numbers.
@@ -21,7 +21,7 @@ STATS = ("divergence", "student_entropy", "teacher_entropy", "agreement")
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of one call, and the gradient its result receives."""
+    """Hold the arguments of one call, and the gradient that its result receives."""
 
     tensors: dict[str, Tensor]  # hidden states, weights, biases
     options: dict[str, Any] = field(default_factory=dict)  # every other argument of fused_suffix_kl
@@ -39,13 +39,13 @@ class Problem:
         return replace(self, tensors={k: v.to(device) for k, v in self.tensors.items()}, options=options)
 
     def leaves(self) -> dict[str, Tensor]:
-        """The tensors, detached; those that ask for a gradient require one."""
+        """Return the tensors, detached; those that ask for a gradient require one."""
         return {name: t.detach().requires_grad_(name in self.asks) for name, t in self.tensors.items()}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one forward and backward gave, on the CPU."""
+    """Hold what one forward and backward gave, on the CPU."""
 
     loss: Tensor
     gradients: dict[str, Tensor]
@@ -67,7 +67,7 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """Random models whose logits spread over a few nats; lists become the index and weight tensors they stand for."""
+    """Draw models whose logits spread over a few nats; lists become the index and weight tensors they stand for."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -95,7 +95,7 @@ def build(
 
 
 def count(problem: Problem) -> int:
-    """M, the number of compared rows."""
+    """Return M, the number of compared rows."""
     for key in ("student_index", "teacher_index"):
         if problem.options.get(key) is not None:
             return len(problem.options[key])
@@ -103,7 +103,7 @@ def count(problem: Problem) -> int:
 
 
 def build_everything(dtype: torch.dtype = torch.float32, **options: Any) -> Problem:
-    """One problem that uses every option at once."""
+    """Make one problem that uses every option at once."""
     used: dict[str, Any] = {
         "student_index": [4, 0, 2, 2, 5, 1, 3],
         "teacher_index": [3, 3, 0, 1, 1, 2, 0],
@@ -130,7 +130,7 @@ def _transformed(z: Tensor, transform: LogitTransform | None) -> Tensor:
 
 
 def _relative_entropy(p_log: Tensor, q_log: Tensor) -> Tensor:
-    """sum_v p_v (log p_v - log q_v) in nats, where p_v = 0 counts nothing: [M, V], [M, V] -> [M]."""
+    """Compute sum_v p_v (log p_v - log q_v) in nats, where p_v = 0 counts nothing: [M, V], [M, V] -> [M]."""
     p = p_log.exp()
     return (p * torch.where(p > 0, p_log - q_log, 0.0)).sum(-1)
 
@@ -141,7 +141,7 @@ def _entropy(p_log: Tensor) -> Tensor:
 
 
 def _row_divergence(student_log: Tensor, teacher_log: Tensor, divergence: str, beta: float) -> Tensor:
-    """Log-probabilities [M, V] of both models -> [M]."""
+    """Compute divergences [M] from log-probabilities [M, V] of both models."""
     if divergence == "forward_kl":
         return _relative_entropy(teacher_log, student_log)
     if divergence == "reverse_kl":
@@ -162,7 +162,7 @@ def _evaluate(
     round_logits: bool = False,
     transform: Callable[[Tensor, LogitTransform | None], Tensor] = _transformed,
 ) -> Outcome:
-    """Plain torch, logits and all that follows in `dtype`; `round_logits` and `transform` are there for the mutants.
+    """Compute all in plain torch, logits and what follows in `dtype`; `round_logits` and `transform` serve the mutants.
 
     As in any torch program the operands of the products in the backward have the inputs' own dtype, so the gradient of
     the logits is rounded to it (which does nothing for the oracle, whose inputs were converted to float64 first).
@@ -213,7 +213,7 @@ def _evaluate(
 
 
 def oracle(problem: Problem) -> Outcome:
-    """The right answer for the inputs as they are: everything in float64."""
+    """Compute the right answer for the inputs as they are: everything in float64."""
     double = {name: t.double() for name, t in problem.tensors.items()}
     return _evaluate(replace(problem, tensors=double), torch.float64)
 
@@ -223,7 +223,7 @@ def accumulation_dtype(problem: Problem) -> torch.dtype:
 
 
 def plain(problem: Problem, **mutation: Any) -> Outcome:
-    """What plain torch with float32 logits makes of the same inputs: its error is the yardstick."""
+    """Compute what plain torch with float32 logits makes of the same inputs: its error is the yardstick."""
     return _evaluate(problem, accumulation_dtype(problem), **mutation)
 
 
@@ -232,7 +232,7 @@ def plain(problem: Problem, **mutation: Any) -> Outcome:
 
 
 def assert_accurate(got: Outcome, problem: Problem) -> None:
-    """`got` is as near to the float64 oracle as plain torch with float32 logits is, in every part it has.
+    """Assert that every part of `got` is as near to the float64 oracle as plain torch with float32 logits is.
 
     The budget of a part is twice plain torch's own error on it, plus what another order of summation may cost:
     the rounding of `8 * logit_scale` (log-probabilities are differences of numbers of that size), and for a gradient a
@@ -290,13 +290,13 @@ def _assert_near(
 
 
 def loss_of(problem: Problem, tensors: dict[str, Tensor], impl: str, **options: Any) -> Any:
-    """`fused_suffix_kl` of these tensors with the problem's options; `options` go first."""
+    """Call `fused_suffix_kl` on these tensors with the problem's options, which `options` override."""
     arguments: dict[str, Any] = {**tensors, **problem.options, **options}
     return fused_suffix_kl(**arguments, impl=impl)
 
 
 def run(problem: Problem, impl: str, device: str = "cpu", autocast: torch.dtype | None = None) -> Outcome:
-    """Forward and backward of `fused_suffix_kl`, in memory that starts as NaN: an entry nobody wrote shows."""
+    """Run `fused_suffix_kl` and its backward in memory that starts as NaN: an entry that nobody wrote shows."""
     moved = problem.on(device)
     leaves = moved.leaves()
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
@@ -316,7 +316,7 @@ def run(problem: Problem, impl: str, device: str = "cpu", autocast: torch.dtype 
 
 
 def smallest_workspace(problem: Problem, impl: str) -> int:
-    """The bytes that one row needs, which the refusal of too small a workspace says."""
+    """Return the bytes that one row needs, which the refusal of too small a workspace says."""
     with pytest.raises(ValueError, match="max_workspace_bytes") as refused:
         loss_of(problem, problem.leaves(), impl, max_workspace_bytes=1)
     return max(map(int, re.findall(r"\d+", str(refused.value))))

@@ -1,4 +1,4 @@
-"""Products of 16-bit operands with float32 results, as on CUDA, for machines without: the same numbers, widened."""
+"""Emulate on the CPU the products of 16-bit operands with float32 results that CUDA has: the same numbers, widened."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What the tests of `fused_topk_kl` share: problems, an oracle in plain torch, and one comparison.
+"""Make problems for the tests of `fused_topk_kl`, and compare with an oracle in plain torch.
 
 The oracle takes the student's probabilities of all entries, adds up those that were not named, and lets autograd
 differentiate. It knows nothing of the package.
@@ -18,7 +18,7 @@ STUDENT = ("student_hidden", "student_weight", "student_bias")
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of one call, and the gradient its result receives."""
+    """Hold the arguments of one call, and the gradient that its result receives."""
 
     tensors: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
@@ -36,13 +36,13 @@ class Case:
         return {name: t.detach().requires_grad_(name in STUDENT) for name, t in self.tensors.items()}
 
     def fused(self, impl: str | None = None) -> list[Tensor]:
-        """The loss, and the gradients of the student's tensors."""
+        """Return the loss, and the gradients of the student's tensors."""
         leaves = self.leaves()
         loss = fused_topk_kl(**leaves, **self.options, impl=impl)
         return [loss.detach(), *self._gradients(loss, leaves)]
 
     def plain(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """The same from plain torch in another dtype."""
+        """Return the same from plain torch, with the student's tensors in another dtype."""
         changed = {name: t.to(dtype) if name in STUDENT else t for name, t in self.tensors.items()}
         leaves = replace(self, tensors=changed).leaves()
         loss = oracle(**leaves, **self.options)
@@ -64,7 +64,7 @@ def build(
     spread: float = 2.0,
     **options: Any,
 ) -> Case:
-    """A random student, and the K most likely entries of a random teacher's logits, which `spread` by so much."""
+    """Draw a student, and the K most likely entries of a teacher whose logits have the standard deviation `spread`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -80,7 +80,7 @@ def build(
 
 
 def everything(dtype: torch.dtype = torch.float32, **options: Any) -> Case:
-    """One case that uses every option at once; rows with fewer entries, and one with none."""
+    """Make one case that uses every option at once, with a row of fewer entries, and one of none."""
     used: dict[str, Any] = {"student_index": torch.tensor([4, 0, 2, 6, 8, 1, 3]), "temperature": 1.7, "beta": 0.3}
     used |= {"student_transform": LogitTransform(scale=1.5, softcap=5.0), "vocab_size": 117}
     used["row_weight"] = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.25, 1.0, 3.0])
@@ -109,7 +109,7 @@ def oracle(
     student_transform: LogitTransform | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Probabilities, not their logarithms, and one row after the other."""
+    """Compute the loss from probabilities, not their logarithms, one row after the other."""
     hidden, transform = student_hidden.flatten(0, -2), student_transform or LogitTransform()
     ids, logprobs = topk_ids.flatten(0, -2), topk_logprobs.flatten(0, -2)
     if mask is not None:
@@ -151,9 +151,10 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def assert_accurate(got: list[Tensor], case: Case) -> None:
-    """Loss and gradients are as near to the float64 oracle as the oracle in float32 is, or the last bit of their dtype.
+    """Assert that loss and gradients are as near to the float64 oracle as the oracle in float32 is.
 
-    The budget is a small part of what it judges, so that zeros do not pass.
+    They may also be off by the last bit of their dtype. The budget is a small part of what it judges, so that zeros do
+    not pass.
     """
     exact = case.plain()
     dtype = case.tensors["student_hidden"].dtype

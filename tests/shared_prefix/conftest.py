@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 @pytest.fixture
 def compiler() -> Iterator[None]:
-    """torch.compile from scratch: for a second length it would turn to symbolic shapes, which FlexAttention's CPU
-    template (torch 2.13) cannot compile."""
+    """Let torch.compile start from scratch.
+
+    Otherwise it turns to symbolic shapes at a second length, which FlexAttention's CPU template (torch 2.13) cannot
+    compile.
+    """
     if not torch.cuda.is_available() and shutil.which("g++") is None:
         pytest.skip("torch.compile needs a C++ compiler")
     torch.compiler.reset()
@@ -19,7 +22,7 @@ def compiler() -> Iterator[None]:
 
 @pytest.fixture
 def all_double(monkeypatch):
-    """Double throughout: transformers' norms and softmax go through float32, whose rounding would hide small errors."""
+    """Compute all in float64: transformers' norms and softmax take float32, whose rounding would hide small errors."""
     to, softmax = Tensor.to, nn.functional.softmax
 
     def to_double(self, *args, **kwargs):

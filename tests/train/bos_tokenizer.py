@@ -1,4 +1,4 @@
-"""Tokenizers that differ from the tests' own in one respect."""
+"""Make a tokenizer that starts texts with a BOS token, which the tests' own does not."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What a command says when it fails."""
+"""Read what a command says when it fails."""
 
 import pytest
 

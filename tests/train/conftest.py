@@ -1,4 +1,4 @@
-"""A byte-level tokenizer, a few documents, a saved tiny model, and the command on them in processes of its own."""
+"""Make a byte-level tokenizer, a few documents and a tiny model; run the command on them in processes of its own."""
 
 import copy
 import json
@@ -28,7 +28,7 @@ def perturbed():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """A byte-level BPE tokenizer with 300 entries and neither a pad nor a BOS token."""
+    """Train a byte-level BPE tokenizer with 300 entries and neither a pad nor a BOS token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -41,7 +41,7 @@ def tokenizer():
 
 @pytest.fixture
 def chat_tokenizer(tokenizer):
-    """The same with a chat template that, as many do, strips what it is given: <user>Hello</>, and a line end."""
+    """Return a tokenizer whose chat template, as many do, strips what it is given: <user>Hello</>, and a line end."""
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>\n{% endfor %}"
@@ -52,14 +52,14 @@ def chat_tokenizer(tokenizer):
 
 @pytest.fixture(scope="session")
 def sentences():
-    """Seven documents, as lists of 2 to 8 sentences."""
+    """Draw seven documents, as lists of 2 to 8 sentences."""
     rng = random.Random(0)
     return [rng.sample(SENTENCES, count) for count in (2, 5, 8, 3, 6, 4, 7)]
 
 
 @pytest.fixture
 def make_dataset(sentences, tokenizer):
-    """make_dataset(count, **options): the first `count` of these documents, tokenised the authors' way."""
+    """Return make_dataset(count, **options): it gives the first `count` documents, tokenised the authors' way."""
 
     def make(count=7, **options):
         documents = [Document(f"doc{i}", " ".join(text)) for i, text in enumerate(sentences[:count])]
@@ -72,7 +72,7 @@ def make_dataset(sentences, tokenizer):
 
 @pytest.fixture
 def model_folder(tmp_path, tokenizer):
-    """A saved tiny Llama and its tokenizer."""
+    """Save a tiny Llama and its tokenizer, and return the folder."""
     folder = tmp_path / "model"
     world.make_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -81,7 +81,7 @@ def model_folder(tmp_path, tokenizer):
 
 @pytest.fixture
 def write_documents(tmp_path):
-    """write_documents(texts): a .jsonl file of them."""
+    """Return write_documents(texts): it writes a .jsonl file of them."""
 
     def write(texts):
         path = tmp_path / "documents.jsonl"
@@ -93,7 +93,7 @@ def write_documents(tmp_path):
 
 @pytest.fixture
 def start(model_folder, write_documents, sentences, tmp_path):
-    """start(*flags, world=1, by_rank=None, folders=None, prepare=None): the command in some processes, on 8 documents.
+    """Return start(*flags, world=1, ...): it starts the command in `world` processes, on 8 documents.
 
     `by_rank` has each rank's own flags, `folders` the one it is started in; `prepare` is called before the command.
     """

@@ -1,4 +1,4 @@
-"""Files that tests write and read."""
+"""Write and read files of records."""
 
 import json
 from pathlib import Path

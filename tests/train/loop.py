@@ -1,4 +1,4 @@
-"""What packed steps are compared with: a loop over targets, with plain sequences and full softmaxes."""
+"""Compute what packed steps are compared with, in a loop over targets with plain sequences and full softmaxes."""
 
 import torch
 from torch.nn.functional import log_softmax

@@ -1,6 +1,6 @@
-"""Run worlds of processes, for what ranks do together.
+"""Run worlds of processes, to test what ranks do together.
 
-The processes of a world are started once and go through every case of that world's: a test file has a function
+The processes of a world are started once and go through every case for that many ranks: a test file has a function
 `compute(rank, ranks, device)` that each of them calls, and returns what the tests are to compare.
 """
 
@@ -45,7 +45,7 @@ def run(module: str, ranks: int, folder: Path, device: str = "cpu") -> list[Any]
 
 
 def _rank(module: str, rank: int, ranks: int, folder: Path, device: str) -> None:
-    """Be one of those processes."""
+    """Run what one of those processes does: compute, save, and write all output to a file."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -71,7 +71,7 @@ def _rank(module: str, rank: int, ranks: int, folder: Path, device: str) -> None
 
 
 def divide(division: str, ranks: int, vocab: int, compared: int) -> list[int]:
-    """Vocabulary rows of each rank."""
+    """Return how many vocabulary rows each rank has."""
     if division == "even":
         sizes = [vocab // ranks] * ranks
     elif division == "ragged":
@@ -86,7 +86,7 @@ def divide(division: str, ranks: int, vocab: int, compared: int) -> list[int]:
 
 
 def shard(problem: Any, division: str, rank: int, ranks: int) -> Any:
-    """This rank's part of the problem."""
+    """Return this rank's part of the problem."""
     weights = [problem.tensors[f"{name}_weight"] for name in ("student", "teacher")]
     compared = problem.options.get("vocab_size") or len(weights[0])
     tensors = {}
@@ -102,7 +102,7 @@ def shard(problem: Any, division: str, rank: int, ranks: int) -> Any:
 
 
 def error_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """What a call raises, where ranks raise the same."""
+    """Return what a call raises, as text, to compare it between ranks."""
     try:
         call(*arguments, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -111,7 +111,7 @@ def error_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
 
 
 def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], scale: float, least: float) -> None:
-    """Ranks against one process; `scale` is the logits' size, and no tensor counts as smaller than `least`."""
+    """Compare ranks with one process; `scale` is the logits' size, and no tensor counts as smaller than `least`."""
     for name, x in expected.items():
         # Differences of logits are no more accurate than these.
         rounding = torch.finfo(x.dtype).eps * max(16.0, 2 * scale)
@@ -122,7 +122,7 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 def mask_first_entries(problem: Any, entries: int) -> Any:
-    """The problem without the vocabulary's first entries, which biases take out of both models."""
+    """Return the problem without the vocabulary's first entries, which biases take out of both models."""
     bias = {f"{name}_bias": problem.tensors[f"{name}_bias"].clone() for name in ("student", "teacher")}
     for value in bias.values():
         value[:entries] = -torch.inf
@@ -130,7 +130,7 @@ def mask_first_entries(problem: Any, entries: int) -> Any:
 
 
 def counted(sent: dict[str, int]) -> None:
-    """Note the bytes that this rank gives to collectives."""
+    """Add up in `sent`, from now on, the bytes that this rank gives to collectives."""
     all_gather, all_reduce = dist.all_gather, dist.all_reduce
 
     def counted_gather(outputs: Any, x: torch.Tensor, **options: Any) -> Any:

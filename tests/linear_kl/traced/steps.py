@@ -1,4 +1,4 @@
-"""What the tests of traced code share: a model's step in small, and one comparison with the eager call."""
+"""Take a small model's step for the tests of traced code, and compare it with the eager call."""
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ STATS = ("divergence", "student_entropy", "teacher_entropy", "agreement")
 
 
 class Step(nn.Module):
-    """A model's step in small: embedding, linear layer, loss over the head."""
+    """Compute a model's step in small: embedding, linear layer, loss over the head."""
 
     def __init__(self, dtype=torch.float32, **options):
         super().__init__()
@@ -40,7 +40,7 @@ class Step(nn.Module):
 
 
 def step_outcome(step, call, *inputs):
-    """Loss, statistics and gradients of the parameters of `step`, by `call(*inputs)`."""
+    """Return loss, statistics and gradients of the parameters of `step`, by `call(*inputs)`."""
     step.zero_grad()
     loss, stats = call(*inputs)
     loss.backward()
@@ -53,7 +53,7 @@ def compiled(function, backend="aot_eager", **options):
 
 
 def outcome(call, problem):
-    """Loss, statistics and gradients of `call(leaves)`, by name."""
+    """Return loss, statistics and gradients of `call(leaves)`, by name."""
     leaves = problem.leaves()
     loss, stats, *_ = call(leaves)
     asked = [name for name in problem.asks if name in leaves]
@@ -64,8 +64,11 @@ def outcome(call, problem):
 
 
 def assert_same(got, expected, ulps=1):
-    """The operator does what the eager call does, in the same order: a fusing compiler rounds only what is around it
-    in another way."""
+    """Assert that two outcomes agree to `ulps` last bits of the largest entry.
+
+    The operator does what the eager call does, in the same order: a fusing compiler rounds only what is around it in
+    another way.
+    """
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].dtype == value.dtype and got[name].shape == value.shape, name

@@ -1,4 +1,4 @@
-"""The command, run in this process on a few documents or records."""
+"""Run the command in this process on a few documents or records."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.train.files import write_jsonl
 
 @pytest.fixture
 def disc_train(model_folder, write_documents, sentences, tmp_path):
-    """disc_train(*flags, documents=texts): the exit code of a quick run on seven documents by default."""
+    """Return disc_train(*flags, documents=texts): it gives a quick run's exit code, by default on seven documents."""
 
     def run(*flags, documents=None):
         texts = [" ".join(text) for text in sentences] if documents is None else documents
@@ -31,7 +31,7 @@ def disc_train(model_folder, write_documents, sentences, tmp_path):
 
 @pytest.fixture
 def fails(disc_train, capsys):
-    """fails(*flags, documents=texts): the one line on stderr of a run that must end with code 1."""
+    """Return fails(*flags, documents=texts): it gives the one line on stderr of a run that must end with code 1."""
 
     def run(*flags, documents=None):
         status = disc_train(*flags, documents=documents)
@@ -44,7 +44,7 @@ def fails(disc_train, capsys):
 
 @pytest.fixture
 def records(tmp_path):
-    """records(number, **last): a file of records with one instruction for the teacher; `last` changes the last one."""
+    """Return records(number, **last): it writes records that share an instruction; `last` changes the last one."""
 
     def write(number, **last):
         answers = [f"The bridge number {i} opened in the spring." for i in range(number)]

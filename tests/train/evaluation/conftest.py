@@ -1,4 +1,4 @@
-"""Runs of disc-eval on a tiny model."""
+"""Run disc-eval on a tiny model."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.train.files import write_jsonl
 
 @pytest.fixture
 def facts(tmp_path):
-    """Four probes, one of them in a group of its own and with a context."""
+    """Write four probes, one of them in a group of its own and with a context."""
     records = [{"question": question, "choices": CHOICES, "answer": CHOICES[0]} for question in QUESTIONS]
     records[1] |= {"context": "It opened in the spring.", "group": "read"}
     return write_jsonl(tmp_path / "facts.jsonl", *records)
@@ -18,7 +18,7 @@ def facts(tmp_path):
 
 @pytest.fixture
 def disc_eval(tmp_path, model_folder):
-    """disc_eval(*flags, output="out", model=folder): the exit code."""
+    """Return disc_eval(*flags, output="out", model=folder): it runs the command and gives its exit code."""
 
     def run(*flags, output="out", model=model_folder):
         named = () if model is None else ("--model_name_or_path", model)
@@ -30,7 +30,7 @@ def disc_eval(tmp_path, model_folder):
 
 @pytest.fixture
 def fails(disc_eval, capsys):
-    """fails(*flags): the exit code and the one line on stderr."""
+    """Return fails(*flags): it gives the exit code, not 0, and the one line on stderr."""
 
     def run(*flags, **options):
         code = disc_eval(*flags, **options)

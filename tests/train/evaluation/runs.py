@@ -1,4 +1,4 @@
-"""What the tests of disc-eval ask, and how they read what it has written."""
+"""List what the tests of disc-eval ask, and read what it has written."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,7 @@ from disc_train.generation.decoding import continue_batch
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """The prompts that are continued, as token ids, in order; a test may clear them."""
+    """Return a list that takes in each prompt that is continued, as token ids, in order; a test may clear it."""
     read = []
 
     def seen(model, batch, *arguments):

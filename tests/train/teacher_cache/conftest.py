@@ -1,4 +1,4 @@
-"""A cache of a tiny teacher that was saved in a folder."""
+"""Make a cache of a tiny teacher that was saved in a folder."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from tests.train.world import make_model, perturbed
 
 @pytest.fixture
 def make_cache(tmp_path, tokenizer, make_dataset):
-    """make_cache(...): a cache, with its student (perturbed) and teacher, both float64; `fill()` fills it."""
+    """Return make_cache(...): it gives a cache, its student (perturbed) and teacher in float64; `fill()` fills it."""
 
     def make(
         dataset=None,
