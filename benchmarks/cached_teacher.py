@@ -199,11 +199,11 @@ def opening(documents: int = 25_000, rows: int = 400, width: int = 32) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of a shape's rounds")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each shape (default: %(default)s)")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="the first so many")
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="measure only the first so many variants")
     parser.add_argument("--opening", action="store_true", help="measure how a large cache is opened, and nothing else")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     options = parser.parse_args()
     folder = options.results / environment.folder_name()
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class Case:
     systems: tuple[str, ...] = FEW
     frozen_head: bool = False  # no gradient of the weight
     backward: bool = True
-    valid_percent: int = 100  # of the tokens, those that are compared
+    valid_percent: int = 100  # how much of the tokens is compared
     shared: int = 1  # student rows that are compared with one teacher row
     summarised: bool = False  # the teacher is a summary that was made before
     labelled: bool = False  # cross-entropy: the teacher is certain of one entry a row

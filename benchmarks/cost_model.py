@@ -56,7 +56,7 @@ class Work:
 
     teacher_tokens: int
     student_tokens: int
-    rows: int  # compared, each with a teacher row of its own
+    rows: int  # student rows, each compared with a teacher row of its own
     teacher_pairs: int
     student_pairs: int
 
@@ -97,8 +97,8 @@ class Plan:
     ranks: int
     shard: int = 1
     vocab: int = 1
-    compute_bytes: int = 2  # of a parameter and a hidden state as models compute with it
-    reduce_bytes: int = 4  # of a gradient as ranks exchange it
+    compute_bytes: int = 2  # that a parameter or hidden state has as models compute with it
+    reduce_bytes: int = 4  # that an entry of a gradient has as ranks exchange it
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Collective:
     purpose: str
     payload: int  # bytes on one rank: of what was gathered, of what is scattered, of what is reduced
     calls: int
-    ranks: int  # that take part
-    stride: int  # from one of them to the next: 1 are neighbours
+    ranks: int  # how many take part
+    stride: int  # from one of these ranks to the next; 1: neighbours
 
     @property
     def passes(self) -> int:
@@ -189,7 +189,7 @@ class Hardware:
 
     peak: float = 790e12  # bf16 products on one H200, measured elsewhere
     memory: float = 4.3e12  # measured elsewhere
-    efficiency: float = 0.6  # of the peak, that a step's products reach: assumed
+    efficiency: float = 0.6  # share of the peak that a step's products reach: assumed
     nvlink: float = 300e9  # assumed: two thirds of the 450 GB/s in the data sheet
     network: float = 40e9  # assumed: four fifths of a 400 Gbit/s adapter a GPU
     hop: float = 5e-6  # s, from one rank of a ring to the next, however little is sent: assumed

@@ -35,7 +35,7 @@ from disc_train.trainer import DiscTrainer
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 RESULTS = Path(__file__).parent / "results" / "cpu" / "families.json"
 VOCABULARY, TEMPERATURE = 96, 2.0
-SECONDS = 300  # of one family
+SECONDS = 300  # that one family may take
 LARGEST = 20_000_000  # parameters
 # float32 rounding gives 1e-5 and less in most families; a wrong mask or position gives 1e-2 and more.
 TOLERANCE = 1e-3
@@ -81,7 +81,7 @@ SIZES = {
     for name in names.split()
 }
 LAYERS = [name for name, value in SIZES.items() if "layer" in name and value == 2 and "dense" not in name]
-# What a family needs beside that.
+# What some families need beside these sizes.
 HEADS_OF_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 INDEXER = {"indexer_budget": 8, "indexer_compress_ratio": 4}
 INDEXER |= {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}

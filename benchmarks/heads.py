@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "cpu" / "heads.json"
 TOLERANCE = 1e-5
 # Models of more than text whose heads have factors that models of text have not.
 BESIDES = {"hyperclovax_vision_v2", "muse_glimmer"}
-LARGEST = 50_000_000  # parameters of these
+LARGEST = 50_000_000  # parameters that these may have
 
 
 class Outcome(NamedTuple):

@@ -43,7 +43,7 @@ class Pass:
     """Hold what one loop over the vocabulary takes for an entry of both models' logits."""
 
     instructions: float
-    cycles: dict[str, float]  # of a scheduler, by kind
+    cycles: dict[str, float]  # that a scheduler's unit is busy, by kind of instruction
     bytes: float
 
     def seconds(self, entries: int, card: Card) -> dict[str, float]:
@@ -87,7 +87,7 @@ def main() -> None:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", file.name]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    entries = variant.constants["BLOCK_V"] // (variant.options["num_warps"] * WARP)  # of a thread
+    entries = variant.constants["BLOCK_V"] // (variant.options["num_warps"] * WARP)  # that a thread takes
     for loop in loops(sass):
         busy = {kind: sum(loop[name] for name in KINDS if KINDS[name] == kind) * CYCLES[kind] for kind in CYCLES}
         print(

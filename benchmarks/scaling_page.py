@@ -31,7 +31,7 @@ from benchmarks.cost_model import (
 
 ROOT = Path(__file__).parent.parent
 PAGE, RESULTS = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/cpu/scaling.json"
-DOCUMENTS = {"measured": 4, "predicted": 16}  # a rank and step
+DOCUMENTS = {"measured": 4, "predicted": 16}  # that a rank takes in a step
 ROUNDS = 10
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 KINDS = ("all_gather", "reduce_scatter", "all_reduce")

@@ -36,7 +36,7 @@ from disc_train.data.example import NO_IDS, Branch, Context, Example
 from disc_train.packing.collator import collator
 
 SHAPE = replace(TINY, name="tiny, head not tied", tie_word_embeddings=False)
-TIMEOUT = 300  # s, of a world
+TIMEOUT = 300  # seconds that a world may take
 COMPARED = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
 
 
@@ -102,9 +102,9 @@ class World:
 
     ranks: int
     plans: list[Plan]
-    sizes: dict[str, Any]  # of `Shape`, that differ from `SHAPE`'s
-    documents: int  # a rank and step
-    rounds: int  # that are timed
+    sizes: dict[str, Any]  # fields of `Shape` that differ from `SHAPE`'s
+    documents: int  # that a rank takes in a step
+    rounds: int  # timed steps
 
     @property
     def shape(self) -> Shape:

@@ -17,7 +17,7 @@ from disc_train.models.live_teacher import freeze
 
 DOCUMENTS = 64  # in all; a step takes the next ones, and after the last the first again
 SENTENCES, LEAST, MOST = 16, 15, 35  # a document's sentences, and a sentence's tokens: 400 a document in the mean
-LOOP = "per_split_loop"  # what the others are held to, and compared with
+LOOP = "per_split_loop"  # the system that the others' results are checked against and their times compared with
 ATTENTIONS = (LOOP, "ours", "ours_sdpa", "ours_flex", "ours_varlen")
 STRATEGIES = {"sentence": "sentence_boundary", "to-end": "random_token_fixed"}  # by the suffixes they give
 
@@ -65,8 +65,8 @@ class Shape:
 @dataclass(frozen=True)
 class StepCase:
     shape: Shape
-    suffixes: str  # of `STRATEGIES`
-    documents: int  # a step
+    suffixes: str  # a key of `STRATEGIES`
+    documents: int  # in a step
     systems: tuple[str, ...] = (LOOP, "ours")
     rank: int = 1  # cases of a lower rank are measured first
     rehearsal: bool = False  # on the CPU, one round

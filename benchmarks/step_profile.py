@@ -130,9 +130,9 @@ def measure(batch_size: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, nargs="+", default=[1, 4], help="a step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="that are measured (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder (default: %(default)s)")
+    parser.add_argument("--documents", type=int, nargs="+", default=[1, 4], help="in a step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="how many are measured (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     options = parser.parse_args()
     rows = [measure(count, options.steps) for count in options.documents]
     for row in rows:

@@ -12,12 +12,12 @@ import yaml
 class Cell:
     """Hold the settings of one run, which identify it in the file of results."""
 
-    seed: int  # of the new entities, documents, probes and the order of training
+    seed: int  # decides the new entities, documents and probes, and the order of training
     learning_rate: float
     documents: int
     epochs: int
     batch_size: int  # documents
-    method: str = "disc"  # of DiscTrainer
+    method: str = "disc"  # as DiscTrainer names it
     lora_rank: int = 0  # 0: every weight is trained
     texts: str = "documents"  # or "own": what the initial model itself wrote about each document
     said: int = 3  # how often a document says each of its facts, every time in other words
@@ -39,7 +39,7 @@ class Cell:
     by_gain: bool = False  # suffixes are drawn the likelier the more the prefix tells about them
     own_sentences: bool = False  # CD-base's texts beside the documents, as many examples
     freeze_head: bool = False
-    frozen_layers: int = 0  # from below
+    frozen_layers: int = 0  # how many are not trained, counted from the embeddings up
     replay: float = 0.0  # share of examples that are documents about old entities, held to the teacher's by KL
     interpolate: float = 1.0  # afterwards the weights are initial + interpolate * (trained - initial)
     updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher

@@ -30,7 +30,8 @@ def main() -> None:
     torch.set_num_threads(1)
     grid = read_grid(HERE / "top_k.yaml")
     laboratory = Laboratory(grid.model, grid.device, grid.pretraining_steps)
-    settings = [(tail, k) for tail in TAILS for k in KS if (tail, k) != ("renormalise", 1)]  # that loss is 0
+    # Renormalised, the one token of K = 1 has all probability, and the loss is always 0.
+    settings = [(tail, k) for tail in TAILS for k in KS if (tail, k) != ("renormalise", 1)]
     lines, left_out = [], {k: [] for k in KS}
     for name, epochs in (("initial", 0), ("half-trained", 10)):
         errors: dict[tuple[str, int], list[float]] = {setting: [] for setting in settings}

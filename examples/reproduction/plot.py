@@ -20,7 +20,7 @@ def write_plot(grid: Grid, results: Results, path: Path) -> None:
             _curve(axes, row, results, f"C{number}", MARKERS[number % len(MARKERS)], deviations)
         _initial(axes, grid, results)
         axes.set_xlabel("kept: mean of old facts, skills and reading (%)")
-    curves.set_xlim(left=max(75, curves.get_xlim()[0]))  # what lies further left is no trade-off
+    curves.set_xlim(left=max(75, curves.get_xlim()[0]))  # further left so much is lost that nothing is traded off
     curves.set_ylabel("new facts, asked without the document (%)")
     curves.set_title("A curve a method, a point a learning rate; bars: standard deviation over seeds", fontsize=10)
     near.set_xlim(95, 100.2)

@@ -27,7 +27,7 @@ from update import Laboratory
 
 HERE = Path(__file__).resolve().parent
 
-_laboratory: Laboratory  # of this process
+_laboratory: Laboratory  # each process has one
 
 
 def _open_laboratory(grid: Grid) -> None:
@@ -76,7 +76,7 @@ def check_gate(grid: Grid, results: Results, documents: Sequence[Initial]) -> No
     """Raise ValueError unless the initial model reads the documents of every seed, and can do what it may forget."""
     for task in documents:
         if task.wrong or task.joined > 1:
-            continue  # what it makes of such documents is part of the question
+            continue  # how well it reads such documents is part of what is measured
         initial = results[task]
         shares = {f"facts in context, {form}": score["accuracy"] for form, score in initial["in_context"].items()}
         shares |= {group: score["accuracy"] for group, score in initial["kept"].items()}
