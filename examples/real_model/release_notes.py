@@ -57,9 +57,7 @@ def release_notes(downloads: Path, listed: Path = LIST) -> dict[str, list[Record
     """Return documents, probes, and the probes with their document as context; the right choice is the first."""
     files: dict[str, list[Record]] = {"documents": [], "uptake": [], "ceiling": []}
     for number, document in enumerate(yaml.safe_load(listed.read_text(encoding="utf-8"))):
-        archive = next(
-            path for path in download(document["package"], downloads, source=True) if path.name.endswith(".tar.gz")
-        )
+        archive = download(document["package"], downloads, source=True)[0]
         text = read_passages(document, archive)
         files["documents"].append({"id": document["id"], "text": text})
         for i, probe in enumerate(document["probes"]):

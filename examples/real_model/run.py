@@ -9,25 +9,25 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
 from transformers import AutoModelForCausalLM
 
+sys.path.append(str(Path(__file__).resolve().parent))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "reproduction"))
 
 import top_k
+from results import one_writer
+from rows import INITIAL, add, environment, made_of, open_results, read
 
 from disc_train import cli
 from disc_train.config import parse_arguments
@@ -36,7 +36,6 @@ from disc_train.run import run as train
 
 Record = dict[str, Any]
 GRID = Path(__file__).resolve().parent / "grid.yaml"
-INITIAL = "initial model"
 
 
 def cells(grid: Record, size: str) -> Iterator[Record]:
@@ -50,7 +49,7 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
                 cell = {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
                 entities = range(settings["entities"]) if settings.get("one_at_a_time") else ()
                 yield from ({**cell, "entity": entity} for entity in entities) if entities else (cell,)
-    for name, control in grid["controls"].items():
+    for name, control in grid["controls"].items() if not settings.get("one_at_a_time") else ():
         rate = control.get("learning_rate", middle_first[0])
         yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
 
@@ -197,40 +196,41 @@ def keep_part(folder: Path, initial: str, share: float) -> None:
     model.save_pretrained(folder)
 
 
-def read(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def environment() -> Record:
-    return {
-        "machine": f"{os.cpu_count()} {platform.machine()} cores, {torch.get_num_threads()} threads a run",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+def is_made(rows: Sequence[Record], cell: Record, flags: Sequence[str], data: Path) -> bool:
+    """Return whether a run has its row; raise ValueError if that was made with other settings than the grid has now."""
+    row = next((row for row in rows if cell.items() <= row.items()), None)
+    made, now = (
+        # Wherever the model is, and whether the teacher's cache was there.
+        {flag.replace(f"{data}/", "") for flag in each if not flag.startswith(("--model_name", "--teacher"))}
+        for each in ((row or {}).get("flags", flags), flags)
+    )
+    if made != now:
+        changed = ", ".join(sorted(made ^ now))
+        raise ValueError(f"--results: expected {cell['name']} made with the settings of grid.yaml, got other {changed}")
+    return row is not None
 
 
 def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: int, only: Sequence[str] = ()) -> None:
-    """Make the runs that have no line in `results` yet, `jobs` at a time."""
+    """Make the runs that have no line in `results` yet, `jobs` at a time.
 
-    def add(row: Record) -> None:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | environment(), ensure_ascii=False) + "\n")
-        print(f"{row['name']}: {row['seconds']} s", flush=True)
-
-    made = [row for row in read(results) if row["size"] == size]
+    Raises:
+        ValueError: a name that is none of the size, a folder that was prepared for another, or results of another model
+            or of other data.
+    """
+    wanted = [cell for cell in cells(grid, size) if cell["name"] in (only or grid["methods"])]
+    if unknown := set(only) - {cell["name"] for cell in wanted}:
+        names = dict.fromkeys(cell["name"] for cell in cells(grid, size))
+        raise ValueError(f"--only: expected of the size {size} some of {', '.join(names)}, got {', '.join(unknown)}")
+    ours = made_of(data, model, grid["sizes"][size])
+    made = open_results(results, size, ours)
+    common = ours | environment()
     initial = next((row for row in made if row["name"] == INITIAL), None)
     if initial is None:
         initial = measure_initial(data, model, size)
-        add(initial)
+        add(results, initial | common)
     tasks = [probe for probe in read(data / "tasks.jsonl") if probe["group"] in initial["tasks"]]
     (data / "tasks_kept.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in tasks), encoding="utf-8")
-    missing = [
-        cell
-        for cell in cells(grid, size)
-        if cell["name"] in (only or grid["methods"]) and not any(cell.items() <= row.items() for row in made)
-    ]
+    missing = [cell for cell in wanted if not is_made(made, cell, training_flags(grid, cell, data, model), data)]
     # Filled here, one after another: a cache is written by one process at a time.
     caches: dict[str, list[str]] = {}
     for cell in missing:
@@ -243,32 +243,38 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
     work = partial(make, grid, data=data, model=model)
     if jobs == 1:
         for cell in missing:
-            add(work(cell))
+            add(results, work(cell) | common)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
             for done in as_completed([pool.submit(work, cell) for cell in missing]):
-                add(done.result())
+                add(results, done.result() | common)
         except BaseException:
             pool.shutdown(cancel_futures=True)  # else all that is left would be made, and thrown away
             raise
 
 
 def main() -> None:
+    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_folder", type=Path, required=True, help="What prepare.py wrote.")
     parser.add_argument("--results", type=Path, default=Path("runs/real_model/runs.jsonl"))
     parser.add_argument("--model", help="Any causal model's name or folder; by default the data folder's.")
-    parser.add_argument("--size", default="default", help="Of grid.yaml, that with which the folder was prepared.")
+    parser.add_argument(
+        "--size", default="default", choices=grid["sizes"], help="That with which the folder was prepared."
+    )
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, of one thread each on a CPU.")
     parser.add_argument("--only", nargs="*", default=[], help="Names of methods or controls; by default all methods.")
     asked = parser.parse_args()
-    grid = yaml.safe_load(GRID.read_text(encoding="utf-8"))
-    if unknown := [name for name in asked.only if name not in grid["methods"] | grid["controls"]]:
-        parser.error(f"--only: expected some of {', '.join([*grid['methods'], *grid['controls']])}, got {unknown[0]}")
+    if asked.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {asked.jobs}")
+    torch.set_num_threads(1)
     model = asked.model or str(asked.data_folder / "model")
     try:
-        run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
+        with one_writer(asked.data_folder):
+            run(grid, asked.data_folder, model, asked.results, asked.size, asked.jobs, asked.only)
+    except (ValueError, OSError, BrokenExecutor) as error:
+        sys.exit(f"run.py: error: {error}")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

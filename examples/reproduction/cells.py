@@ -7,6 +7,15 @@ from typing import Any
 
 import yaml
 
+from disc_train.objectives.methods import AT_TEMPERATURE, OF_SUFFIXES, WITH_TEACHER
+
+# The methods that a setting changes anything of.
+USED_BY = {
+    **dict.fromkeys(("top_k", "told", "by_gain", "own_sentences", "prefix", "replay"), ("disc",)),
+    **dict.fromkeys(("temperature", "ce_weight"), AT_TEMPERATURE),
+    **{"kl_weight": ("ft_kl",), "kl_clip": WITH_TEACHER, "bos": OF_SUFFIXES},
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -47,10 +56,18 @@ class Cell:
     def __post_init__(self) -> None:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
             raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
-        if self.top_k and (self.method != "disc" or self.ce_weight or self.kl_clip or self.told):
+        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        for name in changed & USED_BY.keys():
+            if self.method not in USED_BY[name]:
+                raise ValueError(f"{name} is for {' and '.join(USED_BY[name])}, got {self}")
+        if self.top_k and (self.ce_weight or self.kl_clip or self.told):
             raise ValueError(f"top_k is for DiSC as it is, got {self}")
-        if (self.told or self.by_gain or self.own_sentences) and (self.method != "disc" or self.updates > 1):
+        if (self.told or self.by_gain or self.own_sentences) and self.updates > 1:
             raise ValueError(f"told, by_gain and own_sentences are for one update by DiSC, got {self}")
+        if len(changed & {"prefix", "replay", "own_sentences", "by_gain"}) > 1:
+            raise ValueError(f"prefix, replay, own_sentences and by_gain are one at a time, got {self}")
+        if self.wrong and (self.own_sentences or self.texts == "own" or self.method == "cd"):
+            raise ValueError(f"the model's own sentences are about documents that are not wrong, got {self}")
 
     def __str__(self) -> str:
         """Write the settings that are not the default."""
@@ -91,22 +108,38 @@ class Grid:
         yield from sorted(cells, key=lambda cell: cell.seed)
 
 
+KEYS = {"model", "pretraining_steps", "device", "min_accuracy", "rate_factor"}  # of a grid's file
+KEYS |= {"seeds", "control_seeds", "common", "methods", "controls"}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected a readable YAML file, got: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a grid's keys, got {type(config).__name__}")
+    return config
+
+
 def read_grid(path: Path, seeds: int | None = None) -> Grid:
     """Read a grid; `seeds` takes the first so many seeds of every row only.
 
     A file may be `like` another beside it: what it does not say is as it is there.
 
     Raises:
-        ValueError: a row has an unknown setting or no learning rates, or is a control of a method that is not there;
-            the message names file and row.
+        ValueError: it is no YAML, has an unknown key or lacks one, or a row has an unknown setting or no learning
+            rates, or is a control of a method that is not there; the message names file and row.
     """
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = _read_yaml(path)
     if "like" in config:
-        config = yaml.safe_load((path.parent / config["like"]).read_text(encoding="utf-8")) | config
+        config = _read_yaml(path.parent / config.pop("like")) | config
+    if wrong := config.keys() ^ KEYS:
+        raise ValueError(f"{path}: expected {', '.join(sorted(KEYS))}; unknown or missing: {', '.join(sorted(wrong))}")
     common = config["common"]
 
     def row(name: str, settings: dict[str, Any], seed_numbers: list[int]) -> Row:
-        changed = {key: value for key, value in settings.items() if key != "learning_rates"}
+        changed = common | {key: value for key, value in settings.items() if key != "learning_rates"}
         unknown = changed.keys() - {field.name for field in fields(Cell)} - {"seed", "learning_rate"}
         if unknown or not settings.get("learning_rates"):
             what = f"unknown settings {sorted(unknown)}" if unknown else "no learning_rates"
@@ -114,7 +147,7 @@ def read_grid(path: Path, seeds: int | None = None) -> Grid:
         return Row(
             name,
             tuple(
-                Cell(**common | changed | {"seed": seed, "learning_rate": rate * config["rate_factor"]})
+                Cell(**changed | {"seed": seed, "learning_rate": float(rate) * config["rate_factor"]})
                 for seed in seed_numbers[:seeds]
                 for rate in settings["learning_rates"]
             ),

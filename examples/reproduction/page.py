@@ -77,9 +77,9 @@ def _environments(results: Results) -> str:
 
 
 def compared(grid: Grid, results: Results, others: Results) -> str:
-    """Write the areas of all methods beside those of other results of the same grid."""
+    """Write the areas of all methods whose runs are in both beside those of other results."""
     lines = []
-    for row in grid.methods:
+    for row in (row for row in grid.methods if all(cell in others for cell in row.cells)):
         ours, theirs = (list(areas(row, each).values()) for each in (results, others))
         lines.append(f"{row.name:22}{spread(ours):>14}   {spread(theirs)}")
     return "\n".join([f"{'area':22}{'here':>14}   {others.path}", *lines])

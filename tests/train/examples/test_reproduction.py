@@ -103,6 +103,72 @@ def test_errors_in_a_grid_are_named(small_grid):
         read_grid(small_grid(methods={"DiSC": {"method": "disc"}}, controls={}))
     with pytest.raises(ValueError, match="Splits: expected `of` to name one of other, got DiSC"):
         read_grid(small_grid(methods={"other": method}))
+    with pytest.raises(ValueError, match=r"grid.yaml: DiSC: .* unknown settings \['epoch'\]"):
+        read_grid(small_grid(common={"documents": 4, "epoch": 2, "batch_size": 2}))
+    with pytest.raises(ValueError, match=r"grid.yaml: expected common, .*; unknown or missing: seed"):
+        read_grid(small_grid(seed=[5]))
+    path = small_grid(methods={"DiSC": method | {"learning_rates": ["1e-4"]}}, controls={})  # as YAML reads 1e-4
+    assert [cell.learning_rate for cell in read_grid(path).cells()] == [1e-4, 1e-4]
+    path.write_text("seeds: [1")
+    with pytest.raises(ValueError, match=r"grid.yaml: expected a readable YAML file, got: "):
+        read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"method": "ft", "replay": 0.5}, "replay is for disc, got"),
+        ({"method": "ft", "bos": True}, "bos is for disc and split_ft, got"),
+        ({"method": "split_ft", "prefix": "other"}, "prefix is for disc, got"),
+        ({"method": "split_ft", "ce_weight": 10.0}, "ce_weight is for disc and cd, got"),
+        ({"method": "talr", "kl_clip": 1.0}, "kl_clip is for disc and cd and ft_kl, got"),
+        ({"prefix": "other", "replay": 0.5}, "prefix, replay, own_sentences and by_gain are one at a time, got"),
+        (
+            {"method": "cd", "temperature": 1.0, "wrong": True},
+            "own sentences are about documents that are not wrong, got",
+        ),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_named(reproduction, settings, named):
+    from cells import Cell
+
+    with pytest.raises(ValueError, match=named):
+        Cell(0, 1e-4, 4, 2, 2, **settings)
+
+
+def test_results_of_another_model_are_not_gone_on_with(small_grid, tmp_path, capsys):
+    from cells import read_grid
+    from reproduce import environment, main, make_runs
+    from results import Results, one_writer
+
+    grid, results = read_grid(small_grid()), Results(tmp_path / "runs.jsonl")
+    results.add_environment({"torch": "1"})  # of the first, which do not name the model
+    results.add_environment(environment(grid) | {"model": "012345678901 after 1600 steps"})
+    with pytest.raises(ValueError, match=r"runs.jsonl: expected runs of .* got those of another model \(012345678901 "):
+        make_runs(grid, results, jobs=1)
+    flags = [str(small_grid(model=str(tmp_path / "none"))), f"--output_dir={tmp_path}"]
+    with one_writer(tmp_path):
+        assert main(flags) == 1
+    assert "expected no other process that makes runs here, got one" in capsys.readouterr().err
+    assert main(flags) == 1
+    assert f"got {tmp_path / 'none'}: there is no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*flags, "--seeds", "0"])
+    assert "--seeds: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_other_results_are_compared_where_they_have_all_runs_of_a_method(small_grid, made_up, tmp_path):
+    from cells import read_grid
+    from page import compared
+    from results import Initial, Results
+
+    grid, both = read_grid(small_grid()), [Results(tmp_path / f"{number}.jsonl") for number in range(2)]
+    for number, results in enumerate(both):
+        for seed in (0, 1):
+            results.add(Initial(seed, 4, 3), _initial(made_up(0.1, 0)))
+        for cell in [cell for row in grid.methods[: 2 - number] for cell in row.cells]:
+            results.add(cell, made_up(0.5, 0))
+    assert [line.split()[0] for line in compared(grid, *both).splitlines()] == ["area", "DiSC"]
 
 
 def test_probes_say_what_their_form_promises(reproduction):
