@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -203,12 +204,11 @@ def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> N
     document, about = files["documents"][entity], f"Entity Inferences {entity} "
     of_entity = {
         "documents": [document],
-        "records": [
-            record for record in files["records"] if document["text"].startswith(record["teacher_context"][:-1])
-        ],
         "uptake": [probe for probe in files["uptake"] if probe["id"].startswith(about)],
         "kept": files["kept"],
     }
+    own = [document["text"].startswith(record["teacher_context"][:-1]) for record in files["records"]]
+    of_entity |= {name: list(compress(files[name], own)) for name in ("records", "mismatched")}
     for name, records in of_entity.items():
         write(folder / f"{name}.jsonl", records)
 

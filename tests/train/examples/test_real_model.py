@@ -254,6 +254,9 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     prepare(data, out, size, None)
     texts = [record["target"] for record in read(out / "entities" / "1" / "records.jsonl")]
     assert texts == ["Town B has four mills.", "There are four mills in Town B."]
+    mismatched = read(out / "entities" / "1" / "mismatched.jsonl")
+    assert [record["target"] for record in mismatched] == texts
+    assert not any("Town B" in record["teacher_context"] for record in mismatched)
     with pytest.raises(ValueError, match=r"--only: .* size alone some of split finetuning, got CD-base, T = 2"):
         run.run(grid, out, "no model is read", results, "alone", jobs=1, only=["CD-base, T = 2"])
     run.run(grid, out, str(EXAMPLES / "tiny" / "model"), results, "alone", jobs=1)
