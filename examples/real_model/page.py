@@ -89,7 +89,7 @@ def mean(found: Mapping[str, tuple[float, float]]) -> float:
 
 
 def difference(found: Items, base: Items) -> tuple[float, float]:
-    """Return the mean of `found` less that of `base` over the items of both, and its standard error.
+    """Return the mean of `found` less that of `base` over the items of both, and its standard error, NaN of one item.
 
     Raises:
         ValueError: an item is not of as many probes or tokens in both.
@@ -101,7 +101,7 @@ def difference(found: Items, base: Items) -> tuple[float, float]:
     whole = sum(weight for _, weight in pairs)
     change = sum(part for part, _ in pairs) / whole
     squares = sum((part - change * weight) ** 2 for part, weight in pairs)
-    return change, math.sqrt(squares * len(pairs) / max(len(pairs) - 1, 1)) / whole
+    return change, math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / whole if len(pairs) > 1 else math.nan
 
 
 def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:

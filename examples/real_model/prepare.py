@@ -140,12 +140,16 @@ def with_another(group: str, records: list[tuple[str, Record]]) -> list[Record]:
 
 
 def tasks(sdist: Path, items: int) -> list[Record]:
-    """Make probes of the first items of the tasks that have one right answer, out of the package's source archive."""
+    """Make probes of the first items of the tasks that have one right answer, out of the package's source archive.
+
+    Raises:
+        ValueError: it lacks a task.
+    """
     wanted = {f"bigbench/benchmark_tasks/{name}/task.json": name for name in TASKS}
     made = []
     with tarfile.open(sdist) as archive:
         for member in archive:
-            name = wanted.get(member.name.partition("/")[2])
+            name = wanted.pop(member.name.partition("/")[2], None)
             file = archive.extractfile(member) if name else None
             if name is None or file is None:
                 continue
@@ -165,6 +169,8 @@ def tasks(sdist: Path, items: int) -> list[Record]:
                         "answer": 0,
                     }
                 )
+    if wanted:
+        raise ValueError(f"{sdist}: expected the source archive of bigbench, got one without {', '.join(wanted)}")
     return made
 
 
@@ -235,7 +241,7 @@ def main() -> None:
             make_model(downloads, asked.output_dir / "model")
     except KeyError as error:
         sys.exit(f"{asked.data_folder}: expected the files of arXiv 2306.09306, got a record without {error}")
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError, tarfile.TarError, subprocess.CalledProcessError) as error:
         sys.exit(str(error))
 
 

@@ -12,7 +12,7 @@ import multiprocessing
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,11 @@ import top_k
 from results import one_writer
 from rows import INITIAL, add, environment, made_of, open_results, read
 
-from disc_train import cli
 from disc_train.config import parse_arguments
+from disc_train.evaluation.config import parse_arguments as parse_evaluation
+from disc_train.evaluation.run import run as evaluate
 from disc_train.objectives.methods import WITH_TEACHER
+from disc_train.run import fill_cache
 from disc_train.run import run as train
 
 Record = dict[str, Any]
@@ -78,11 +80,6 @@ def settings_of(grid: Record, name: str) -> Record:
     return (grid["methods"] | grid["controls"])[name]
 
 
-def call(command: Callable[[Sequence[str]], int], flags: Sequence[str]) -> None:
-    if code := command(flags):
-        raise SystemExit(code)
-
-
 def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path | None, folder: Path) -> Record:
     """Measure a model with disc-eval; return every item's figures, without its words.
 
@@ -99,7 +96,7 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
     flags += [f"--texts_file={texts}"] if texts else []
     flags += [f"--reference_name_or_path={reference}"] if texts and reference else []
     shutil.rmtree(folder, ignore_errors=True)
-    call(cli.evaluate, [*flags, "--probes_file", *map(str, probes)])
+    evaluate(parse_evaluation([*flags, "--probes_file", *map(str, probes)]))
     found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     choices = {probe["id"]: probe["choices"] for path in probes for probe in read(path)}
@@ -171,18 +168,19 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     settings = settings_of(grid, cell["name"])
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+    paths = [data / f"{name}.jsonl" for name in (("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept"))]
+    paths = [path for path in paths if path.stat().st_size]
     try:
         with top_k.distilling(settings.get("top_k", 0), "cut"):
             train(*parse_arguments([*flags, f"--output_dir={folder}"]))
-    except FloatingPointError:
+        if "update_share" in settings:
+            keep_part(folder, model, settings["update_share"])
+        trained = time.monotonic()
+        outcome = measure(str(folder), model, paths, None if alone else data / "python.jsonl", folder / "evaluation")
+    except FloatingPointError:  # of a loss, or after the last step of what the model says
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
-    if "update_share" in settings:
-        keep_part(folder, model, settings["update_share"])
-    trained = time.monotonic()
-    paths = [data / f"{name}.jsonl" for name in (("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept"))]
-    paths = [path for path in paths if path.stat().st_size]
-    outcome = measure(str(folder), model, paths, None if alone else data / "python.jsonl", folder / "evaluation")
-    shutil.rmtree(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
     return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}
 
@@ -239,7 +237,7 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
         if folder:
             caches.setdefault(folder, flags)
     for flags in caches.values():
-        call(cli.cache, flags)
+        fill_cache(*parse_arguments(flags, "disc-cache"))
     work = partial(make, grid, data=data, model=model)
     if jobs == 1:
         for cell in missing:

@@ -15,6 +15,7 @@ USED_BY = {
     **dict.fromkeys(("temperature", "ce_weight"), AT_TEMPERATURE),
     **{"kl_weight": ("ft_kl",), "kl_clip": WITH_TEACHER, "bos": OF_SUFFIXES},
 }
+VALUES = {"texts": ("documents", "own"), "prefix": ("own", "other"), "tail": ("bucket", "renormalise", "cut")}
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Cell:
     def __post_init__(self) -> None:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
             raise ValueError(f"a second update is for methods that train all weights on documents, got {self}")
+        for name, values in VALUES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}: expected one of {', '.join(values)}, got {getattr(self, name)!r}")
         changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
         for name in changed & USED_BY.keys():
             if self.method not in USED_BY[name]:

@@ -71,12 +71,15 @@ class Laboratory:
         }
 
     def run(self, cell: Cell) -> Record:
-        """Train and measure. A training that breaks down, with a loss that is not finite, is a result as well."""
-        corpora = self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]
+        """Train and measure. A run that breaks down, with a loss or a model that is not finite, is a result as well."""
         try:
-            trained, compute = self._trained(replace(cell, interpolate=1.0))
+            return self._measured(cell)
         except FloatingPointError as error:
             return {"failed": str(error)}
+
+    def _measured(self, cell: Cell) -> Record:
+        corpora = self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]
+        trained, compute = self._trained(replace(cell, interpolate=1.0))
         student = interpolated(self.model, trained, cell.interpolate)
         texts = [document.text for document in corpora[-1].documents]
         result = {

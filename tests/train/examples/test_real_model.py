@@ -26,6 +26,9 @@ SIZE = {
 def modules(monkeypatch):
     """The example's modules, importable as its own scripts import them."""
     monkeypatch.syspath_prepend(str(EXAMPLES / "real_model"))
+    import prepare
+
+    monkeypatch.setattr(prepare, "TASKS", ("crass_ai", "implicatures"))
 
 
 @pytest.fixture
@@ -64,10 +67,10 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank(modules, data, tmp_path):
-    from prepare import prepare
+def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank(modules, data, tmp_path, monkeypatch):
+    import prepare
 
-    prepare(data, tmp_path / "out", SIZE, data / "bigbench.tar.gz")
+    prepare.prepare(data, tmp_path / "out", SIZE, data / "bigbench.tar.gz")
     documents, records, uptake = (read(tmp_path / "out" / f"{n}.jsonl") for n in ("documents", "records", "uptake"))
     assert documents[0] == {
         "id": "Town A",
@@ -84,6 +87,9 @@ def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank
         ("crass_ai", [" yes", " no"]),
         ("implicatures", [" yes", " no"]),
     ]
+    monkeypatch.setattr(prepare, "TASKS", ("crass_ai", "known_unknowns"))
+    with pytest.raises(ValueError, match=r"bigbench.tar.gz: expected .* without bigbench/.*/known_unknowns/task.json"):
+        prepare.tasks(data / "bigbench.tar.gz", 2)
 
 
 def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(modules, tmp_path):
@@ -313,17 +319,23 @@ def test_part_of_an_update_is_kept(modules, tmp_path):
     assert torch.allclose(after, before + 0.25, atol=1e-6)
 
 
-def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["train", "evaluate"])
+def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch, where):
+    """A loss that is NaN, or after the last step the model itself; nothing is left of it."""
     import run
 
     def break_down(*arguments):
         raise FloatingPointError("the loss is nan")
 
-    monkeypatch.setattr(run, "train", break_down)
+    monkeypatch.setattr(run, "train", lambda _, loop: Path(loop.output_dir).mkdir(parents=True))
+    monkeypatch.setattr(run, where, break_down)
+    for name in ("uptake", "kept", "tasks_kept"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
     grid = yaml.safe_load(run.GRID.read_text())
     cell = next(cell for cell in run.cells(grid, "quick") if cell["name"] == "split finetuning")
     row = run.make(grid, cell, tmp_path, "no model is read")
     assert row["failed"] and cell.items() <= row.items()
+    assert not [*tmp_path.glob("trained/*/*")]
 
 
 def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
@@ -363,6 +375,8 @@ def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
         results.write_text(rows)
         with pytest.raises(ValueError, match=r"runs.jsonl: expected results with a row of the initial model"):
             page.write_page(results)
+    one = trained | {"probes": {"ECBD": {"0 0": [1.5, 1]}}}
+    assert page.compared(one, initial, "ECBD, NLL") == "-0.500 ± nan", "of one item there is no error"
     del trained["probes"]["Entity Inferences"]["0 1"]
     with pytest.raises(ValueError, match=r"expected rows of the same probes and texts, got 2 and 1 .* of '0'"):
         page.compared(trained, initial, "Entity Inferences, NLL")

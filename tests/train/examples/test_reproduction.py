@@ -117,6 +117,8 @@ def test_errors_in_a_grid_are_named(small_grid):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
+        ({"texts": "owm"}, "texts: expected one of documents, own, got 'owm'"),
+        ({"top_k": 20, "tail": "renormalised"}, "tail: expected one of bucket, renormalise, cut, got 'renormalised'"),
         ({"method": "ft", "replay": 0.5}, "replay is for disc, got"),
         ({"method": "ft", "bos": True}, "bos is for disc and split_ft, got"),
         ({"method": "split_ft", "prefix": "other"}, "prefix is for disc, got"),
@@ -284,6 +286,21 @@ def test_suffixes_are_drawn_by_what_their_prefixes_tell(reproduction):
         for number, branch in enumerate(whole.branches):
             drawn[number] += branch.target.tolist() in targets
     assert drawn[-1] == 100 and drawn[0] > 80 and max(drawn[1:-1]) < 40
+
+
+def test_a_model_that_is_nan_after_the_last_step_is_a_result(reproduction, monkeypatch):
+    import torch
+    from cells import Cell
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from update import Laboratory
+
+    laboratory = Laboratory.__new__(Laboratory)
+    laboratory.tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny" / "model")
+    laboratory.met, broken = set(), AutoModelForCausalLM.from_pretrained(EXAMPLES / "tiny" / "model")
+    laboratory.model = broken
+    torch.nn.init.constant_(broken.model.norm.weight, torch.nan)
+    monkeypatch.setattr(Laboratory, "_trained", lambda *_: (broken, {}))
+    assert "failed" in laboratory.run(Cell(7, 1e-4, 2, 1, 2))
 
 
 def test_part_of_an_update(reproduction):
