@@ -10,6 +10,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -248,6 +249,8 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
             for done in as_completed([pool.submit(work, cell) for cell in missing]):
                 add(results, done.result() | common)
         except BaseException:
+            for job in multiprocessing.active_children():
+                job.terminate()
             pool.shutdown(cancel_futures=True)  # else all that is left would be made, and thrown away
             raise
 
@@ -279,4 +282,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else the jobs would be left behind
     main()

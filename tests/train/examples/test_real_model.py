@@ -6,6 +6,7 @@ import math
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -147,7 +148,7 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
 def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypatch):
     import run
 
-    made = []
+    made, ended = [], []
 
     def make(grid, cell, data, model):
         made.append(cell)
@@ -165,9 +166,11 @@ def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypat
     monkeypatch.setattr(run, "make", make)
     monkeypatch.setattr(run, "made_of", lambda *_: {"model": "a", "data": "b"})
     monkeypatch.setattr(run, "ProcessPoolExecutor", lambda jobs, *_: ThreadPoolExecutor(1))
+    job = SimpleNamespace(terminate=lambda: ended.append("a run in its middle"))
+    monkeypatch.setattr(run.multiprocessing, "active_children", lambda: [job])
     with pytest.raises(KeyboardInterrupt):
         run.run(grid, tmp_path, "no model is read", results, "quick", jobs=2)
-    assert len(made) <= 2
+    assert len(made) <= 2 and len(ended) == 1
 
 
 def test_a_folder_is_of_one_size_and_whole(modules, data, tmp_path, monkeypatch, capsys):
