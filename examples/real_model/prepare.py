@@ -205,12 +205,13 @@ def write(path: Path, records: Iterable[Record]) -> None:
 
 
 def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> None:
-    """Write the document, records and probes of one entity, and what is asked of all others."""
+    """Write the document and records of one entity, its probes and those of others with the same choices."""
     folder.mkdir(parents=True, exist_ok=True)
     document, about = files["documents"][entity], f"Entity Inferences {entity} "
+    choices = [set(probe["choices"]) for probe in files["uptake"] if probe["id"].startswith(about)]
     of_entity = {
         "documents": [document],
-        "uptake": [probe for probe in files["uptake"] if probe["id"].startswith(about)],
+        "uptake": [probe for probe in files["uptake"] if set(probe["choices"]) in choices],
         "kept": files["kept"],
     }
     own = [document["text"].startswith(record["teacher_context"][:-1]) for record in files["records"]]

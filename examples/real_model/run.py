@@ -163,7 +163,7 @@ def measure_initial(data: Path, model: str, size: str) -> Record:
 def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     """Make one run: train, measure, delete; return its line of the results."""
     folder = data / "trained" / cell["size"] / " ".join(map(str, cell.values()))
-    alone = "entity" in cell  # taught alone, and asked about alone
+    alone = "entity" in cell
     data = data / "entities" / str(cell["entity"]) if alone else data
     flags = training_flags(grid, cell, data, model)
     settings = settings_of(grid, cell["name"])
@@ -182,8 +182,15 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    if alone:  # others were asked to tell what became of the same choices
+        outcome["probes"] |= {"Entity Inferences": of_entity(outcome["probes"]["Entity Inferences"], cell["entity"])}
     seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
     return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}
+
+
+def of_entity(probes: Record, entity: int) -> Record:
+    """Return the probes of one entity, by their numbers."""
+    return {number: values for number, values in probes.items() if number.partition(" ")[0] == str(entity)}
 
 
 @torch.no_grad()

@@ -273,6 +273,7 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     assert [row["entity"] for row in rows] == [0, 1]
     for row in rows:
         assert {number.partition(" ")[0] for number in row["probes"]["Entity Inferences"]} == {str(row["entity"])}
+        assert all(len(values) == 4 for values in row["probes"]["Entity Inferences"].values())  # beside the other's
         assert row["probes"]["specificity"] != initial["probes"]["specificity"] and row["texts"] == {}
         assert "--num_train_epochs=2" in row["flags"]
     first, second = (row["probes"] for row in rows)
