@@ -163,7 +163,7 @@ def measure_initial(data: Path, model: str, size: str) -> Record:
 def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     """Make one run: train, measure, delete; return its line of the results."""
     folder = data / "trained" / cell["size"] / " ".join(map(str, cell.values()))
-    alone = "entity" in cell
+    alone, whole = "entity" in cell, data
     data = data / "entities" / str(cell["entity"]) if alone else data
     flags = training_flags(grid, cell, data, model)
     settings = settings_of(grid, cell["name"])
@@ -185,7 +185,8 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     if alone:  # others were asked to tell what became of the same choices
         outcome["probes"] |= {"Entity Inferences": of_entity(outcome["probes"]["Entity Inferences"], cell["entity"])}
     seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
-    return cell | outcome | {"seconds": seconds, "flags": [flag.replace(f"{data}/", "") for flag in flags]}
+    flags = [flag.replace(f"{data}/", "").replace(f"{whole}/", "") for flag in flags]
+    return cell | outcome | {"seconds": seconds, "flags": flags}
 
 
 def of_entity(probes: Record, entity: int) -> Record:

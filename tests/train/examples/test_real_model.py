@@ -268,7 +268,8 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
     assert not any("Town B" in record["teacher_context"] for record in mismatched)
     with pytest.raises(ValueError, match=r"--only: .* size alone some of split finetuning, got CD-base, T = 2"):
         run.run(grid, out, "no model is read", results, "alone", jobs=1, only=["CD-base, T = 2"])
-    run.run(grid, out, str(EXAMPLES / "tiny" / "model"), results, "alone", jobs=1)
+    (out / "model").symlink_to(EXAMPLES / "tiny" / "model")
+    run.run(grid, out, str(out / "model"), results, "alone", jobs=1)
     initial, *rows = read(results)
     assert [row["entity"] for row in rows] == [0, 1]
     for row in rows:
@@ -276,6 +277,7 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
         assert all(len(values) == 4 for values in row["probes"]["Entity Inferences"].values())  # beside the other's
         assert row["probes"]["specificity"] != initial["probes"]["specificity"] and row["texts"] == {}
         assert "--num_train_epochs=2" in row["flags"]
+        assert not any(str(tmp_path) in flag for flag in row["flags"])  # no path of the machine in results
     first, second = (row["probes"] for row in rows)
     (together,) = page.joined(rows)
     assert together["probes"]["Entity Inferences"] == first["Entity Inferences"] | second["Entity Inferences"]
