@@ -24,15 +24,6 @@ SIZE = {
 
 
 @pytest.fixture
-def modules(monkeypatch):
-    """The example's modules, importable as its own scripts import them."""
-    monkeypatch.syspath_prepend(str(EXAMPLES / "real_model"))
-    import prepare
-
-    monkeypatch.setattr(prepare, "TASKS", ("crass_ai", "implicatures"))
-
-
-@pytest.fixture
 def data(tmp_path):
     """Files of the forms that prepare.py reads, in words of the tiny model's world."""
 
@@ -68,7 +59,7 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank(modules, data, tmp_path, monkeypatch):
+def test_files_have_the_right_choice_first_and_nothing_from_behind_the_blank(real_model, data, tmp_path, monkeypatch):
     import prepare
 
     prepare.prepare(data, tmp_path / "out", SIZE, data / "bigbench.tar.gz")
@@ -93,7 +84,7 @@ def test_files_have_the_right_choice_first_and_nothing_of_what_follows_the_blank
         prepare.tasks(data / "bigbench.tar.gz", 2)
 
 
-def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(modules, tmp_path):
+def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(real_model, tmp_path):
     from release_notes import release_notes
 
     lines = ["Town", "* See :meth:`~town.Town.mill` or ``--mill`` of `the docs <u>`_.", "  More", "**Two** [mills](u)."]
@@ -118,7 +109,7 @@ def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(m
 
 
 @pytest.mark.slow
-def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, data, tmp_path):
+def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(real_model, data, tmp_path):
     import run
     from prepare import prepare
 
@@ -145,7 +136,7 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(modules, dat
         assert all(kl > 0 for _, _, kl in row["texts"].values())
 
 
-def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypatch):
+def test_nothing_more_is_made_after_an_interruption(real_model, tmp_path, monkeypatch):
     import run
 
     made, ended = [], []
@@ -173,7 +164,7 @@ def test_nothing_more_is_made_after_an_interruption(modules, tmp_path, monkeypat
     assert len(made) <= 2 and len(ended) == 1
 
 
-def test_a_folder_is_of_one_size_and_whole(modules, data, tmp_path, monkeypatch, capsys):
+def test_a_folder_is_of_one_size_and_whole(real_model, data, tmp_path, monkeypatch, capsys):
     import prepare
     import rows
 
@@ -194,7 +185,7 @@ def test_a_folder_is_of_one_size_and_whole(modules, data, tmp_path, monkeypatch,
     assert f"missing: {prepare.ECBD}" in capsys.readouterr().err
 
 
-def test_a_model_is_there_when_all_of_it_is(modules, tmp_path, monkeypatch):
+def test_a_model_is_there_when_all_of_it_is(real_model, tmp_path, monkeypatch):
     import hashlib
     import zipfile
 
@@ -221,7 +212,7 @@ def test_a_model_is_there_when_all_of_it_is(modules, tmp_path, monkeypatch):
     assert not (tmp_path / "model").exists(), "else it would be taken for one that has its tokenizer"
 
 
-def test_rows_of_something_else_are_refused_and_a_line_that_was_cut_off_is_none(modules, tmp_path):
+def test_rows_of_something_else_are_refused_and_a_line_that_was_cut_off_is_none(real_model, tmp_path):
     from rows import add, open_results, read_results
 
     path, ours = tmp_path / "runs.jsonl", {"model": "a", "data": "b"}
@@ -252,7 +243,7 @@ def test_rows_of_something_else_are_refused_and_a_line_that_was_cut_off_is_none(
 
 
 @pytest.mark.slow
-def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
+def test_an_entity_that_is_taught_alone_is_asked_alone(real_model, data, tmp_path):
     import page
     import run
     from prepare import prepare
@@ -294,7 +285,7 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(modules, data, tmp_path):
         results.write_text("".join(json.dumps(row) + "\n" for row in (initial, *rows)))
 
 
-def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(modules):
+def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(real_model):
     """Two entities with the same choices: own NLL less that after the other's words; one with choices of its own."""
     import run
 
@@ -309,7 +300,7 @@ def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(modules):
     assert alone == [[], []]
 
 
-def test_part_of_an_update_is_kept(modules, tmp_path):
+def test_part_of_an_update_is_kept(real_model, tmp_path):
     import run
     import torch
     from transformers import AutoModelForCausalLM
@@ -326,7 +317,7 @@ def test_part_of_an_update_is_kept(modules, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["train", "evaluate"])
-def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch, where):
+def test_a_run_that_breaks_down_is_a_result(real_model, tmp_path, monkeypatch, where):
     """A loss that is NaN, or after the last step the model itself; nothing is left of it."""
     import run
 
@@ -342,73 +333,3 @@ def test_a_run_that_breaks_down_is_a_result(modules, tmp_path, monkeypatch, wher
     row = run.make(grid, cell, tmp_path, "no model is read")
     assert row["failed"] and cell.items() <= row.items()
     assert not [*tmp_path.glob("trained/*/*")]
-
-
-def test_the_page_has_paired_differences_by_entity(modules, tmp_path):
-    """Two entities of two probes each: 0.1 and 0.3 nats less, so 0.2 with an error of 0.1; the ceiling beside it."""
-    import page
-
-    def row(name, nlls, **more):
-        probes = {"Entity Inferences": {f"{i // 2} {i % 2}": [nll, i % 2] for i, nll in enumerate(nlls)}}
-        probes |= {group: {"0 0": [2.0, 1], "1 0": [3.0, 0]} for group in ("ECBD", "specificity")}
-        texts = {"for": [10, 20.0, 0.0], "with": [10, 40.0, 1.0]}
-        found = {
-            "name": name,
-            "size": "quick",
-            "probes": probes,
-            "texts": texts,
-            "seconds": {"training": 2, "measuring": 1},
-        }
-        return found | {"machine": "m", "python": "3", "torch": "2", "transformers": "5"} | more
-
-    initial = row("initial model", [1.0, 1.0, 2.0, 2.0], tasks=["kept"])
-    initial["probes"] |= {"kept": {"0": [1.0, 1]}, "at chance": {"0": [1.0, 0]}}
-    initial["in context"] = {"Entity Inferences": {"0 0": [0.5, 1]}}
-    trained = row("DiSC", [0.9, 0.9, 1.7, 1.7], learning_rate=1e-4, seed=0)
-    trained["probes"]["kept"] = {"0": [1.0, 0]}
-    broken = {"name": "TALR", "size": "quick", "learning_rate": 1e-4, "seed": 0, "failed": True, "seconds": 1}
-    results = tmp_path / "runs.jsonl"
-    environment = {name: initial[name] for name in ("machine", "python", "torch", "transformers")}
-    results.write_text("".join(json.dumps(each) + "\n" for each in (initial, trained, broken | environment)))
-    (tmp_path / "discussion.md").write_text("## Why\n\nBecause.\n")
-    page.write_page(results)
-    text = (tmp_path / "results.md").read_text()
-    assert "| initial model | 50.0 | 1.500 |" in text and "| ... behind the definition | 100.0 | 0.500 |" in text
-    assert "| DiSC, 0.0001 | +0.0 ± 0.0 | -0.200 ± 0.100 | +0.000 ± 0.000 |" in text
-    assert "Broke down: TALR, 0.0001." in text and text.endswith("## Why\n\nBecause.\n")
-    assert (tmp_path / "quick.png").stat().st_size > 1000
-    for rows in ("", json.dumps(trained) + "\n"):
-        results.write_text(rows)
-        with pytest.raises(ValueError, match=r"runs.jsonl: expected results with a row of the initial model"):
-            page.write_page(results)
-    one = trained | {"probes": {"ECBD": {"0 0": [1.5, 1]}}}
-    assert page.compared(one, initial, "ECBD, NLL") == "-0.500 ± nan", "of one item there is no error"
-    del trained["probes"]["Entity Inferences"]["0 1"]
-    with pytest.raises(ValueError, match=r"expected rows of the same probes and texts, got 2 and 1 .* of '0'"):
-        page.compared(trained, initial, "Entity Inferences, NLL")
-
-
-def test_the_area_is_the_mean_of_the_frontier_and_never_falls(modules):
-    """By hand: KL 0.1 and 0.4, uptake 1 and 2; at 0.2 it is 4/3, so (0.5 * 0.1 + 7/6 * 0.1) / 0.2; then a run worse."""
-    from page import areas, frontiers
-
-    def row(name, kl, nll, rate=1e-5, seed=0):
-        probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
-        row = {"name": name, "learning_rate": rate, "seed": seed}
-        return row | {"probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
-
-    initial = row("initial model", 0.0, 3.0)
-    runs = [row("DiSC", 0.4, 1.0, 2e-5), row("DiSC", 0.1, 2.0)]
-    assert areas(initial, runs) == pytest.approx([(0.05 + 7 / 60) / 0.2] * 2001)
-    worse = [row("finetuning", 0.1, 2.0), row("finetuning", 0.15, 2.5, 2e-5)]
-    assert areas(initial, worse)[0] == pytest.approx((0.05 + 0.1) / 0.2)
-    text = frontiers(initial, [*runs, *worse, row("a control of one rate", 0.1, 0.0)])
-    assert "| DiSC | 0.833 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text
-    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** |" in text and "control" not in text
-    # A second seed, of DiSC alone: 0 at one rate, and a run that broke down, so half; a third that lacks a rate.
-    broken = {"name": "DiSC", "learning_rate": 1e-5, "seed": 1, "failed": True}
-    more = [row("DiSC", 0.4, 3.0, 2e-5, seed=1), broken, row("DiSC", 0.1, 0.0, seed=2)]
-    text = frontiers(initial, [*runs, *worse, *more])
-    assert "| DiSC | 0.417 ± 0.000 |  | 1e-05, 2e-05 | 2, 0.589 |" in text
-    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** | 1e-05, 2e-05 | 1 |" in text, "paired by seed"
-    assert frontiers(initial, [row("DiSC", 0.1, 2.0), row("finetuning", 0.1, 2.0, 2e-5)]) == ""

@@ -1,0 +1,75 @@
+"""The page of the example on a real model: paired differences, and areas under frontiers."""
+
+import json
+
+import pytest
+
+
+def test_the_page_has_paired_differences_by_entity(real_model, tmp_path):
+    """Two entities of two probes each: 0.1 and 0.3 nats less, so 0.2 with an error of 0.1; the ceiling beside it."""
+    import page
+
+    def row(name, nlls, **more):
+        probes = {"Entity Inferences": {f"{i // 2} {i % 2}": [nll, i % 2] for i, nll in enumerate(nlls)}}
+        probes |= {group: {"0 0": [2.0, 1], "1 0": [3.0, 0]} for group in ("ECBD", "specificity")}
+        texts = {"for": [10, 20.0, 0.0], "with": [10, 40.0, 1.0]}
+        found = {
+            "name": name,
+            "size": "quick",
+            "probes": probes,
+            "texts": texts,
+            "seconds": {"training": 2, "measuring": 1},
+        }
+        return found | {"machine": "m", "python": "3", "torch": "2", "transformers": "5"} | more
+
+    initial = row("initial model", [1.0, 1.0, 2.0, 2.0], tasks=["kept"])
+    initial["probes"] |= {"kept": {"0": [1.0, 1]}, "at chance": {"0": [1.0, 0]}}
+    initial["in context"] = {"Entity Inferences": {"0 0": [0.5, 1]}}
+    trained = row("DiSC", [0.9, 0.9, 1.7, 1.7], learning_rate=1e-4, seed=0)
+    trained["probes"]["kept"] = {"0": [1.0, 0]}
+    broken = {"name": "TALR", "size": "quick", "learning_rate": 1e-4, "seed": 0, "failed": True, "seconds": 1}
+    results = tmp_path / "runs.jsonl"
+    environment = {name: initial[name] for name in ("machine", "python", "torch", "transformers")}
+    results.write_text("".join(json.dumps(each) + "\n" for each in (initial, trained, broken | environment)))
+    (tmp_path / "discussion.md").write_text("## Why\n\nBecause.\n")
+    page.write_page(results)
+    text = (tmp_path / "results.md").read_text()
+    assert "| initial model | 50.0 | 1.500 |" in text and "| ... behind the definition | 100.0 | 0.500 |" in text
+    assert "| DiSC, 0.0001 | +0.0 ± 0.0 | -0.200 ± 0.100 | +0.000 ± 0.000 |" in text
+    assert "Broke down: TALR, 0.0001." in text and text.endswith("## Why\n\nBecause.\n")
+    assert (tmp_path / "quick.png").stat().st_size > 1000
+    for rows in ("", json.dumps(trained) + "\n"):
+        results.write_text(rows)
+        with pytest.raises(ValueError, match=r"runs.jsonl: expected results with a row of the initial model"):
+            page.write_page(results)
+    one = trained | {"probes": {"ECBD": {"0 0": [1.5, 1]}}}
+    assert page.compared(one, initial, "ECBD, NLL") == "-0.500 ± nan", "of one item there is no error"
+    del trained["probes"]["Entity Inferences"]["0 1"]
+    with pytest.raises(ValueError, match=r"expected rows of the same probes and texts, got 2 and 1 .* of '0'"):
+        page.compared(trained, initial, "Entity Inferences, NLL")
+
+
+def test_the_area_is_the_mean_of_the_frontier_and_never_falls(real_model):
+    """By hand: KL 0.1 and 0.4, uptake 1 and 2; at 0.2 it is 4/3, so (0.5 * 0.1 + 7/6 * 0.1) / 0.2; then a run worse."""
+    from page import areas, frontiers
+
+    def row(name, kl, nll, rate=1e-5, seed=0):
+        probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
+        row = {"name": name, "learning_rate": rate, "seed": seed}
+        return row | {"probes": probes, "texts": {"for": [10, 1.0, 10 * kl]}}
+
+    initial = row("initial model", 0.0, 3.0)
+    runs = [row("DiSC", 0.4, 1.0, 2e-5), row("DiSC", 0.1, 2.0)]
+    assert areas(initial, runs) == pytest.approx([(0.05 + 7 / 60) / 0.2] * 2001)
+    worse = [row("finetuning", 0.1, 2.0), row("finetuning", 0.15, 2.5, 2e-5)]
+    assert areas(initial, worse)[0] == pytest.approx((0.05 + 0.1) / 0.2)
+    text = frontiers(initial, [*runs, *worse, row("a control of one rate", 0.1, 0.0)])
+    assert "| DiSC | 0.833 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text
+    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** |" in text and "control" not in text
+    # A second seed, of DiSC alone: 0 at one rate, and a run that broke down, so half; a third that lacks a rate.
+    broken = {"name": "DiSC", "learning_rate": 1e-5, "seed": 1, "failed": True}
+    more = [row("DiSC", 0.4, 3.0, 2e-5, seed=1), broken, row("DiSC", 0.1, 0.0, seed=2)]
+    text = frontiers(initial, [*runs, *worse, *more])
+    assert "| DiSC | 0.417 ± 0.000 |  | 1e-05, 2e-05 | 2, 0.589 |" in text
+    assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** | 1e-05, 2e-05 | 1 |" in text, "paired by seed"
+    assert frontiers(initial, [row("DiSC", 0.1, 2.0), row("finetuning", 0.1, 2.0, 2e-5)]) == ""
