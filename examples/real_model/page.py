@@ -20,7 +20,8 @@ from rows import INITIAL, read_results
 
 Record = dict[str, Any]
 LEARNED = "Entity Inferences, NLL beside others"
-TOLERANCE = 0.2  # nats a token of KL on other text, up to which the area under the frontier is taken
+LOST = ("Python's documentation, KL", "specificity, NLL")
+TOLERANCE = 0.2  # nats a token by which what is lost may rise: up to there the area under the frontier is taken
 RESAMPLES = 2000
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
 UPTAKE = ("Entity Inferences", "ECBD", "release notes")
@@ -104,16 +105,17 @@ def difference(found: Items, base: Items) -> tuple[float, float]:
     return change, math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / whole if len(pairs) > 1 else math.nan
 
 
-def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
+def areas(initial: Record, runs: Sequence[Record], measure: str) -> np.ndarray:
     """Return the area under the frontier of one method's runs: of all entities first, then of entities drawn anew.
 
     Uptake is by how many nats the right label of Entity Inferences became likelier among all labels, over what the same
-    label became in other entities' probes; what is lost is the KL on Python's documentation. The frontier goes in
-    straight lines from the initial model (0, 0) through the runs by KL, and never falls; its mean over a KL of 0 to
-    TOLERANCE is the area. Beyond the last run it is flat.
+    label became in other entities' probes; what is lost is by how much `measure` rose, at least 0. The frontier goes in
+    straight lines from the initial model (0, 0) through the runs by what they lost, and never falls; its mean over a
+    loss of 0 to TOLERANCE is the area. Beyond the last run it is flat.
     """
-    runs = sorted(runs, key=lambda row: mean(items(row, "Python's documentation, KL")))
-    lost = [0.0, *(mean(items(row, "Python's documentation, KL")) for row in runs)]
+    runs = sorted(runs, key=lambda row: mean(items(row, measure)))
+    before = mean(items(initial, measure))
+    lost = [0.0, *(max(0.0, mean(items(row, measure)) - before) for row in runs)]
     base = items(initial, LEARNED)
     after = [items(row, LEARNED) for row in runs]
     gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after]).reshape(-1, len(base))
@@ -127,10 +129,11 @@ def areas(initial: Record, runs: Sequence[Record]) -> np.ndarray:
     return np.array([np.trapezoid(np.interp(places, lost, each), places) for each in best]) / TOLERANCE
 
 
-def frontiers(initial: Record, rows: Sequence[Record]) -> str:
+def frontiers(initial: Record, rows: Sequence[Record], measure: str) -> str:
     """Write the area of each method of several rates, the mean over its seeds, and its paired difference to DiSC's.
 
-    A seed counts once it has all rates of the method; a run that broke down adds no point.
+    `measure` is that of what is lost. A seed counts once it has all rates of the method; a run that broke down adds no
+    point.
     """
     found: dict[str, tuple[str, dict[int, np.ndarray]]] = {}
     for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
@@ -143,7 +146,7 @@ def frontiers(initial: Record, rows: Sequence[Record]) -> str:
             finished = {seed: [run for run in runs if not run.get("failed")] for seed, runs in whole.items()}
             found[name] = (
                 ", ".join(f"{rate:g}" for rate in rates),
-                {seed: areas(initial, runs) for seed, runs in finished.items()},
+                {seed: areas(initial, runs, measure) for seed, runs in finished.items()},
             )
     lines = []
     for name, (tried, by_seed) in found.items():
@@ -205,8 +208,10 @@ def section(rows: Sequence[Record], size: str) -> str:
         lines.append([title(row), *means(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
     measured = [row for row in rows if row["name"] != INITIAL and (row.get("failed") or items(row, LEARNED))]
-    if items(initial, LEARNED) and (of_methods := frontiers(initial, measured)):
-        parts.append(f"Area under the frontier of {LEARNED}, against KL, up to {TOLERANCE} nats a token of KL:")
+    # Texts are not read where every entity is taught by itself.
+    lost = next(measure for measure in LOST if all(items(row, measure) for row in runs))
+    if items(initial, LEARNED) and (of_methods := frontiers(initial, measured, lost)):
+        parts.append(f"Area under the frontier of {LEARNED}, up to a rise of {TOLERANCE} in {lost}:")
         parts.append(of_methods)
     parts.append(table(["", *measures, "s, training + measuring"], lines))
     parts += [
@@ -236,7 +241,7 @@ def plot(rows: Sequence[Record], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     uptake = [measure for measure in PLOTTED if items(initial, measure)]
     made = [row for row in rows if not row.get("failed")]
-    lost = [m for m in ("Python's documentation, KL", "specificity, NLL") if all(items(row, m) for row in made)]
+    lost = [measure for measure in LOST if all(items(row, measure) for row in made)]
     places = zip(figure.subplots(1, len(lost), squeeze=False)[0], lost, cycle(uptake), strict=False)
     for axes, across, up in places:
         for name in dict.fromkeys(row["name"] for row in made):

@@ -50,8 +50,8 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
         for rate in middle_first:
             for name in settings.get("methods", grid["methods"]):
                 cell = {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
-                entities = range(settings["entities"]) if settings.get("one_at_a_time") else ()
-                yield from ({**cell, "entity": entity} for entity in entities) if entities else (cell,)
+                alone = settings.get("one_at_a_time") and not settings.get("one_after_another")
+                yield from ({**cell, "entity": entity} for entity in range(settings["entities"])) if alone else (cell,)
     for name, control in grid["controls"].items() if not settings.get("one_at_a_time") else ():
         rate = control.get("learning_rate", middle_first[0])
         yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
@@ -163,30 +163,41 @@ def measure_initial(data: Path, model: str, size: str) -> Record:
 def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     """Make one run: train, measure, delete; return its line of the results."""
     folder = data / "trained" / cell["size"] / " ".join(map(str, cell.values()))
-    alone, whole = "entity" in cell, data
-    data = data / "entities" / str(cell["entity"]) if alone else data
-    flags = training_flags(grid, cell, data, model)
-    settings = settings_of(grid, cell["name"])
+    size, settings = grid["sizes"][cell["size"]], settings_of(grid, cell["name"])
+    alone = "entity" in cell
+    entities = [cell["entity"]] if alone else range(size["entities"]) if size.get("one_after_another") else []
+    updates = [data / "entities" / str(entity) for entity in entities] or [data]
     begin = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-    paths = [data / f"{name}.jsonl" for name in (("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept"))]
-    paths = [path for path in paths if path.stat().st_size]
+    asked = ("uptake", "kept") if alone else ("uptake", "kept", "tasks_kept")
+    paths = [path for name in asked if (path := (updates[0] if alone else data) / f"{name}.jsonl").stat().st_size]
     try:
         with top_k.distilling(settings.get("top_k", 0), "cut"):
-            train(*parse_arguments([*flags, f"--output_dir={folder}"]))
+            trained = update(grid, cell, updates, model, folder)
         if "update_share" in settings:
-            keep_part(folder, model, settings["update_share"])
-        trained = time.monotonic()
-        outcome = measure(str(folder), model, paths, None if alone else data / "python.jsonl", folder / "evaluation")
+            keep_part(trained, model, settings["update_share"])
+        end = time.monotonic()
+        outcome = measure(str(trained), model, paths, None if alone else data / "python.jsonl", folder / "evaluation")
     except FloatingPointError:  # of a loss, or after the last step of what the model says
         return cell | {"failed": True, "seconds": round(time.monotonic() - begin)}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if alone:  # others were asked to tell what became of the same choices
         outcome["probes"] |= {"Entity Inferences": of_entity(outcome["probes"]["Entity Inferences"], cell["entity"])}
-    seconds = {"training": round(trained - begin), "measuring": round(time.monotonic() - trained)}
-    flags = [flag.replace(f"{data}/", "").replace(f"{whole}/", "") for flag in flags]
+    seconds = {"training": round(end - begin), "measuring": round(time.monotonic() - end)}
+    flags = [flag.replace(f"{data}/", "") for flag in training_flags(grid, cell, data, model)]
     return cell | outcome | {"seconds": seconds, "flags": flags}
+
+
+def update(grid: Record, cell: Record, updates: Sequence[Path], model: str, folder: Path) -> Path:
+    """Train on the texts of one folder after another, each time from what the last one left; return where that is."""
+    for number, texts in enumerate(updates):
+        trained = folder / str(number)
+        train(*parse_arguments([*training_flags(grid, cell, texts, model), f"--output_dir={trained}"]))
+        if number:
+            shutil.rmtree(model)
+        model = str(trained)
+    return trained
 
 
 def of_entity(probes: Record, entity: int) -> Record:

@@ -285,6 +285,30 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(real_model, data, tmp_pat
         results.write_text("".join(json.dumps(row) + "\n" for row in (initial, *rows)))
 
 
+@pytest.mark.slow
+def test_each_of_several_updates_begins_where_the_last_one_ended(real_model, data, tmp_path, monkeypatch):
+    """The teacher is the model before each update, and all entities are asked about after the last."""
+    import run
+    from prepare import prepare
+
+    size = SIZE | {"ecbd": 0, "items": 0, "cache": False, "one_at_a_time": True, "one_after_another": True}
+    grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"after": size | {"methods": ["DiSC"]}}}
+    out, results, begun = tmp_path / "out", tmp_path / "runs.jsonl", []
+    prepare(data, out, size, None)
+    (out / "model").symlink_to(EXAMPLES / "tiny" / "model")
+    train = run.train
+    monkeypatch.setattr(run, "train", lambda *parsed: (begun.append(parsed), train(*parsed)))
+    run.run(grid, out, str(out / "model"), results, "after", jobs=1)
+    (first, ended), (second, _) = begun
+    assert (first.model_name_or_path, second.model_name_or_path) == (str(out / "model"), ended.output_dir)
+    assert first.teacher_name_or_path is second.teacher_name_or_path is None  # the model that it begins from
+    assert [each.train_file for each, _ in begun] == [[f"{out}/entities/{n}/documents.jsonl"] for n in (0, 1)]
+    initial, row = read(results)
+    assert row["probes"]["Entity Inferences"].keys() == initial["probes"]["Entity Inferences"].keys()
+    assert row["texts"].keys() == initial["texts"].keys()
+    assert not list((out / "trained" / "after").iterdir())
+
+
 def test_what_makes_a_label_likelier_everywhere_is_no_knowledge(real_model):
     """Two entities with the same choices: own NLL less that after the other's words; one with choices of its own."""
     import run

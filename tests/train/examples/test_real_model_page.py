@@ -1,6 +1,7 @@
 """The page of the example on a real model: paired differences, and areas under frontiers."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -51,7 +52,9 @@ def test_the_page_has_paired_differences_by_entity(real_model, tmp_path):
 
 def test_the_area_is_the_mean_of_the_frontier_and_never_falls(real_model):
     """By hand: KL 0.1 and 0.4, uptake 1 and 2; at 0.2 it is 4/3, so (0.5 * 0.1 + 7/6 * 0.1) / 0.2; then a run worse."""
-    from page import areas, frontiers
+    import page
+
+    areas, frontiers = (partial(of, measure="Python's documentation, KL") for of in (page.areas, page.frontiers))
 
     def row(name, kl, nll, rate=1e-5, seed=0):
         probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
@@ -73,3 +76,19 @@ def test_the_area_is_the_mean_of_the_frontier_and_never_falls(real_model):
     assert "| DiSC | 0.417 ± 0.000 |  | 1e-05, 2e-05 | 2, 0.589 |" in text
     assert "| finetuning | 0.750 ± 0.000 | **-0.083 ± 0.000** | 1e-05, 2e-05 | 1 |" in text, "paired by seed"
     assert frontiers(initial, [row("DiSC", 0.1, 2.0), row("finetuning", 0.1, 2.0, 2e-5)]) == ""
+
+
+def test_where_no_text_is_read_the_area_is_against_what_well_known_entities_lost(real_model):
+    """By hand: NLL up by 0.1, uptake 1, and down by 0.3, uptake 0.5: that lost nothing, so it begins at (0, 0.5)."""
+    import page
+
+    def row(name, specificity, nll, rate=1e-5):
+        probes = {"Entity Inferences": {"0 0": [9.0, 0, 9.0, nll], "1 0": [9.0, 1, 9.0, nll]}}
+        probes |= {"specificity": {"0 0": [specificity, 1], "1 0": [specificity, 1]}}
+        row = {"name": name, "size": "one_entity", "learning_rate": rate, "seed": 0, "probes": probes, "texts": {}}
+        return row | {"tasks": [], "seconds": {"training": 1, "measuring": 1}}
+
+    initial = row(page.INITIAL, 4.0, 3.0) | {"texts": {"for": [10, 1.0, 0.0]}}
+    text = page.section([initial, row("DiSC", 4.1, 2.0, 2e-5), row("DiSC", 3.7, 2.5)], "one_entity")
+    assert "| DiSC | 0.875 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text  # (0.1 * 0.75 + 0.1 * 1) / 0.2
+    assert "up to a rise of 0.2 in specificity, NLL:" in text
