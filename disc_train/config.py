@@ -141,6 +141,11 @@ class DiscArguments:
         "Leave the output head as it is; where it is tied to the embeddings, those too. With --lora_rank it is anyway.",
         False,
     )
+    freeze_layers: int = flag(
+        "Leave the embeddings and this many of the lowest layers as they are; an output head that is tied to the"
+        " embeddings, too.",
+        0,
+    )
     replay_file: list[str] | None = several(
         "More to train on, so that it is not forgotten: as --train_file, or documents for --replay_objective kl."
     )
@@ -210,6 +215,7 @@ class DiscArguments:
         check_flag(self, "kl_clip", clip is None or 0 < clip < math.inf, "a positive, finite number")
         check_flag(self, "beta", 0 < self.beta < 1, "a number between 0 and 1")
         check_flag(self, "lora_rank", self.lora_rank >= 0, "0 (no adapters) or more")
+        check_flag(self, "freeze_layers", self.freeze_layers >= 0, "0 (all layers are trained) or more")
         check_flag(self, "lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "a positive number")
         check_flag(self, "lora_dropout", 0 <= self.lora_dropout < 1, "a number from 0 to 1, less than 1")
         check_flag(self, "replay_share", 0 < self.replay_share < 1, "a number between 0 and 1")
@@ -241,6 +247,10 @@ class DiscArguments:
                 raise ValueError(f"--{name} needs --{needed}, got it without")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("expected one of --load_in_4bit and --load_in_8bit, got both")
+        if self.lora_rank and self.freeze_layers:
+            raise ValueError(
+                "--freeze_layers: expected weights that are trained, got --lora_rank: leave one of them out"
+            )
         if self.lora_rank:
             check_installed("--lora_rank", "peft", install="'disc-kernels[train]'")
         if self.load_in_4bit:

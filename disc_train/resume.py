@@ -24,7 +24,10 @@ LOOP_APPLIED = (
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("max_grad_norm", "bf16", "fp16"),
 )
-DISC_RESTORED = ("load_in_4bit", "load_in_8bit", "lora_rank", "lora_alpha", "lora_target_modules", "freeze_head")
+DISC_RESTORED = (
+    *("load_in_4bit", "load_in_8bit", "lora_rank", "lora_alpha", "lora_target_modules"),
+    *("freeze_head", "freeze_layers"),
+)
 # What makes other examples of the same documents or records.
 MAKE_EXAMPLES = (
     *("method", "num_splits", "split_strategy", "suffix_tokens", "sentence_tokenization", "language"),

@@ -31,6 +31,7 @@ from disc_train.loop_config import LoopArguments
 from disc_train.models.adapters import add_lora, base_of_adapter, has_adapters
 from disc_train.models.causal_lm import check_vocabulary, load_model
 from disc_train.models.frozen_head import freeze_head
+from disc_train.models.frozen_layers import freeze_layers
 from disc_train.models.pretrained import load_pretrained, quantisation, quantised_by, trust_remote_code
 from disc_train.objectives.methods import AT_TEMPERATURE, WITH_TEACHER
 from disc_train.objectives.signal import Signal, measure_signal, take_evenly
@@ -228,6 +229,12 @@ def load_student(disc: DiscArguments, loop: LoopArguments) -> PreTrainedModel:
             rslora=disc.lora_use_rslora,
             dora=disc.lora_use_dora,
         )
+    if disc.freeze_layers and has_adapters(student):
+        raise ValueError(
+            f"--freeze_layers: expected a model whose weights are trained, got adapters: {disc.model_name_or_path}"
+        )
+    if disc.freeze_layers:
+        freeze_layers(student, disc.freeze_layers)
     return freeze_head(student) if disc.freeze_head else student
 
 

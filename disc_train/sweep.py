@@ -85,7 +85,7 @@ def _folders(
 
 def _kind_of_cache(disc: DiscArguments) -> str:
     """Name what a run's cache may hold: summaries are of one temperature, and of frozen heads alone."""
-    frozen = disc.freeze_head or disc.lora_rank
+    frozen = disc.freeze_head or disc.lora_rank or disc.freeze_layers
     return f"temperature={disc.temperature:g}{'_lora' * bool(disc.lora_rank)}" if frozen else "hidden_states"
 
 
