@@ -22,9 +22,9 @@ def write_plot(grid: Grid, results: Results, path: Path) -> None:
         axes.set_xlabel("kept: mean of old facts, skills and reading (%)")
     curves.set_xlim(left=max(75, curves.get_xlim()[0]))  # further left so much is lost that nothing is traded off
     curves.set_ylabel("new facts, asked without the document (%)")
-    curves.set_title("A curve a method, a point a learning rate; bars: standard deviation over seeds", fontsize=10)
+    curves.set_title("A point a learning rate; bars: deviation over seeds", fontsize=10)
     near.set_xlim(95, 100.2)
-    near.set_ylim(0, 75)  # above, nothing keeps so much
+    near.set_ylim(0, 90)
     near.set_title("The same where little is lost, without bars", fontsize=10)
     figure.legend(*curves.get_legend_handles_labels(), fontsize=9, loc="outside lower center", ncols=6)
 
