@@ -248,9 +248,7 @@ class DiscArguments:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("expected one of --load_in_4bit and --load_in_8bit, got both")
         if self.lora_rank and self.freeze_layers:
-            raise ValueError(
-                "--freeze_layers: expected weights that are trained, got --lora_rank: leave one of them out"
-            )
+            raise ValueError("--freeze_layers: adapters leave all layers as they are, so leave out it or --lora_rank")
         if self.lora_rank:
             check_installed("--lora_rank", "peft", install="'disc-kernels[train]'")
         if self.load_in_4bit:

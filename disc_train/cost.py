@@ -18,6 +18,7 @@ from disc_kernels.hf.forward import decoder_of
 from disc_kernels.linear_kl.workspace import DEFAULT_BYTES
 from disc_train.data.dataset import ExampleDataset
 from disc_train.models.frozen_head import head_is_frozen
+from disc_train.models.frozen_layers import count_frozen
 from disc_train.objectives.predictions import predict_as_student, predict_as_teacher
 from disc_train.packing.drawing import sample_batches
 from disc_train.parallel.sharding import free_gathered_parameters, local_part
@@ -95,11 +96,13 @@ def measure_cost(trainer: DiscTrainer, dataset: ExampleDataset, cache: TeacherCa
     states = STATES.get(OptimizerNames(args.optim).value)
     names = [name for name, parameter in decoder_of(student).named_parameters() if parameter.requires_grad]
     backward = forward * (2 if any(".lora_" not in name for name in names) else 1)
+    frozen, layers = count_frozen(student)  # the backward pass ends above these
+    backward = backward * (layers - frozen) // layers
     if args.gradient_checkpointing:  # a layer's input is kept, and one layer at a time is run again
         config = student.config.get_text_config()
-        layers, inputs = config.num_hidden_layers, batch["input_ids"].numel() * config.hidden_size
-        activations = activations // layers + layers * inputs * student.dtype.itemsize
-        backward += forward
+        trained_layers, inputs = config.num_hidden_layers - frozen, batch["input_ids"].numel() * config.hidden_size
+        activations = activations // trained_layers + trained_layers * inputs * student.dtype.itemsize
+        backward += forward * (layers - frozen) // layers
     rows, (vocabulary, width) = len(batch["student_index"]), output_head(student).weight.shape
     product = 2 * rows * vocabulary * width
     loss = of_all.get_total_flops() - forward - of_teacher

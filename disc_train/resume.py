@@ -5,6 +5,7 @@ says. So a setting that they depend on may not change; any other may, from the n
 """
 
 import json
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def changed_settings(checkpoint: str, now: dict[str, Any]) -> list[str]:
         before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected the settings of a run, got a damaged file: {error}") from error
+    # What an older version did not have was as its default.
+    before = {each.name: each.default for each in fields(DiscArguments) if each.default is not MISSING} | before
     changed = [name for name, value in now.items() if before.get(name, value) != value]
     for name in changed:
         if name in (*LOOP_RESTORED, *DISC_RESTORED, DOCUMENTS_A_STEP):

@@ -42,6 +42,7 @@ from disc_train.resume import changed_settings, settings_to_compare
 from disc_train.summary import (
     count_steps,
     describe_attention,
+    describe_frozen,
     describe_head,
     describe_method,
     describe_model,
@@ -231,7 +232,7 @@ def load_student(disc: DiscArguments, loop: LoopArguments) -> PreTrainedModel:
         )
     if disc.freeze_layers and has_adapters(student):
         raise ValueError(
-            f"--freeze_layers: expected a model whose weights are trained, got adapters: {disc.model_name_or_path}"
+            f"--freeze_layers: adapters leave all layers as they are, got some to train on: {disc.model_name_or_path}"
         )
     if disc.freeze_layers:
         freeze_layers(student, disc.freeze_layers)
@@ -293,6 +294,7 @@ def _describe_run(
         ("method", f"{disc.method}: {describe_method(disc)}"),
         describe_packing(dataset, trainer.args.train_batch_size, collate),
         ("student", describe_model(student)),
+        *([("", describe_frozen(student))] if disc.freeze_layers else []),
         ("teacher", describe_teacher(student, teacher, compared or dataset.replays_by_kl)),
         *([("", trainer.follow.describe())] if trainer.follow else []),
         ("head", describe_head(student, teacher, compared or dataset.replays_by_kl, disc.divergence, disc.kl_clip)),

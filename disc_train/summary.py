@@ -15,6 +15,7 @@ from disc_train.data.example import Example
 from disc_train.models.adapters import base_of_adapter, describe_unadapted, has_adapters
 from disc_train.models.attention import Attention
 from disc_train.models.frozen_head import head_is_frozen, head_is_tied
+from disc_train.models.frozen_layers import count_frozen
 from disc_train.models.pretrained import quantised_by
 from disc_train.packing.collator import PackedBatch, PackingStats
 from disc_train.packing.drawing import sample_batches
@@ -77,6 +78,12 @@ def describe_model(model: PreTrainedModel) -> str:
     if method := quantised_by(model):
         dtype += f", the rest quantised ({method})"
     return f"{name}, {total:,} parameters, {trained:,} {what}, {dtype}" + (describe_unadapted(model) if adapted else "")
+
+
+def describe_frozen(model: PreTrainedModel) -> str:
+    """Say how many of the lowest layers are not trained."""
+    frozen, layers = count_frozen(model)
+    return f"the embeddings and the lowest {frozen} of {layers} layers stay as they are"
 
 
 def describe_teacher(student: PreTrainedModel, teacher: Teacher, needed: bool) -> str:
