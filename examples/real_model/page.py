@@ -23,6 +23,7 @@ LEARNED = "Entity Inferences, NLL beside others"
 LOST = ("Python's documentation, KL", "specificity, NLL")
 TOLERANCE = 0.2  # nats a token by which what is lost may rise: up to there the area under the frontier is taken
 RESAMPLES = 2000
+RUN = ("name", "learning_rate", "seed")
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
 UPTAKE = ("Entity Inferences", "ECBD", "release notes")
 PLOTTED = ("Entity Inferences, % right", "ECBD, NLL", "release notes, % right")
@@ -69,7 +70,7 @@ def joined(rows: Sequence[Record]) -> list[Record]:
     runs: dict[tuple[Any, ...], list[Record]] = {}
     for number, row in enumerate(rows):
         alone = "entity" in row and not row.get("failed")
-        runs.setdefault((row["name"], row["learning_rate"], row["seed"]) if alone else (number,), []).append(row)
+        runs.setdefault(run_of(row) if alone else (number,), []).append(row)
     return [_joined(of_run) if len(run) > 1 else of_run[0] for run, of_run in runs.items()]
 
 
@@ -113,11 +114,12 @@ def areas(initial: Record, runs: Sequence[Record], measure: str) -> np.ndarray:
     straight lines from the initial model (0, 0) through the runs by what they lost, and never falls; its mean over a
     loss of 0 to TOLERANCE is the area. Beyond the last run it is flat.
     """
-    runs = sorted(runs, key=lambda row: mean(items(row, measure)))
-    before = mean(items(initial, measure))
-    lost = [0.0, *(max(0.0, mean(items(row, measure)) - before) for row in runs)]
-    base = items(initial, LEARNED)
-    after = [items(row, LEARNED) for row in runs]
+    base, before = items(initial, LEARNED), mean(items(initial, measure))
+    # Of two runs that lost as much that comes first which learned more.
+    points = [(max(0.0, mean(items(row, measure)) - before), difference(items(row, LEARNED), base)[0]) for row in runs]
+    order = sorted(range(len(runs)), key=points.__getitem__)
+    lost = [0.0, *(points[place][0] for place in order)]
+    after = [items(runs[place], LEARNED) for place in order]
     gained = np.array([[base[name][0] - found[name][0] for name in base] for found in after]).reshape(-1, len(base))
     weights = np.array([weight for _, weight in base.values()])
     draws = np.random.default_rng(0).multinomial(len(base), np.full(len(base), 1 / len(base)), RESAMPLES)
@@ -129,6 +131,17 @@ def areas(initial: Record, runs: Sequence[Record], measure: str) -> np.ndarray:
     return np.array([np.trapezoid(np.interp(places, lost, each), places) for each in best]) / TOLERANCE
 
 
+def whole_runs(rows: Sequence[Record], entities: int) -> list[Record]:
+    """Leave out runs that lack an entity yet; a run in which the update with one entity broke down is one that did."""
+    broken = {run_of(row) for row in rows if row.get("failed")}
+    unbroken = [row for row in rows if run_of(row) not in broken and row.get("entities", entities) == entities]
+    return unbroken + [{"failed": True, **dict(zip(RUN, run, strict=True))} for run in broken]
+
+
+def run_of(row: Record) -> tuple[Any, ...]:
+    return tuple(row[name] for name in RUN)
+
+
 def frontiers(initial: Record, rows: Sequence[Record], measure: str) -> str:
     """Write the area of each method of several rates, the mean over its seeds, and its paired difference to DiSC's.
 
@@ -136,6 +149,7 @@ def frontiers(initial: Record, rows: Sequence[Record], measure: str) -> str:
     point.
     """
     found: dict[str, tuple[str, dict[int, np.ndarray]]] = {}
+    rows = whole_runs(rows, len(items(initial, "Entity Inferences, % right")))
     for name in dict.fromkeys(row["name"] for row in rows if not row.get("failed")):
         of_seed: dict[int, list[Record]] = {}
         for row in (row for row in rows if row["name"] == name):
@@ -211,7 +225,8 @@ def section(rows: Sequence[Record], size: str) -> str:
     # Texts are not read where every entity is taught by itself.
     lost = next(measure for measure in LOST if all(items(row, measure) for row in runs))
     if items(initial, LEARNED) and (of_methods := frontiers(initial, measured, lost)):
-        parts.append(f"Area under the frontier of {LEARNED}, up to a rise of {TOLERANCE} in {lost}:")
+        errors = "± over entities, of what was learned alone"
+        parts.append(f"Area under the frontier of {LEARNED}, up to a rise of {TOLERANCE} in {lost} ({errors}):")
         parts.append(of_methods)
     parts.append(table(["", *measures, "s, training + measuring"], lines))
     parts += [
@@ -223,7 +238,7 @@ def section(rows: Sequence[Record], size: str) -> str:
     against = []
     for row in runs:
         same = [r for r in runs if r["name"] == "split finetuning" and r["learning_rate"] == row["learning_rate"]]
-        base = next((r for r in same if r["seed"] == row["seed"]), None)
+        base = next((r for r in same if [r["seed"], r.get("entities")] == [row["seed"], row.get("entities")]), None)
         if base and row is not base:
             against.append([title(row), *(compared(row, base, measure) for measure in measures)])
     if against:

@@ -91,4 +91,36 @@ def test_where_no_text_is_read_the_area_is_against_what_well_known_entities_lost
     initial = row(page.INITIAL, 4.0, 3.0) | {"texts": {"for": [10, 1.0, 0.0]}}
     text = page.section([initial, row("DiSC", 4.1, 2.0, 2e-5), row("DiSC", 3.7, 2.5)], "one_entity")
     assert "| DiSC | 0.875 ± 0.000 |  | 1e-05, 2e-05 | 1 |" in text  # (0.1 * 0.75 + 0.1 * 1) / 0.2
-    assert "up to a rise of 0.2 in specificity, NLL:" in text
+    assert "up to a rise of 0.2 in specificity, NLL (" in text
+    # Two that lost as much, beyond 0.2: the better one is the frontier's corner, in whatever order they come.
+    alike = [row("DiSC", 4.4, 2.0), row("DiSC", 4.4, 1.0, 2e-5)]
+    for runs in (alike, alike[::-1]):
+        assert page.areas(initial, runs, "specificity, NLL")[0] == pytest.approx(0.5)
+    less = row("DiSC", 4.1, 2.0)
+    less["probes"]["Entity Inferences"]["1 1"] = [9.0, 1, 9.0, 2.0]
+    with pytest.raises(ValueError, match="expected rows of the same probes"):
+        page.areas(initial, [less], "specificity, NLL")
+
+
+def test_a_run_of_some_entities_has_no_area_and_is_compared_with_none_of_others(real_model):
+    import page
+
+    def row(name, entities, rate, nll=2.0, specificity=4.1):
+        probes = {"Entity Inferences": {f"{entity} 0": [9.0, 0, 9.0, nll] for entity in entities}}
+        probes |= {"specificity": {"0 0": [specificity, 1], "1 0": [specificity, 1]}}
+        row = {"name": name, "learning_rate": rate, "seed": 0, "probes": probes, "texts": {}, "entities": len(entities)}
+        return row | {"tasks": [], "seconds": {"training": 1, "measuring": 1}}
+
+    initial = row(page.INITIAL, "012", 0, 3.0, 4.0) | {"texts": {"for": [10, 1.0, 0.0]}}
+    del initial["entities"]
+    whole = [row(name, "012", rate) for name in ("DiSC", "split finetuning") for rate in (1e-5, 2e-5)]
+    partly = [row("split finetuning", "01", 4e-5), row("DiSC", "012", 4e-5, 0.0)]
+    text = page.section([initial, *whole, *partly], "one_entity")
+    assert "| split finetuning | 0.750 ± 0.000 | " in text and "| 1e-05, 2e-05 | 1 |" in text
+    assert "| DiSC | 2.250 ± 0.000 |  | 1e-05, 2e-05, 4e-05 | 1 |" in text
+    assert "| DiSC, 4e-05, 3 entities |" not in text.partition("From split finetuning")[2]
+    broken = {"name": "DiSC", "learning_rate": 4e-5, "seed": 0, "entity": 2, "failed": True}
+    text = page.section([initial, *whole, row("DiSC", "01", 4e-5, 0.0), broken], "one_entity")
+    assert (
+        "| DiSC | 0.750 ± 0.000 |  | 1e-05, 2e-05, 4e-05 | 1 |" in text and "Broke down: DiSC, 4e-05, entity 2" in text
+    )
