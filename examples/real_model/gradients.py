@@ -86,8 +86,8 @@ def main() -> None:
     student = f"{type(trainer.student).__name__} of {trainer.student.num_parameters():,} parameters"
     text = (
         "# The gradient of a top-k KL against the full one's, on a real model\n\n"
-        f"{student}. Mean ± standard deviation over {len(batches)} steps of one document; error: norm of the difference over the"
-        f" full gradient's norm, percent, over all weights that are trained. Of the teacher's probability"
+        f"{student}. Mean ± standard deviation over {len(batches)} steps of one document; error: norm of the difference"
+        f" over the full gradient's norm, percent, over all weights that are trained. Of the teacher's probability"
         f" {'; '.join(left_out)}, of a vocabulary of {trainer.student.config.vocab_size:,}. Written by"
         " `gradients.py`.\n\n" + table(["T", "student", "what becomes of the rest", "K", "error", "cosine"], lines)
     )
