@@ -62,7 +62,7 @@ def describe_method(disc: DiscArguments) -> str:
         "ft": "cross-entropy",
         "split_ft": "cross-entropy of suffixes, each read without its prefix",
         "ft_kl": f"cross-entropy + {disc.kl_weight:g} {of_initial}",
-        "talr": "cross-entropy with weights max(p^(1/tau), 0.01)",
+        "talr": "cross-entropy with weights max(q^(1/tau), 0.01)",
     }.get(disc.method, f"T^2 {divergence} at T = {disc.temperature:g}")
     return loss + (f" + {disc.ce_weight:g} cross-entropy" if disc.ce_weight else "")
 

@@ -279,6 +279,8 @@ def write_page(results: Path) -> None:
     Raises:
         ValueError: there is nothing of the initial model, which all others are compared with.
     """
+    if not results.is_file():
+        raise ValueError(f"{results}: expected a file of results, got none")
     rows = read_results(results)
     sizes = dict.fromkeys(row["size"] for row in rows)
     if not rows or {row["size"] for row in rows if row["name"] == INITIAL} != sizes.keys():

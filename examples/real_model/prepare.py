@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from itertools import compress
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -235,6 +236,8 @@ def main() -> None:
         parser.error(
             f"--data_folder: expected {', '.join(needed)} in {asked.data_folder}, missing: {', '.join(missing)}"
         )
+    if not asked.no_model and find_spec("gguf") is None:
+        parser.error("expected the package gguf, which reads the model's file, got none: pip install gguf")
     try:
         sdist = (asked.bigbench or download("bigbench==1.0.0", downloads)[0]) if size["items"] else None
         prepare(asked.data_folder, asked.output_dir, size, sdist)

@@ -238,7 +238,7 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
     wanted = [cell for cell in cells(grid, size) if cell["name"] in (only or grid["methods"])]
     if unknown := set(only) - {cell["name"] for cell in wanted}:
         names = dict.fromkeys(cell["name"] for cell in cells(grid, size))
-        raise ValueError(f"--only: expected of the size {size} some of {', '.join(names)}, got {', '.join(unknown)}")
+        raise ValueError(f"--only: expected of the size {size} some of {[*names]}, got {sorted(unknown)}")
     ours = made_of(data, model, grid["sizes"][size])
     made = open_results(results, size, ours)
     common = ours | environment()

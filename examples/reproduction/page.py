@@ -119,7 +119,7 @@ def _frontier_table(grid: Grid, results: Results) -> str:
         reworded = list(areas(row, results, "reworded").values())
         line = [row.name, spread(list(area.values())), less, spread(reworded), *_at_best(row, results, columns)]
         lines.append(line)
-    header = ["method", "area", f"less {grid.methods[0].name}'s", "area, reworded", "rate"]
+    header = ["method", "area, asked", f"less {grid.methods[0].name}'s", "area, reworded", "rate"]
     return table([*header, *columns], lines)
 
 

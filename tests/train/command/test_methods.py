@@ -14,7 +14,7 @@ from tests.train.runs import weights
     [
         (("--method", "ft"), "ft: cross-entropy\n"),
         (("--method", "ft_kl", "--kl_weight", 0.5), "ft_kl: cross-entropy + 0.5 KL(initial model || student)\n"),
-        (("--method", "talr"), "talr: cross-entropy with weights max(p^(1/tau), 0.01)\n"),
+        (("--method", "talr"), "talr: cross-entropy with weights max(q^(1/tau), 0.01)\n"),
         (("--divergence", "jsd", "--beta", 0.3), "disc: T^2 JSD(teacher, student; beta = 0.3) at T = 2\n"),
         (("--kl_clip", 0.5), "disc: T^2 min(KL(teacher || student), 0.5) at T = 2\n"),
         (("--ce_weight", 0.1), "disc: T^2 KL(teacher || student) at T = 2 + 0.1 cross-entropy\n"),

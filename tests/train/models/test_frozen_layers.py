@@ -106,7 +106,7 @@ def test_adapters_and_numbers_that_are_none_are_refused(train, tmp_path, capsys)
     assert train("--freeze_layers", "-1") != 0
     assert "--freeze_layers: expected 0 (all layers are trained) or more, got -1" in capsys.readouterr().err
     assert train("--freeze_layers", "1", "--lora_rank", "2") != 0
-    assert "--freeze_layers: adapters leave all layers as they are" in capsys.readouterr().err
+    assert "--freeze_layers: with --lora_rank no layer is trained anyway, got both" in capsys.readouterr().err
     assert train("--lora_rank", "2") == 0
     adapter = (tmp_path / "out").rename(tmp_path / "adapter")
     assert train("--freeze_layers", "1", model=adapter) != 0
