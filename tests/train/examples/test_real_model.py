@@ -257,7 +257,9 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(real_model, data, tmp_pat
     mismatched = read(out / "entities" / "1" / "mismatched.jsonl")
     assert [record["target"] for record in mismatched] == texts
     assert not any("Town B" in record["teacher_context"] for record in mismatched)
-    with pytest.raises(ValueError, match=r"--only: .* size alone some of \['split finetuning'\], got \['CD-base, T = 2'\]"):
+    with pytest.raises(
+        ValueError, match=r"--only: .* size alone some of \['split finetuning'\], got \['CD-base, T = 2'\]"
+    ):
         run.run(grid, out, "no model is read", results, "alone", jobs=1, only=["CD-base, T = 2"])
     (out / "model").symlink_to(EXAMPLES / "tiny" / "model")
     run.run(grid, out, str(out / "model"), results, "alone", jobs=1)
