@@ -48,9 +48,9 @@ def compared(trainer: DiscTrainer, batches: list, student: str) -> list[list[str
         print(f"T = {temperature}, {student} student: document {number} of {len(batches)}", flush=True)
         full = top_k.gradient(trainer, batch, 0, "")
         for tail, k in SETTINGS:
-            other = top_k.gradient(trainer, batch, k, tail)
-            errors[tail, k].append(100 * ((other - full).norm() / full.norm()).item())
-            cosines[tail, k].append(torch.cosine_similarity(other, full, dim=0).item())
+            error, cosine = top_k.deviation(top_k.gradient(trainer, batch, k, tail), full)
+            errors[tail, k].append(error)
+            cosines[tail, k].append(cosine)
     return [
         [temperature, student, tail, str(k), spread(errors[tail, k], ".1f"), spread(cosines[tail, k], ".4f")]
         for tail, k in SETTINGS

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 from cells import Cell, read_grid
 from page import spread, table
-from top_k import TAILS, gradient, mass_left_out
+from top_k import TAILS, deviation, gradient, mass_left_out
 from update import Laboratory
 
 from disc_train.trainer import DiscTrainer
@@ -41,9 +41,9 @@ def main() -> None:
             for batch in batches(trainer, 4):
                 full = gradient(trainer, batch, 0, "")
                 for tail, k in settings:
-                    other = gradient(trainer, batch, k, tail)
-                    errors[tail, k].append(100 * ((other - full).norm() / full.norm()).item())
-                    cosines[tail, k].append(torch.cosine_similarity(other, full, dim=0).item())
+                    error, cosine = deviation(gradient(trainer, batch, k, tail), full)
+                    errors[tail, k].append(error)
+                    cosines[tail, k].append(cosine)
                 for k in KS if not epochs else ():
                     left_out[k].append(mass_left_out(trainer, batch, k))
         lines += [
