@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 import yaml
 
 sys.path.append(str(Path(__file__).resolve().parent))
