@@ -292,8 +292,11 @@ def write_page(results: Path) -> None:
     parts = [
         "# A real model on real texts",
         f"Written by `page.py` from `{results.name}`: {'; '.join(environments)}. `protocol.md` says what was fixed"
-        " before the runs. NLL, loss and KL in nats a token; ± is the standard error of the paired difference over"
-        " entities, texts or items; bold: more than two of them. It does not hold the spread over seeds.",
+        " before the runs."
+        " NLL, loss and KL in nats a token, of which less is better; 'beside others': less its mean after the"
+        " words of other entities, so below 0 where the right label is likelier after its own. ± is the standard"
+        " error of the paired difference over entities, texts or items; bold: more than two of them. It does not"
+        " hold the spread over seeds.",
     ]
     for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])
