@@ -44,16 +44,16 @@ GRID = Path(__file__).resolve().parent / "grid.yaml"
 def cells(grid: Record, size: str) -> Iterator[Record]:
     """Yield what identifies each run, the middle of the rates first: most is known early."""
     settings = grid["sizes"][size]
-    seeds, rates = settings["seeds"], settings["learning_rates"]
+    seeds, rates, methods = settings["seeds"], settings["learning_rates"], settings.get("methods", grid["methods"])
     middle_first = sorted(rates, key=lambda rate: abs(rates.index(rate) - len(rates) // 2))
     for seed in seeds:
         for rate in middle_first:
-            for name in settings.get("methods", grid["methods"]):
+            for name in methods:
                 cell = {"name": name, "size": size, "learning_rate": float(rate), "seed": seed}
                 alone = settings.get("one_at_a_time") and not settings.get("one_after_another")
                 yield from ({**cell, "entity": entity} for entity in range(settings["entities"])) if alone else (cell,)
-    for name, control in grid["controls"].items() if not settings.get("one_at_a_time") else ():
-        rate = control.get("learning_rate", middle_first[0])
+    for name in () if settings.get("one_at_a_time") else [name for name in grid["controls"] if name not in methods]:
+        rate = grid["controls"][name].get("learning_rate", middle_first[0])
         yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
 
 

@@ -287,6 +287,15 @@ def test_an_entity_that_is_taught_alone_is_asked_alone(real_model, data, tmp_pat
         results.write_text("".join(json.dumps(row) + "\n" for row in (initial, *rows)))
 
 
+def test_no_run_of_a_size_is_made_twice(real_model):
+    import run
+
+    grid = yaml.safe_load(run.GRID.read_text())
+    for size in grid["sizes"]:
+        cells = [tuple(cell.items()) for cell in run.cells(grid, size)]
+        assert len(cells) == len(set(cells)), size
+
+
 @pytest.mark.slow
 def test_each_of_several_updates_begins_where_the_last_one_ended(real_model, data, tmp_path, monkeypatch):
     """The teacher is the model before each update, and all entities are asked about after the last."""
