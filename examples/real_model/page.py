@@ -6,7 +6,7 @@ python examples/real_model/page.py examples/real_model/results/runs.jsonl
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ TOLERANCE = 0.2  # nats a token by which what is lost may rise: up to there the 
 RESAMPLES = 2000
 RUN = ("name", "learning_rate", "seed")
 Items = dict[str, tuple[float, float]]  # by entity or text: (sum, weight); a mean is sum of sums over sum of weights
-UPTAKE = ("Entity Inferences", "ECBD", "release notes")
+UPTAKE = ("Entity Inferences", "false answer", "ECBD", "release notes")
 PLOTTED = ("Entity Inferences, % right", "ECBD, NLL", "release notes, % right")
 # Name -> what its values are multiplied by where they are shown.
 MEASURES = {
@@ -33,6 +33,9 @@ MEASURES = {
     "Entity Inferences, NLL beside others": 1.0,
     "Entity Inferences, NLL among labels": 1.0,
     "Entity Inferences, NLL": 1.0,
+    "false answer, % given": 100.0,
+    "false answer, NLL beside others": 1.0,
+    "false answer, NLL among labels": 1.0,
     "ECBD, NLL": 1.0,
     "release notes, % right": 100.0,
     "release notes, NLL among labels": 1.0,
@@ -45,7 +48,7 @@ MEASURES = {
 
 
 # Of a probe. The last two are not in rows made at first, the last not in probes whose choices no other entity's has.
-COLUMNS = {"NLL": 0, "% right": 1, "NLL among labels": 2, "NLL beside others": 3}
+COLUMNS = {"NLL": 0, "% right": 1, "% given": 1, "NLL among labels": 2, "NLL beside others": 3}
 
 
 def items(row: Record, measure: str, condition: str = "probes") -> Items:
@@ -204,8 +207,11 @@ def title(row: Record) -> str:
     return f"{row['name']}, {row['learning_rate']:g}" + (f", seed {row['seed']}" if row["seed"] else "") + entities
 
 
-def section(rows: Sequence[Record], size: str) -> str:
-    """Write the means of one size, the differences from the initial model, and those from split finetuning."""
+def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> str:
+    """Write the means of one size, the differences from the initial model, from split finetuning and from others.
+
+    `alone` has the runs in which each entity was taught by itself that was taught after others here.
+    """
     initial = next(row for row in rows if row["name"] == INITIAL)
     asked_of_all = (*UPTAKE, "specificity", *initial["tasks"])  # only the initial model was asked all tasks
     initial = initial | {"probes": {name: found for name, found in initial["probes"].items() if name in asked_of_all}}
@@ -235,19 +241,49 @@ def section(rows: Sequence[Record], size: str) -> str:
             ["", *measures], [[title(row), *(compared(row, initial, measure) for measure in measures)] for row in runs]
         ),
     ]
-    against = []
-    for row in runs:
-        same = [r for r in runs if r["name"] == "split finetuning" and r["learning_rate"] == row["learning_rate"]]
-        base = next((r for r in same if [r["seed"], r.get("entities")] == [row["seed"], row.get("entities")]), None)
-        if base and row is not base:
-            against.append([title(row), *(compared(row, base, measure) for measure in measures)])
-    if against:
-        parts += ["From split finetuning at the same rate, paired:", table(["", *measures], against)]
+    parts += against(runs, runs, measures, "split finetuning", lambda name: "split finetuning")
+    parts += against(runs, runs, measures, "the same from true texts", lambda name: name.removesuffix(", false texts"))
+    parts += against(runs, alone, measures, "each entity's update alone", lambda name: name)
+    parts += over_seeds(runs, measures)
     failed = [title(row) for row in rows if row.get("failed")]
     parts += [f"Broke down: {', '.join(failed)}."] if failed else []
     if initial["tasks"]:
         parts.append(f"BIG-bench: {', '.join(initial['tasks'])}.")
     return "\n\n".join(parts)
+
+
+def against(
+    runs: Sequence[Record], bases: Sequence[Record], measures: Sequence[str], what: str, base_of: Callable[[str], str]
+) -> list[str]:
+    """Write the paired differences of runs from others of the same rate, seed and entities, if there are any."""
+
+    def kind(row: Record) -> tuple[Any, ...]:
+        return (*run_of(row)[1:], items(row, "Entity Inferences, % right").keys())
+
+    lines = []
+    for row in runs:
+        alike = (each for each in bases if each["name"] == base_of(row["name"]) and kind(each) == kind(row))
+        base = next(alike, row)
+        if base is not row:
+            lines.append([title(row), *(compared(row, base, measure) for measure in measures)])
+    return [f"From {what} at the same rate, paired:", table(["", *measures], lines)] if lines else []
+
+
+def over_seeds(runs: Sequence[Record], measures: Sequence[str]) -> list[str]:
+    """Write mean and standard deviation over the seeds of each method and rate that has several."""
+    seeds: dict[tuple[str, float], list[Record]] = {}
+    for row in runs:
+        seeds.setdefault((row["name"], row["learning_rate"]), []).append(row)
+    lines = []
+    for (name, rate), rows in seeds.items():
+        if len(rows) > 1:
+            spread = []
+            for measure in measures:
+                values = [mean(found) for row in rows if (found := items(row, measure))]
+                moments = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else ()
+                spread.append(" ± ".join(shown(moment, MEASURES[measure]) for moment in moments))
+            lines.append([f"{name}, {rate:g}, {len(rows)} seeds", *spread])
+    return ["Mean ± standard deviation over seeds:", table(["", *measures], lines)] if lines else []
 
 
 def plot(rows: Sequence[Record], path: Path) -> None:
@@ -301,7 +337,9 @@ def write_page(results: Path) -> None:
     for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])
         plot(of_size, results.parent / f"{size}.png")
-        parts += [section(of_size, size), f"![uptake against what moved]({size}.png)"]
+        alone = [row for row in rows if row["size"] == "one_entity" and not row.get("failed")]
+        parts.append(section(of_size, size, joined(alone) if size == "one_after_another" else ()))
+        parts.append(f"![uptake against what moved]({size}.png)")
     discussion = results.parent / "discussion.md"
     parts += [discussion.read_text(encoding="utf-8").strip()] if discussion.exists() else []
     (results.parent / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

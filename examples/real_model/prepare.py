@@ -48,6 +48,7 @@ TASKS = (
     "phrase_relatedness",
     "similarities_abstraction",
 )
+FALSE = "false answer"  # the group of probes whose first choice is what the false texts say
 TEXTS_A_DOCUMENT = 5
 ECBD_PROBES = 4  # an entity
 TEXT_CHARACTERS = 400
@@ -118,6 +119,61 @@ def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
         asked | {"context": sentence(context) + " "} for asked, context in zip(files["uptake"], contexts, strict=True)
     ]
     return files
+
+
+def add_false_texts(files: dict[str, list[Record]], count: int) -> None:
+    """Add documents and records whose last `count` texts are another entity's, and probes of the answers these give.
+
+    They are the other entity's first texts, in which its name is replaced. It is the one that has most other answers to
+    the same questions, of several the next.
+
+    Raises:
+        ValueError: an entity has no such other.
+    """
+    names = [document["id"] for document in files["documents"]]
+    asked_of: list[list[Record]] = [[] for _ in names]
+    for asked in files["uptake"]:
+        asked_of[entity_of(asked)].append(asked)
+
+    def told(entity: int, other: int) -> dict[str, str]:
+        """Return another entity's answers that are wrong of this one, by the probe of this one that asks for them."""
+        pairs = [(asked, another) for asked in asked_of[entity] for another in asked_of[other]]
+        answers = [(asked["id"], asked["choices"], another["choices"]) for asked, another in pairs]
+        return {number: b[0] for number, a, b in answers if a[0] != b[0] and {*a, b[0]} == {*b, a[0]}}
+
+    files |= {name: [] for name in ("false_documents", "false_records")}
+    false: dict[str, str] = {}
+    for entity, name in enumerate(names):
+        other = max(range(entity + 1 - len(names), entity), key=lambda each: len(told(entity, each))) % len(names)
+        if not (answers := told(entity, other)):
+            raise ValueError(f"expected for {name} an entity with other answers to the same questions, got none")
+        false |= answers
+        own, others = (list(compress(files["records"], about(files, place))) for place in (entity, other))
+        texts = [record["target"] for record in own[:-count]]
+        texts += [record["target"].replace(names[other], name) for record in others[:count]]
+        files["false_documents"].append({"id": name, "text": " ".join([own[0]["teacher_context"][:-1], *texts])})
+        files["false_records"] += [record | {"target": text} for record, text in zip(own, texts, strict=True)]
+    for file in ("uptake", "ceiling"):
+        files[file] += [
+            asked
+            | {
+                "id": asked["id"].replace(asked["group"], FALSE),
+                "group": FALSE,
+                "choices": [*dict.fromkeys([false[asked["id"]], *asked["choices"]])],
+            }
+            for asked in files[file]
+            if asked["id"] in false
+        ]
+
+
+def entity_of(asked: Record) -> int:
+    return int(asked["id"].removeprefix(asked["group"]).split()[0])
+
+
+def about(files: dict[str, list[Record]], entity: int) -> list[bool]:
+    """Return of each record whether it is made of the text of an entity."""
+    text = files["documents"][entity]["text"]
+    return [text.startswith(record["teacher_context"][:-1]) for record in files["records"]]
 
 
 def specificity(data: Path) -> list[Record]:
@@ -192,6 +248,8 @@ def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
     files = release_notes(folder / "downloads") if size.get("release_notes") else knowledge(data, size)
     files |= {"kept": specificity(data)} | python_texts(size["texts"])
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
+    if size.get("false_texts"):
+        add_false_texts(files, size["false_texts"])
     for name, records in files.items():
         write(folder / f"{name}.jsonl", records)
         print(f"{folder / name}.jsonl: {len(records)} records")
@@ -208,15 +266,17 @@ def write(path: Path, records: Iterable[Record]) -> None:
 def write_entity(files: dict[str, list[Record]], entity: int, folder: Path) -> None:
     """Write the document and records of one entity, its probes and those of others with the same choices."""
     folder.mkdir(parents=True, exist_ok=True)
-    document, about = files["documents"][entity], f"Entity Inferences {entity} "
-    choices = [set(probe["choices"]) for probe in files["uptake"] if probe["id"].startswith(about)]
+    choices = [set(probe["choices"]) for probe in files["uptake"] if entity_of(probe) == entity]
     of_entity = {
-        "documents": [document],
+        "documents": [files["documents"][entity]],
         "uptake": [probe for probe in files["uptake"] if set(probe["choices"]) in choices],
         "kept": files["kept"],
     }
-    own = [document["text"].startswith(record["teacher_context"][:-1]) for record in files["records"]]
-    of_entity |= {name: list(compress(files[name], own)) for name in ("records", "mismatched")}
+    if "false_documents" in files:
+        of_entity["false_documents"] = [files["false_documents"][entity]]
+    own = about(files, entity)
+    of_records = (name for name in ("records", "mismatched", "false_records") if name in files)
+    of_entity |= {name: list(compress(files[name], own)) for name in of_records}
     for name, records in of_entity.items():
         write(folder / f"{name}.jsonl", records)
 

@@ -16,7 +16,8 @@ Record = dict[str, Any]
 INITIAL = "initial model"
 PREPARED = "prepared.json"  # of a data folder: its size in grid.yaml, and a checksum of all that was written
 MADE_OF = ("model", "data")  # checksums in every row but the first ones that were made
-DECIDED = ("entities", "ecbd", "texts", "items", "one_at_a_time", "release_notes")  # by prepare.py, of a size
+# What prepare.py decides of a size.
+DECIDED = ("entities", "ecbd", "texts", "items", "one_at_a_time", "false_texts", "release_notes")
 
 
 def made_of(data: Path, model: str, settings: Record) -> Record:

@@ -53,15 +53,15 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
                 alone = settings.get("one_at_a_time") and not settings.get("one_after_another")
                 yield from ({**cell, "entity": entity} for entity in range(settings["entities"])) if alone else (cell,)
     for name in () if settings.get("one_at_a_time") else [name for name in grid["controls"] if name not in methods]:
-        rate = grid["controls"][name].get("learning_rate", middle_first[0])
-        yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
+        for rate in grid["controls"][name].get("learning_rates", middle_first[:1]):
+            yield {"name": name, "size": size, "learning_rate": float(rate), "seed": seeds[0]}
 
 
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
     settings = grid["common"] | grid["sizes"][cell["size"]].get("common", {}) | settings_of(grid, cell["name"])
-    for name in ("top_k", "update_share"):
-        settings.pop(name, None)  # no flags: `make` sees to them
+    for name in ("top_k", "update_share", "learning_rates"):
+        settings.pop(name, None)  # no flags: `make` and `cells` see to them
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
     settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
@@ -78,7 +78,7 @@ def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[s
 
 
 def settings_of(grid: Record, name: str) -> Record:
-    return (grid["methods"] | grid["controls"])[name]
+    return (grid["methods"] | grid["controls"] | grid["noise"])[name]
 
 
 def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path | None, folder: Path) -> Record:
@@ -183,7 +183,8 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if alone:  # others were asked to tell what became of the same choices
-        outcome["probes"] |= {"Entity Inferences": of_entity(outcome["probes"]["Entity Inferences"], cell["entity"])}
+        uptake = {group: found for group, found in outcome["probes"].items() if group != "specificity"}
+        outcome["probes"] |= {group: of_entity(found, cell["entity"]) for group, found in uptake.items()}
     seconds = {"training": round(end - begin), "measuring": round(time.monotonic() - end)}
     flags = [flag.replace(f"{data}/", "") for flag in training_flags(grid, cell, data, model)]
     return cell | outcome | {"seconds": seconds, "flags": flags}
@@ -235,10 +236,11 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
         ValueError: a name that is none of the size, a folder that was prepared for another, or results of another model
             or of other data.
     """
-    wanted = [cell for cell in cells(grid, size) if cell["name"] in (only or grid["methods"])]
+    names = only or grid["sizes"][size].get("methods", grid["methods"])
+    wanted = [cell for cell in cells(grid, size) if cell["name"] in names]
     if unknown := set(only) - {cell["name"] for cell in wanted}:
-        names = dict.fromkeys(cell["name"] for cell in cells(grid, size))
-        raise ValueError(f"--only: expected of the size {size} some of {[*names]}, got {sorted(unknown)}")
+        known = dict.fromkeys(cell["name"] for cell in cells(grid, size))
+        raise ValueError(f"--only: expected of the size {size} some of {[*known]}, got {sorted(unknown)}")
     ours = made_of(data, model, grid["sizes"][size])
     made = open_results(results, size, ours)
     common = ours | environment()
@@ -284,7 +286,9 @@ def main() -> None:
         "--size", default="default", choices=grid["sizes"], help="That with which the folder was prepared."
     )
     parser.add_argument("--jobs", type=int, default=2, help="Runs at a time, of one thread each on a CPU.")
-    parser.add_argument("--only", nargs="*", default=[], help="Names of methods or controls; by default all methods.")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="Names of methods or controls; by default the methods of the size."
+    )
     asked = parser.parse_args()
     if asked.jobs < 1:
         parser.error(f"--jobs: expected at least 1, got {asked.jobs}")

@@ -84,6 +84,33 @@ def test_files_have_the_right_choice_first_and_nothing_from_behind_the_blank(rea
         prepare.tasks(data / "bigbench.tar.gz", 2)
 
 
+def test_false_texts_are_anothers_under_this_ones_name_and_asked_for(real_model, data, tmp_path):
+    import prepare
+
+    size = SIZE | {"entities": 3, "ecbd": 0, "items": 0, "one_at_a_time": True}
+    prepare.prepare(data, tmp_path / "true", size, None)
+    prepare.prepare(data, tmp_path / "out", size | {"false_texts": 1}, None)
+    assert read(tmp_path / "out" / "false_documents.jsonl")[2] == {
+        "id": "Town C",
+        "text": "Town C is a town with six mills. Town C has six mills. Town C has two mills.",
+    }
+    entity = tmp_path / "out" / "entities" / "2"
+    texts = ["Town C has six mills.", "Town C has two mills."]
+    assert [record["target"] for record in read(entity / "false_records.jsonl")] == texts
+    assert {record["teacher_context"] for record in read(entity / "false_records.jsonl")} == {
+        "Town C is a town with six mills.\n"
+    }
+    for file in (entity / "uptake.jsonl", tmp_path / "out" / "ceiling.jsonl"):
+        asked = {each["id"]: each for each in read(file) if each["group"] == "false answer"}
+        assert asked["false answer 2 1"]["choices"] == [" two", " six", " four"]
+    for name in ("documents", "records", "kept"):
+        assert (tmp_path / "out" / f"{name}.jsonl").read_text() == (tmp_path / "true" / f"{name}.jsonl").read_text()
+    lines = [json.loads(line) for line in (data / prepare.INFERENCES).read_text().splitlines()]
+    (data / prepare.INFERENCES).write_text("".join(json.dumps(line | {"label": "two"}) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="expected for Town A an entity with other answers to the same questions"):
+        prepare.prepare(data, tmp_path / "alike", size | {"false_texts": 1}, None)
+
+
 def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(real_model, tmp_path):
     from release_notes import release_notes
 
@@ -294,6 +321,13 @@ def test_no_run_of_a_size_is_made_twice(real_model):
     for size in grid["sizes"]:
         cells = [tuple(cell.items()) for cell in run.cells(grid, size)]
         assert len(cells) == len(set(cells)), size
+    rates = [cell["learning_rate"] for cell in run.cells(grid, "default") if cell["name"] == "DiSC + LoRA"]
+    assert rates == grid["controls"]["DiSC + LoRA"]["learning_rates"]
+    assert not any(
+        flag.startswith("--learning_rates")
+        for cell in run.cells(grid, "default")
+        for flag in run.training_flags(grid, cell, Path(), "")
+    )
 
 
 @pytest.mark.slow

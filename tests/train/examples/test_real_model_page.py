@@ -124,3 +124,24 @@ def test_a_run_of_some_entities_has_no_area_and_is_compared_with_none_of_others(
     assert (
         "| DiSC | 0.750 ± 0.000 |  | 1e-05, 2e-05, 4e-05 | 1 |" in text and "Broke down: DiSC, 4e-05, entity 2" in text
     )
+
+
+def test_runs_are_compared_with_true_texts_with_updates_alone_and_over_seeds(real_model):
+    import page
+
+    def row(name, right, seed=0, nll=2.0):
+        probes = {"Entity Inferences": {"0 0": [nll, right[0], nll, nll], "1 0": [nll, right[1], nll, nll]}}
+        probes |= {"false answer": {"0 0": [1.0, 1 - right[0]], "1 0": [1.0, 1 - right[1]]}}
+        probes |= {"specificity": {"0 0": [4.0, 1], "1 0": [4.0, 1]}}
+        row = {"name": name, "learning_rate": 2e-5, "seed": seed, "probes": probes, "texts": {}, "tasks": []}
+        return row | {"seconds": {"training": 1, "measuring": 1}}
+
+    initial = row(page.INITIAL, (0, 0)) | {"texts": {"for": [10, 1.0, 0.0]}}
+    rows = [initial, row("DiSC", (1, 1)), row("DiSC, false texts", (1, 0)), row("DiSC", (0, 1), seed=1, nll=3.0)]
+    text = page.section(rows, "false_texts", [row("DiSC", (0, 0)) | {"entities": 2}])
+    true_texts, alone = text.partition("From the same from true texts")[2].split("From each entity's update alone")
+    alone, seeds = alone.split("standard deviation over seeds")
+    assert "| DiSC, false texts, 2e-05 | -50.0 ± 50.0 | +0.000 ± 0.000 |" in true_texts
+    assert "| DiSC, 2e-05 | **+100.0 ± 0.0** |" in alone and "seed 1" not in alone and "false texts" not in alone
+    assert "| DiSC, 2e-05, 2 seeds | 75.0 ± 35.4 | 2.500 ± 0.707 |" in seeds and "false texts" not in seeds
+    assert "false answer, % given" in text
