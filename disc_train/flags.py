@@ -116,7 +116,8 @@ def parse_flags(command: str, description: str, argv: Sequence[str], *classes: t
     known = {item.name for arguments in classes for item in fields(arguments) if item.init}
     file, given = _split_config(first, argv)
     if file is not None:
-        given = _yaml_flags(file, known, flag_names(given)) + given
+        lists = {action.dest for action in parser._actions if action.nargs in ("+", "*")}
+        given = _yaml_flags(file, known, lists, flag_names(given)) + given
     read, unknown = parser.parse_known_args(given)
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]}{_nearest(unknown[0], known)}")
@@ -151,10 +152,10 @@ def flag_names(given: Sequence[str]) -> set[str]:
     return {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in given if argument[:1] == "-"}
 
 
-def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
+def _yaml_flags(path: Path, known: set[str], lists: set[str], over: set[str]) -> list[str]:
     """Write a YAML file as flags, so that its values are read as those on the command line are (3e-6 is a number).
 
-    Those in `over` are left out: lists would be added to each other.
+    Those in `over` are left out: lists would be added to each other. Those in `lists` take several values.
     """
     given: list[str] = []
     for key, value in _read_yaml(path).items():
@@ -163,6 +164,8 @@ def _yaml_flags(path: Path, known: set[str], over: set[str]) -> list[str]:
         if key in over:
             continue
         if isinstance(value, list):
+            if len(value) > 1 and key not in lists:
+                raise ValueError(f"{path}: {key}: expected one value, got the list {value}")
             given += [f"--{key}", *map(str, value)]
         elif value is not None:
             given.append(f"--{key}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
