@@ -223,7 +223,8 @@ def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> 
         return [shown(mean(each), MEASURES[m]) if each else "" for m, each in found.items()]
 
     lines = [["initial model", *means(initial), ""]]
-    lines.append(["... behind the definition", *means(initial | {"texts": {}}, "in context"), ""])
+    behind = "document" if items(initial, "release notes, NLL") else "definition"
+    lines.append([f"... behind the {behind}", *means(initial | {"texts": {}}, "in context"), ""])
     for row in runs:
         lines.append([title(row), *means(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
@@ -331,8 +332,8 @@ def write_page(results: Path) -> None:
         " before the runs."
         " NLL, loss and KL in nats a token, of which less is better; 'beside others': less its mean after the"
         " words of other entities, so below 0 where the right label is likelier after its own. ± is the standard"
-        " error of the paired difference over entities, texts or items; bold: more than two of them. It does not"
-        " hold the spread over seeds.",
+        " error of the paired difference over entities, texts or items; bold: the difference is more than two of"
+        " them. It does not hold the spread over seeds.",
     ]
     for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])

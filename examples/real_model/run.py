@@ -94,6 +94,7 @@ def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Pa
         the definition. "texts": by id: tokens predicted, sums of loss and KL in nats.
     """
     flags = [f"--model_name_or_path={model}", f"--output_dir={folder}", "--max_new_tokens=0"]
+    flags += ["--dtype=float32"]  # in the 16 bits that a GPU would take rounding is as large as some differences
     flags += [f"--texts_file={texts}"] if texts else []
     flags += [f"--reference_name_or_path={reference}"] if texts and reference else []
     shutil.rmtree(folder, ignore_errors=True)
