@@ -164,7 +164,7 @@ def _yaml_flags(path: Path, known: set[str], lists: set[str], over: set[str]) ->
         if key in over:
             continue
         if isinstance(value, list):
-            if len(value) > 1 and key not in lists:
+            if key not in lists and len(value) != 1:
                 raise ValueError(f"{path}: {key}: expected one value, got the list {value}")
             given += [f"--{key}", *map(str, value)]
         elif value is not None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from rows import INITIAL, read_results
+from rows import INITIAL, MADE_OF, read_results
 
 Record = dict[str, Any]
 LEARNED = "Entity Inferences, NLL beside others"
@@ -74,19 +74,22 @@ def joined(rows: Sequence[Record]) -> list[Record]:
     for number, row in enumerate(rows):
         alone = "entity" in row and not row.get("failed")
         runs.setdefault(run_of(row) if alone else (number,), []).append(row)
-    return [_joined(of_run) if len(run) > 1 else of_run[0] for run, of_run in runs.items()]
+    return [_joined(each) | {"entities": len(each)} if len(run) > 1 else each[0] for run, each in runs.items()]
 
 
 def _joined(rows: Sequence[Record]) -> Record:
-    probes: dict[str, dict[str, list[float]]] = {}
-    for group in rows[0]["probes"]:
-        found: dict[str, list[list[float]]] = {}
-        for row in rows:
-            for number, values in row["probes"][group].items():
-                found.setdefault(number, []).append(values)
-        probes[group] = {number: np.mean(values, axis=0).tolist() for number, values in found.items()}
+    probes = {group: means([row["probes"][group] for row in rows]) for group in rows[0]["probes"]}
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]}
-    return rows[0] | {"probes": probes, "seconds": seconds, "entities": len(rows)}
+    return rows[0] | {"probes": probes, "texts": means([row["texts"] for row in rows]), "seconds": seconds}
+
+
+def means(of_rows: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """Return the mean of the figures of each probe or text over the rows that have it."""
+    found: dict[str, list[Sequence[float]]] = {}
+    for each in of_rows:
+        for number, values in each.items():
+            found.setdefault(number, []).append(values)
+    return {number: np.mean(values, axis=0).tolist() for number, values in found.items()}
 
 
 def mean(found: Mapping[str, tuple[float, float]]) -> float:
@@ -218,15 +221,15 @@ def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> 
     runs = [row for row in rows if row["name"] != INITIAL and not row.get("failed")]
     measures = [measure for measure in MEASURES if any(items(row, measure) for row in (initial, *runs))]
 
-    def means(row: Record, condition: str = "probes") -> list[str]:
+    def line(row: Record, condition: str = "probes") -> list[str]:
         found = {m: {} if row is initial and m.endswith("KL") else items(row, m, condition) for m in measures}
         return [shown(mean(each), MEASURES[m]) if each else "" for m, each in found.items()]
 
-    lines = [["initial model", *means(initial), ""]]
+    lines = [["initial model", *line(initial), ""]]
     behind = "document" if items(initial, "release notes, NLL") else "definition"
-    lines.append([f"... behind the {behind}", *means(initial | {"texts": {}}, "in context"), ""])
+    lines.append([f"... behind the {behind}", *line(initial | {"texts": {}}, "in context"), ""])
     for row in runs:
-        lines.append([title(row), *means(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
+        lines.append([title(row), *line(row), f"{row['seconds']['training']} + {row['seconds']['measuring']}"])
     parts = [f"## {size}"]
     measured = [row for row in rows if row["name"] != INITIAL and (row.get("failed") or items(row, LEARNED))]
     # Texts are not read where every entity is taught by itself.
@@ -244,7 +247,10 @@ def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> 
     ]
     parts += against(runs, runs, measures, "split finetuning", lambda name: "split finetuning")
     parts += against(runs, runs, measures, "the same from true texts", lambda name: name.removesuffix(", false texts"))
-    parts += against(runs, alone, measures, "each entity's update alone", lambda name: name)
+    # There the other entities were not taught: what is beside them is another measure.
+    parts += against(
+        runs, alone, [m for m in measures if m != LEARNED], "each entity's update alone", lambda name: name
+    )
     parts += over_seeds(runs, measures)
     failed = [title(row) for row in rows if row.get("failed")]
     parts += [f"Broke down: {', '.join(failed)}."] if failed else []
@@ -271,20 +277,24 @@ def against(
 
 
 def over_seeds(runs: Sequence[Record], measures: Sequence[str]) -> list[str]:
-    """Write mean and standard deviation over the seeds of each method and rate that has several."""
-    seeds: dict[tuple[str, float], list[Record]] = {}
+    """Write, of each method and rate with several seeds, mean and standard deviation, and the differences of means."""
+    seeds: dict[tuple[Any, ...], list[Record]] = {}
     for row in runs:
-        seeds.setdefault((row["name"], row["learning_rate"]), []).append(row)
-    lines = []
-    for (name, rate), rows in seeds.items():
-        if len(rows) > 1:
-            spread = []
-            for measure in measures:
-                values = [mean(found) for row in rows if (found := items(row, measure))]
-                moments = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else ()
-                spread.append(" ± ".join(shown(moment, MEASURES[measure]) for moment in moments))
-            lines.append([f"{name}, {rate:g}, {len(rows)} seeds", *spread])
-    return ["Mean ± standard deviation over seeds:", table(["", *measures], lines)] if lines else []
+        entities = frozenset(items(row, "Entity Inferences, % right"))
+        seeds.setdefault((row["name"], row["learning_rate"], entities), []).append(row)
+    lines, averages = [], []
+    for rows in (each for each in seeds.values() if len(each) > 1):
+        averages.append(_joined(rows) | {"seed": ", ".join(str(row["seed"]) for row in rows)})
+        spread = []
+        for measure in measures:
+            values = [mean(found) for row in rows if (found := items(row, measure))]
+            moments = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else ()
+            spread.append(" ± ".join(shown(moment, MEASURES[measure]) for moment in moments))
+        lines.append([title(averages[-1]), *spread])
+    if not lines:
+        return []
+    compared_means = against(averages, averages, measures, "split finetuning's mean", lambda name: "split finetuning")
+    return ["Mean ± standard deviation over seeds:", table(["", *measures], lines), *compared_means]
 
 
 def plot(rows: Sequence[Record], path: Path) -> None:
@@ -300,7 +310,8 @@ def plot(rows: Sequence[Record], path: Path) -> None:
             runs = [row for row in made if row["name"] == name]
             runs.sort(key=lambda row: row.get("learning_rate", 0))
             x, y = ([MEASURES[m] * mean(items(row, m)) for row in runs] for m in (across, up))
-            axes.plot(x, y, "k*" if name == INITIAL else "o-", label=name)
+            line = "-" * (len({row.get("seed") for row in runs}) == 1)
+            axes.plot(x, y, "k*" if name == INITIAL else f"o{line}", label=name)
         if inside := items(initial, up, "in context"):
             ceiling = MEASURES[up] * mean(inside)
             axes.axhline(ceiling, color="grey", linestyle=":", label="initial model behind the definition")
@@ -338,8 +349,10 @@ def write_page(results: Path) -> None:
     for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])
         plot(of_size, results.parent / f"{size}.png")
+        made_of = [of_size[0].get(name) for name in MADE_OF]
         alone = [row for row in rows if row["size"] == "one_entity" and not row.get("failed")]
-        parts.append(section(of_size, size, joined(alone) if size == "one_after_another" else ()))
+        alone = joined([row for row in alone if [row.get(name) for name in MADE_OF] == made_of])
+        parts.append(section(of_size, size, alone if size == "one_after_another" else ()))
         parts.append(f"![uptake against what moved]({size}.png)")
     discussion = results.parent / "discussion.md"
     parts += [discussion.read_text(encoding="utf-8").strip()] if discussion.exists() else []

@@ -11,6 +11,7 @@ of them is part of this project, and each has its own terms of use.
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -48,7 +49,7 @@ TASKS = (
     "phrase_relatedness",
     "similarities_abstraction",
 )
-FALSE = "false answer"  # the group of probes whose first choice is what the false texts say
+FALSE = "false answer"  # the group of probes whose first choice the false texts say
 TEXTS_A_DOCUMENT = 5
 ECBD_PROBES = 4  # an entity
 TEXT_CHARACTERS = 400
@@ -124,34 +125,42 @@ def knowledge(data: Path, size: Record) -> dict[str, list[Record]]:
 def add_false_texts(files: dict[str, list[Record]], count: int) -> None:
     """Add documents and records whose last `count` texts are another entity's, and probes of the answers these give.
 
-    They are the other entity's first texts, in which its name is replaced. It is the one that has most other answers to
-    the same questions, of several the next.
+    They are the other entity's first texts, in which its name is replaced. To a question that both are asked it gives
+    another answer, by a word that is in these texts and not in the true document; of several such it is the next.
 
     Raises:
-        ValueError: an entity has no such other.
+        ValueError: an entity has no such other, or not more than `count` texts of its own.
     """
-    names = [document["id"] for document in files["documents"]]
-    asked_of: list[list[Record]] = [[] for _ in names]
+    documents = files["documents"]
+    asked_of: list[list[Record]] = [[] for _ in documents]
     for asked in files["uptake"]:
         asked_of[entity_of(asked)].append(asked)
-
-    def told(entity: int, other: int) -> dict[str, str]:
-        """Return another entity's answers that are wrong of this one, by the probe of this one that asks for them."""
-        pairs = [(asked, another) for asked in asked_of[entity] for another in asked_of[other]]
-        answers = [(asked["id"], asked["choices"], another["choices"]) for asked, another in pairs]
-        return {number: b[0] for number, a, b in answers if a[0] != b[0] and {*a, b[0]} == {*b, a[0]}}
-
     files |= {name: [] for name in ("false_documents", "false_records")}
     false: dict[str, str] = {}
-    for entity, name in enumerate(names):
-        other = max(range(entity + 1 - len(names), entity), key=lambda each: len(told(entity, each))) % len(names)
-        if not (answers := told(entity, other)):
-            raise ValueError(f"expected for {name} an entity with other answers to the same questions, got none")
+    for entity, document in enumerate(documents):
+        own = list(compress(files["records"], about(files, entity)))
+        for other in (place % len(documents) for place in range(entity + 1, entity + len(documents))):
+            texts = [record["target"] for record in compress(files["records"], about(files, other))][:count]
+            texts = [renamed(text, documents[other]["id"], document["id"]) for text in texts]
+            asked_alike = {renamed(q["prompt"], documents[other]["id"], document["id"]): q for q in asked_of[other]}
+            answers = {
+                asked["id"]: answer
+                for asked in asked_of[entity]
+                if asked["prompt"] in asked_alike
+                if says(" ".join(texts), answer := asked_alike[asked["prompt"]]["choices"][0])
+                if not says(document["text"], answer)
+            }
+            if answers and len(texts) == count < len(own):
+                break
+        else:
+            raise ValueError(
+                f"expected for {document['id']} more than {count} texts, and another entity of which {count} say"
+                " another answer to a question that both are asked, got none"
+            )
         false |= answers
-        own, others = (list(compress(files["records"], about(files, place))) for place in (entity, other))
-        texts = [record["target"] for record in own[:-count]]
-        texts += [record["target"].replace(names[other], name) for record in others[:count]]
-        files["false_documents"].append({"id": name, "text": " ".join([own[0]["teacher_context"][:-1], *texts])})
+        texts = [record["target"] for record in own[:-count]] + texts
+        text = " ".join([own[0]["teacher_context"][:-1], *texts])
+        files["false_documents"].append({"id": document["id"], "text": text})
         files["false_records"] += [record | {"target": text} for record, text in zip(own, texts, strict=True)]
     for file in ("uptake", "ceiling"):
         files[file] += [
@@ -166,14 +175,30 @@ def add_false_texts(files: dict[str, list[Record]], count: int) -> None:
         ]
 
 
+def renamed(text: str, name: str, other: str) -> str:
+    return re.sub(rf"\b{re.escape(name)}(?!\w)", lambda _: other, text)
+
+
+def says(text: str, answer: str) -> bool:
+    return re.search(rf"\b{re.escape(answer.strip())}\b", text, re.IGNORECASE) is not None
+
+
 def entity_of(asked: Record) -> int:
     return int(asked["id"].removeprefix(asked["group"]).split()[0])
 
 
 def about(files: dict[str, list[Record]], entity: int) -> list[bool]:
-    """Return of each record whether it is made of the text of an entity."""
-    text = files["documents"][entity]["text"]
-    return [text.startswith(record["teacher_context"][:-1]) for record in files["records"]]
+    """Return of each record whether it is of an entity.
+
+    Raises:
+        ValueError: another entity's definition begins as its own does.
+    """
+    document = files["documents"][entity]
+    found = [document["text"].startswith(record["teacher_context"][:-1]) for record in files["records"]]
+    own = list(compress(files["records"], found))
+    if " ".join([own[0]["teacher_context"][:-1], *(record["target"] for record in own)]) != document["text"]:
+        raise ValueError(f"expected no entity whose definition begins as that of {document['id']} does, got one")
+    return found
 
 
 def specificity(data: Path) -> list[Record]:
@@ -247,6 +272,8 @@ def prepare(data: Path, folder: Path, size: Record, sdist: Path | None) -> None:
     (folder / PREPARED).unlink(missing_ok=True)
     files = release_notes(folder / "downloads") if size.get("release_notes") else knowledge(data, size)
     files |= {"kept": specificity(data)} | python_texts(size["texts"])
+    if size.get("one_at_a_time") and size["ecbd"]:
+        raise ValueError(f"one_at_a_time: expected no entities of ECBD, got {size['ecbd']}")
     files["tasks"] = tasks(sdist, size["items"]) if sdist else []
     if size.get("false_texts"):
         add_false_texts(files, size["false_texts"])

@@ -62,6 +62,7 @@ def test_flags_win_over_the_file(write_yaml):
         ("\x00", "config.yaml: expected a readable YAML file"),
         ("seed: 1\nseed: 2\n", "config.yaml: expected a readable YAML file, got: the key seed a second time"),
         ("seed: [1, 2]\n", r"config.yaml: seed: expected one value, got the list \[1, 2\]"),
+        ("freeze_head: []\n", r"config.yaml: freeze_head: expected one value, got the list \[\]"),
         ("fsdp_config: {a: 1, a: 2}\n", "got: the key a a second time"),
     ],
 )

@@ -107,8 +107,16 @@ def test_false_texts_are_anothers_under_this_ones_name_and_asked_for(real_model,
         assert (tmp_path / "out" / f"{name}.jsonl").read_text() == (tmp_path / "true" / f"{name}.jsonl").read_text()
     lines = [json.loads(line) for line in (data / prepare.INFERENCES).read_text().splitlines()]
     (data / prepare.INFERENCES).write_text("".join(json.dumps(line | {"label": "two"}) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="expected for Town A an entity with other answers to the same questions"):
+    with pytest.raises(ValueError, match=r"expected for Town A more than 1 texts, and another entity .* got none"):
         prepare.prepare(data, tmp_path / "alike", size | {"false_texts": 1}, None)
+    with pytest.raises(ValueError, match="expected for Town A more than 2 texts"):
+        prepare.prepare(data, tmp_path / "all", size | {"false_texts": 2}, None)
+    with pytest.raises(ValueError, match="one_at_a_time: expected no entities of ECBD, got 2"):
+        prepare.prepare(data, tmp_path / "both", size | {"ecbd": 2}, None)
+    lines[1]["context"] = f"{lines[0]['context']} It is old"
+    (data / prepare.INFERENCES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="expected no entity whose definition begins as that of Town B does, got one"):
+        prepare.prepare(data, tmp_path / "prefix", size, None)
 
 
 def test_release_notes_are_joined_without_markup_and_a_changed_source_is_named(real_model, tmp_path):

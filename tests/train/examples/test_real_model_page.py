@@ -143,5 +143,11 @@ def test_runs_are_compared_with_true_texts_with_updates_alone_and_over_seeds(rea
     alone, seeds = alone.split("standard deviation over seeds")
     assert "| DiSC, false texts, 2e-05 | -50.0 ± 50.0 | +0.000 ± 0.000 |" in true_texts
     assert "| DiSC, 2e-05 | **+100.0 ± 0.0** |" in alone and "seed 1" not in alone and "false texts" not in alone
-    assert "| DiSC, 2e-05, 2 seeds | 75.0 ± 35.4 | 2.500 ± 0.707 |" in seeds and "false texts" not in seeds
+    assert "| DiSC, 2e-05, seed 0, 1 | 75.0 ± 35.4 | 2.500 ± 0.707 |" in seeds and "false texts" not in seeds
+    # Entity 0 is right in one of two seeds, entity 1 in both; by split finetuning never. The third lacks an entity.
+    others = [row("split finetuning", (0, 0)), row("split finetuning", (0, 0), seed=1)]
+    partly = row("DiSC", (1, 1), seed=2)
+    del partly["probes"]["Entity Inferences"]["0 0"]
+    text = page.section([*rows, *others, partly], "more_seeds")
+    assert "| DiSC, 2e-05, seed 0, 1 | **+75.0 ± 25.0** |" in text.partition("From split finetuning's mean")[2]
     assert "false answer, % given" in text
