@@ -60,8 +60,8 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
     settings = grid["common"] | grid["sizes"][cell["size"]].get("common", {}) | settings_of(grid, cell["name"])
-    for name in ("top_k", "update_share", "learning_rates"):
-        settings.pop(name, None)  # no flags: `make` and `cells` see to them
+    for name in ("top_k", "update_share", "learning_rates", "initial_teacher"):
+        settings.pop(name, None)  # no flags: `make`, `cells` and `update` see to them
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
     settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
@@ -78,7 +78,7 @@ def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[s
 
 
 def settings_of(grid: Record, name: str) -> Record:
-    return (grid["methods"] | grid["controls"] | grid["noise"])[name]
+    return (grid["methods"] | grid["controls"] | grid["of_one_size"])[name]
 
 
 def measure(model: str, reference: str | None, probes: Sequence[Path], texts: Path | None, folder: Path) -> Record:
@@ -193,9 +193,10 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
 
 def update(grid: Record, cell: Record, updates: Sequence[Path], model: str, folder: Path) -> Path:
     """Train on the texts of one folder after another, each time from what the last one left; return where that is."""
+    teacher = [f"--teacher_name_or_path={model}"] if settings_of(grid, cell["name"]).get("initial_teacher") else []
     for number, texts in enumerate(updates):
         trained = folder / str(number)
-        train(*parse_arguments([*training_flags(grid, cell, texts, model), f"--output_dir={trained}"]))
+        train(*parse_arguments([*training_flags(grid, cell, texts, model), *teacher, f"--output_dir={trained}"]))
         if number:
             shutil.rmtree(model)
         model = str(trained)

@@ -345,18 +345,21 @@ def test_each_of_several_updates_begins_where_the_last_one_ended(real_model, dat
     from prepare import prepare
 
     size = SIZE | {"ecbd": 0, "items": 0, "cache": False, "one_at_a_time": True, "one_after_another": True}
-    grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"after": size | {"methods": ["DiSC"]}}}
+    names = ["DiSC", "DiSC, T = 1, initial teacher"]
+    grid = yaml.safe_load(run.GRID.read_text()) | {"sizes": {"after": size | {"methods": names}}}
     out, results, begun = tmp_path / "out", tmp_path / "runs.jsonl", []
     prepare(data, out, size, None)
     (out / "model").symlink_to(EXAMPLES / "tiny" / "model")
     train = run.train
     monkeypatch.setattr(run, "train", lambda *parsed: (begun.append(parsed), train(*parsed)))
     run.run(grid, out, str(out / "model"), results, "after", jobs=1)
-    (first, ended), (second, _) = begun
+    (first, ended), (second, _), *kept = begun
     assert (first.model_name_or_path, second.model_name_or_path) == (str(out / "model"), ended.output_dir)
     assert first.teacher_name_or_path is second.teacher_name_or_path is None  # the model that it begins from
-    assert [each.train_file for each, _ in begun] == [[f"{out}/entities/{n}/documents.jsonl"] for n in (0, 1)]
-    initial, row = read(results)
+    assert [each.train_file for each, _ in begun] == [[f"{out}/entities/{n}/documents.jsonl"] for n in (0, 1)] * 2
+    assert [each.teacher_name_or_path for each, _ in kept] == [str(out / "model")] * 2
+    assert kept[1][0].model_name_or_path == kept[0][1].output_dir
+    initial, row, _ = read(results)
     assert row["probes"]["Entity Inferences"].keys() == initial["probes"]["Entity Inferences"].keys()
     assert row["texts"].keys() == initial["texts"].keys()
     assert not list((out / "trained" / "after").iterdir())
