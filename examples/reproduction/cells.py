@@ -53,6 +53,7 @@ class Cell:
     replay: float = 0.0  # share of examples that are documents about old entities, held to the teacher's by KL
     interpolate: float = 1.0  # afterwards the weights are initial + interpolate * (trained - initial)
     updates: int = 1  # 2: a second set of documents after the first, with the once updated model as teacher
+    initial_teacher: bool = False  # the initial model is the teacher of the second update, too
 
     def __post_init__(self) -> None:
         if self.updates > 1 and (self.lora_rank or self.texts == "own" or self.method == "cd"):
@@ -66,6 +67,8 @@ class Cell:
                 raise ValueError(f"{name} is for {' and '.join(USED_BY[name])}, got {self}")
         if self.top_k and (self.ce_weight or self.kl_clip or self.told):
             raise ValueError(f"top_k is for DiSC as it is, got {self}")
+        if self.initial_teacher and (self.updates == 1 or self.method not in WITH_TEACHER):
+            raise ValueError(f"initial_teacher is for a second update with a teacher, got {self}")
         if (self.told or self.by_gain or self.own_sentences) and self.updates > 1:
             raise ValueError(f"told, by_gain and own_sentences are for one update by DiSC, got {self}")
         if len(changed & {"prefix", "replay", "own_sentences", "by_gain"}) > 1:

@@ -101,7 +101,7 @@ class Laboratory:
         student = copy.deepcopy(self.model)
         compute: dict[str, float] = {}
         for corpus in self.corpora(cell.seed, cell.documents, cell.said, cell.wrong)[: cell.updates]:
-            teacher = copy.deepcopy(student)
+            teacher = copy.deepcopy(self.model if cell.initial_teacher else student)
             for name, value in self._train(student, teacher, corpus, cell).items():
                 compute[name] = compute.get(name, 0) + value
         return student.eval(), compute

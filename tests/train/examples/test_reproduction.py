@@ -83,6 +83,8 @@ def test_errors_in_a_grid_are_named(small_grid):
         ({"method": "split_ft", "prefix": "other"}, "prefix is for disc, got"),
         ({"method": "split_ft", "ce_weight": 10.0}, "ce_weight is for disc and cd, got"),
         ({"method": "talr", "kl_clip": 1.0}, "kl_clip is for disc and cd and ft_kl, got"),
+        ({"initial_teacher": True}, "initial_teacher is for a second update with a teacher, got"),
+        ({"method": "ft", "updates": 2, "initial_teacher": True}, "initial_teacher is for a second update with a"),
         ({"prefix": "other", "replay": 0.5}, "prefix, replay, own_sentences and by_gain are one at a time, got"),
         (
             {"method": "cd", "temperature": 1.0, "wrong": True},
