@@ -56,7 +56,9 @@ class DiscArguments:
         }
     )
     trust_remote_code: bool = flag(TRUST_HELP, False)
-    teacher_name_or_path: str | None = flag("A teacher other than the model itself; needs the same tokenizer.")
+    teacher_name_or_path: str | None = flag(
+        "A teacher other than the model itself, as the first model of several updates; needs the same tokenizer."
+    )
     student_dtype: Literal["float32", "bfloat16", "float16"] = flag(
         "Of the trained weights. At small learning rates 16-bit weights lose most updates to rounding; for speed use"
         " --bf16, which keeps float32 weights.",
