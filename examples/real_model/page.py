@@ -6,7 +6,7 @@ python examples/real_model/page.py examples/real_model/results/runs.jsonl
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,13 @@ def joined(rows: Sequence[Record]) -> list[Record]:
 
 
 def _joined(rows: Sequence[Record]) -> Record:
-    probes = {group: means([row["probes"][group] for row in rows]) for group in rows[0]["probes"]}
+    """Average the probes and texts of a run's rows; raise ValueError if they were not measured alike."""
+    try:
+        if any(row["probes"].keys() != rows[0]["probes"].keys() for row in rows):
+            raise ValueError
+        probes = {group: means([row["probes"][group] for row in rows]) for group in rows[0]["probes"]}
+    except ValueError:
+        raise ValueError(f"expected rows of {title(rows[0])} that were measured alike, got others") from None
     seconds = {part: sum(row["seconds"][part] for row in rows) for part in rows[0]["seconds"]}
     return rows[0] | {"probes": probes, "texts": means([row["texts"] for row in rows]), "seconds": seconds}
 
@@ -245,11 +251,12 @@ def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> 
             ["", *measures], [[title(row), *(compared(row, initial, measure) for measure in measures)] for row in runs]
         ),
     ]
-    parts += against(runs, runs, measures, "split finetuning", lambda name: "split finetuning")
+    parts += against(runs, runs, measures, "split finetuning", split_finetuning)
     parts += against(runs, runs, measures, "the same from true texts", lambda name: name.removesuffix(", false texts"))
     # There the other entities were not taught: what is beside them is another measure.
+    kept = [measure for measure in measures if measure != LEARNED]
     parts += against(
-        runs, alone, [m for m in measures if m != LEARNED], "each entity's update alone", lambda name: name
+        runs, alone, kept, "each entity's update alone", lambda name: name.removesuffix(", initial teacher")
     )
     parts += over_seeds(runs, measures)
     failed = [title(row) for row in rows if row.get("failed")]
@@ -257,6 +264,11 @@ def section(rows: Sequence[Record], size: str, alone: Sequence[Record] = ()) -> 
     if initial["tasks"]:
         parts.append(f"BIG-bench: {', '.join(initial['tasks'])}.")
     return "\n\n".join(parts)
+
+
+def split_finetuning(name: str) -> str:
+    """Name the run of split finetuning that a run is compared with: from false texts as it is, or from true ones."""
+    return "split finetuning" + ", false texts" * name.endswith(", false texts")
 
 
 def against(
@@ -277,24 +289,36 @@ def against(
 
 
 def over_seeds(runs: Sequence[Record], measures: Sequence[str]) -> list[str]:
-    """Write, of each method and rate with several seeds, mean and standard deviation, and the differences of means."""
-    seeds: dict[tuple[Any, ...], list[Record]] = {}
-    for row in runs:
+    """Write, of each method and rate with several seeds, mean and standard deviation, and the differences of means.
+
+    Means are compared over the seeds that both methods have.
+    """
+    seeds: dict[tuple[Any, ...], dict[int, Record]] = {}
+    for row in sorted(runs, key=lambda row: row["seed"]):
         entities = frozenset(items(row, "Entity Inferences, % right"))
-        seeds.setdefault((row["name"], row["learning_rate"], entities), []).append(row)
-    lines, averages = [], []
-    for rows in (each for each in seeds.values() if len(each) > 1):
-        averages.append(_joined(rows) | {"seed": ", ".join(str(row["seed"]) for row in rows)})
-        spread = []
-        for measure in measures:
-            values = [mean(found) for row in rows if (found := items(row, measure))]
-            moments = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else ()
-            spread.append(" ± ".join(shown(moment, MEASURES[measure]) for moment in moments))
-        lines.append([title(averages[-1]), *spread])
-    if not lines:
-        return []
-    compared_means = against(averages, averages, measures, "split finetuning's mean", lambda name: "split finetuning")
-    return ["Mean ± standard deviation over seeds:", table(["", *measures], lines), *compared_means]
+        seeds.setdefault((row["name"], row["learning_rate"], entities), {})[row["seed"]] = row
+    lines, differences = [], []
+    for (name, *alike), by_seed in seeds.items():
+        bases = seeds.get((split_finetuning(name), *alike), {})
+        both = [seed for seed in by_seed if seed in bases and bases[seed] is not by_seed[seed]]
+        if len(both) > 1:
+            row, base = (_joined([each[seed] for seed in both]) for each in (by_seed, bases))
+            differences.append([_over(row, both), *(compared(row, base, measure) for measure in measures)])
+        if len(by_seed) > 1:
+            spread = []
+            for measure in measures:
+                values = [mean(found) for row in by_seed.values() if (found := items(row, measure))]
+                moments = (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else ()
+                spread.append(" ± ".join(shown(moment, MEASURES[measure]) for moment in moments))
+            lines.append([_over(next(iter(by_seed.values())), by_seed), *spread])
+    parts = ["Mean ± standard deviation over seeds:", table(["", *measures], lines)] if lines else []
+    if differences:
+        parts += ["From split finetuning, means over seeds, paired:", table(["", *measures], differences)]
+    return parts
+
+
+def _over(row: Record, seeds: Iterable[int]) -> str:
+    return title(row | {"seed": ", ".join(map(str, seeds))})
 
 
 def plot(rows: Sequence[Record], path: Path) -> None:
@@ -313,8 +337,9 @@ def plot(rows: Sequence[Record], path: Path) -> None:
             line = "-" * (len({row.get("seed") for row in runs}) == 1)
             axes.plot(x, y, "k*" if name == INITIAL else f"o{line}", label=name)
         if inside := items(initial, up, "in context"):
+            behind = "document" if up.startswith("release") else "definition"
             ceiling = MEASURES[up] * mean(inside)
-            axes.axhline(ceiling, color="grey", linestyle=":", label="initial model behind the definition")
+            axes.axhline(ceiling, color="grey", linestyle=":", label=f"initial model behind the {behind}")
         axes.set_xlabel(f"{across} (nats a token)")
         axes.set_ylabel(up if up.endswith("right") else f"{up} (nats a token; less is more learned)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
@@ -349,7 +374,7 @@ def write_page(results: Path) -> None:
     for size in sizes:
         of_size = joined([row for row in rows if row["size"] == size])
         plot(of_size, results.parent / f"{size}.png")
-        made_of = [of_size[0].get(name) for name in MADE_OF]
+        made_of = next(([row[name] for name in MADE_OF] for row in of_size if MADE_OF[0] in row), None)
         alone = [row for row in rows if row["size"] == "one_entity" and not row.get("failed")]
         alone = joined([row for row in alone if [row.get(name) for name in MADE_OF] == made_of])
         parts.append(section(of_size, size, alone if size == "one_after_another" else ()))

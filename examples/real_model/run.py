@@ -39,6 +39,7 @@ from disc_train.run import run as train
 
 Record = dict[str, Any]
 GRID = Path(__file__).resolve().parent / "grid.yaml"
+BESIDE = ("top_k", "update_share", "initial_teacher")  # no flags of disc-train: `make` and `update` see to them
 
 
 def cells(grid: Record, size: str) -> Iterator[Record]:
@@ -60,8 +61,8 @@ def cells(grid: Record, size: str) -> Iterator[Record]:
 def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
     """Return what disc-train is called with, but for --output_dir."""
     settings = grid["common"] | grid["sizes"][cell["size"]].get("common", {}) | settings_of(grid, cell["name"])
-    for name in ("top_k", "update_share", "learning_rates", "initial_teacher"):
-        settings.pop(name, None)  # no flags: `make`, `cells` and `update` see to them
+    for name in ("learning_rates", *BESIDE):
+        settings.pop(name, None)
     method = settings["method"]
     texts = settings.get("train_file", "records" if method == "cd" else "documents")
     settings |= {"learning_rate": cell["learning_rate"], "seed": cell["seed"]}
@@ -75,6 +76,12 @@ def training_flags(grid: Record, cell: Record, data: Path, model: str) -> list[s
         folder = f"{method}-{settings.get('temperature', 1.0)}"  # a summary is of one temperature
         settings |= {"teacher": "cache", "teacher_cache": data / "cache" / cell["size"] / folder}
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
+
+
+def recorded(grid: Record, cell: Record, data: Path, model: str) -> list[str]:
+    """Return the settings that a row of the results is known by: flags, and what is no flag of disc-train."""
+    settings = settings_of(grid, cell["name"])
+    return training_flags(grid, cell, data, model) + [f"{name}={settings[name]}" for name in BESIDE if name in settings]
 
 
 def settings_of(grid: Record, name: str) -> Record:
@@ -187,7 +194,7 @@ def make(grid: Record, cell: Record, data: Path, model: str) -> Record:
         uptake = {group: found for group, found in outcome["probes"].items() if group != "specificity"}
         outcome["probes"] |= {group: of_entity(found, cell["entity"]) for group, found in uptake.items()}
     seconds = {"training": round(end - begin), "measuring": round(time.monotonic() - end)}
-    flags = [flag.replace(f"{data}/", "") for flag in training_flags(grid, cell, data, model)]
+    flags = [flag.replace(f"{data}/", "") for flag in recorded(grid, cell, data, model)]
     return cell | outcome | {"seconds": seconds, "flags": flags}
 
 
@@ -252,7 +259,7 @@ def run(grid: Record, data: Path, model: str, results: Path, size: str, jobs: in
         add(results, initial | common)
     tasks = [probe for probe in read(data / "tasks.jsonl") if probe["group"] in initial["tasks"]]
     (data / "tasks_kept.jsonl").write_text("".join(json.dumps(probe) + "\n" for probe in tasks), encoding="utf-8")
-    missing = [cell for cell in wanted if not is_made(made, cell, training_flags(grid, cell, data, model), data)]
+    missing = [cell for cell in wanted if not is_made(made, cell, recorded(grid, cell, data, model), data)]
     # Filled here, one after another: a cache is written by one process at a time.
     caches: dict[str, list[str]] = {}
     for cell in missing:

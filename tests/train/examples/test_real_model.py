@@ -135,6 +135,9 @@ def test_every_run_gives_a_line_and_what_is_there_is_not_made_again(real_model, 
     run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC, top 1"])
     with pytest.raises(ValueError, match=r"runs.jsonl: expected in the size quick rows of one model alone, got two"):
         run.run(grid, out, str(tmp_path), results, "quick", jobs=1)
+    grid["controls"]["DiSC, top 1"] |= {"top_k": 2}  # no flag of disc-train
+    with pytest.raises(ValueError, match=r"expected DiSC, top 1 .* got other top_k=1, top_k=2"):
+        run.run(grid, out, model, results, "quick", jobs=1, only=["DiSC, top 1"])
     grid["methods"]["DiSC"] = grid["methods"]["DiSC"] | {"num_splits": 3}
     with pytest.raises(ValueError, match=r"expected DiSC .* got other --num_splits=3, --num_splits=5"):
         run.run(grid, out, model, results, "quick", jobs=1)

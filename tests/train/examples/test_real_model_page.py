@@ -148,6 +148,19 @@ def test_runs_are_compared_with_true_texts_with_updates_alone_and_over_seeds(rea
     others = [row("split finetuning", (0, 0)), row("split finetuning", (0, 0), seed=1)]
     partly = row("DiSC", (1, 1), seed=2)
     del partly["probes"]["Entity Inferences"]["0 0"]
-    text = page.section([*rows, *others, partly], "more_seeds")
-    assert "| DiSC, 2e-05, seed 0, 1 | **+75.0 ± 25.0** |" in text.partition("From split finetuning's mean")[2]
+    text = page.section([*rows, *others[::-1], partly], "more_seeds")
+    assert "| DiSC, 2e-05, seed 0, 1 | **+75.0 ± 25.0** |" in text.partition("From split finetuning, means over")[2]
+    third = row("DiSC", (1, 1), seed=2)  # compared over the seeds that both have
+    text = page.section([*rows, *others, third], "more_seeds")
+    assert "| DiSC, 2e-05, seed 0, 1 | **+75.0 ± 25.0** |" in text.partition("From split finetuning, means over")[2]
+    # From false texts split finetuning is the base of what was made from false texts.
+    false = row("split finetuning, false texts", (0, 0))
+    text = page.section([*rows, *others, false], "false_texts").partition("From split finetuning at")[2]
+    assert (
+        "| DiSC, false texts, 2e-05 | +50.0 ± 50.0 |" in text
+        and "| split finetuning, false texts" not in text.partition("From")[0]
+    )
+    del third["probes"]["false answer"]
+    with pytest.raises(ValueError, match=r"expected rows of DiSC, 2e-05 that were measured alike, got others"):
+        page.section([*rows, third, row("split finetuning", (0, 0), seed=2), *others], "more_seeds")
     assert "false answer, % given" in text
